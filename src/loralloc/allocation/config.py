@@ -1,0 +1,98 @@
+"""The options of an allocation, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Literal
+
+SCORES = ("screened", "gradient", "ablation")
+"""Names of the importance scores, the default first."""
+
+BUDGETS = ("ranks", "parameters")
+"""What a budget can be counted in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocationConfig:
+    """How ranks move between modules while a LoRA adapter trains.
+
+    The defaults are the paper's (Liu et al. 2024, section 4.3 and Appendix E), except for
+    `score`, whose default reaches the paper's decision at a fraction of its cost.
+    """
+
+    num_rounds: int = 8
+    """Rounds of scoring, pruning and giving (N_A); at least 1. Source: the paper."""
+
+    ranks_per_round: int | Literal["block", "model"] = "block"
+    """Ranks pruned a round (n_A): a number, "block" (as many as a transformer block has adapted
+    modules, 7 in LLaMA) or "model" (as many as the model has). Source: the paper, read as "block"."""
+
+    warmup_epochs: float = 1.0
+    """Epochs of training before the first round (K1); more than 0. Source: the paper."""
+
+    recovery_epochs: float = 0.25
+    """Epochs of training between two rounds (K2); more than 0. Source: the paper."""
+
+    scoring_examples: int = 32
+    """Held-out examples that importance is measured on (B_val), drawn once. Source: the paper."""
+
+    score: Literal["screened", "gradient", "ablation"] = "screened"
+    """How importance is measured: "ablation" is eq. 6 exactly, "gradient" is eq. 6 to first order
+    (two backward passes for all ranks), "screened" ranks by gradient and settles the ranks near
+    the cut by ablation."""
+
+    verify_ranks: int = 64
+    """Most ranks a round may check by ablation when `score` is "screened"; at least 0."""
+
+    min_rank: int = 0
+    """Rank below which no module is pruned; 0 lets a module leave the adapter. Source: the paper."""
+
+    max_rank: int | None = None
+    """Rank above which no module receives; None for no limit. Source: the paper has none."""
+
+    grace_rounds: int = 0
+    """Rounds during which a newly given rank cannot be pruned; 0 is the paper's reading."""
+
+    budget: Literal["ranks", "parameters"] = "ranks"
+    """What is held constant: the number of ranks (the paper) or of LoRA parameters. A rank of a
+    feed-forward module costs more parameters than one of an attention module."""
+
+    seed: int | None = None
+    """Seed of the scoring examples and of new ranks; None takes the run's seed (0 outside a
+    Trainer)."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run could use."""
+        _at_least("num_rounds", self.num_rounds, 1)
+        _at_least("scoring_examples", self.scoring_examples, 1)
+        _at_least("verify_ranks", self.verify_ranks, 0)
+        _at_least("min_rank", self.min_rank, 0)
+        _at_least("grace_rounds", self.grace_rounds, 0)
+        _one_of("score", self.score, SCORES)
+        _one_of("budget", self.budget, BUDGETS)
+        if isinstance(self.ranks_per_round, str):
+            _one_of("ranks_per_round", self.ranks_per_round, ("block", "model"), "or a number")
+        else:
+            _at_least("ranks_per_round", self.ranks_per_round, 1)
+        for name in ("warmup_epochs", "recovery_epochs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+                raise ValueError(f"`{name}` is {value!r}; it must be a number of epochs above 0.")
+        if self.max_rank is not None:
+            _at_least("max_rank", self.max_rank, max(1, self.min_rank))
+        if self.seed is not None:
+            _at_least("seed", self.seed, 0)
+
+
+def _at_least(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is {value!r}; it must be a whole number of at least {least}.")
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...], more: str = "") -> None:
+    if value not in allowed:
+        near = get_close_matches(str(value), allowed, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        choices = ", ".join(repr(choice) for choice in allowed)
+        raise ValueError(f"`{name}` is {value!r}; use one of {choices} {more}".rstrip() + f".{hint}")

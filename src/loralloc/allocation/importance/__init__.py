@@ -1,0 +1,1 @@
+"""Importance of ranks: one file per score, all with one signature."""

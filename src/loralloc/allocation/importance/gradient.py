@@ -1,0 +1,28 @@
+"""Eq. 6 to first order: two backward passes for all ranks.
+
+With dS/dg_r the derivative by the gate of rank r, S(M) - S(M without r) is about dS/dg_r at the
+trained adapter, and S(M with only r) - S(M_0) about dS/dg_r at the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from loralloc.allocation.importance.path import derivative
+from loralloc.allocation.objective import Objective
+from loralloc.allocation.policy import Limits, Scores
+
+
+def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits) -> Scores:
+    """Importance of every rank, to first order.
+
+    Args:
+        objective: The scoring batch and the model.
+        weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
+        limits: Not read: this score does not depend on what will be pruned.
+    """
+    without, s_full = derivative(objective, weights_b, 1)
+    only, s_base = derivative(objective, weights_b, 0)
+    return Scores(without=without, only=only, s_full=s_full, s_base=s_base)

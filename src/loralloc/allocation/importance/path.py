@@ -1,0 +1,63 @@
+"""The path from the base model (t = 0) to the trained one (t = 1) along the adapter's gates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from loralloc.allocation.objective import Objective
+
+
+@contextmanager
+def gates_at(weights_b: Mapping[str, Tensor], t: float) -> Iterator[dict[str, Tensor]]:
+    """All gates at `t`: every B is multiplied by t inside, and its very bits are back outside.
+
+    A gate multiplies a column of B (Liu et al. 2024, eq. 3), so scaling B is setting the gates.
+
+    Yields:
+        The trained B_m by module, shape (out_features, num_ranks).
+    """
+    trained = {name: b.detach().clone() for name, b in weights_b.items()}
+    try:
+        with torch.no_grad():
+            for b in weights_b.values():
+                b.mul_(t)
+        yield trained
+    finally:
+        with torch.no_grad():
+            for name, b in weights_b.items():
+                b.copy_(trained[name])
+
+
+def derivative(
+    objective: Objective, weights_b: Mapping[str, Tensor], t: float
+) -> tuple[dict[str, Tensor], float]:
+    """dS/dg of every rank with all gates at `t`, by one backward pass over the scoring batch.
+
+    With B_r the trained column, dS/dg_r = -<B_r, dL/dB_r> where the gradient is taken at t * B:
+    it needs no gates in the model, and no gradient of A. Gradients are asked for by name, so none
+    is left in `.grad` and no hook of a distributed wrapper fires.
+
+    Args:
+        objective: The scoring batch and the model.
+        weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
+        t: The point on the path, 0 for the base model and 1 for the trained one.
+
+    Returns:
+        A float32 tensor of shape (num_ranks,) for each module, on the CPU, and S at that point.
+    """
+    totals = {name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()}
+    loss = 0.0
+    with objective.evaluating(), gates_at(weights_b, t) as trained, torch.enable_grad():
+        for batch in objective.batches:
+            batch_loss = objective.loss_sum(batch) / objective.num_targets
+            gradients = torch.autograd.grad(
+                batch_loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
+            )
+            loss += float(batch_loss.detach())
+            for name, gradient in zip(weights_b, gradients, strict=True):
+                totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
+    return {name: total.cpu() for name, total in totals.items()}, -loss

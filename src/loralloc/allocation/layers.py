@@ -1,0 +1,135 @@
+"""Finding what can be allocated: PEFT's LoRA layers, and the blocks of the backbone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import cast
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The model that was adapted, whose module names PEFT's patterns are matched against."""
+    return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
+    """The LoRA configuration of an adapter.
+
+    Raises:
+        TypeError: The model has no LoRA adapter of that name.
+    """
+    configs = getattr(model, "peft_config", None) or {}
+    config = configs.get(adapter_name)
+    if not isinstance(config, LoraConfig):
+        found = ", ".join(f"{k!r} ({v.peft_type.value})" for k, v in configs.items()) or "none"
+        raise TypeError(
+            f"The model has no LoRA adapter named {adapter_name!r} (adapters found: {found}); "
+            "wrap it with `peft.get_peft_model(model, LoraConfig(...))` first."
+        )
+    return config
+
+
+def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
+    """The layers whose rank can be changed, by their name in the base model, in model order.
+
+    Raises:
+        TypeError: The adapter has a part that rank allocation is not defined for.
+    """
+    config = lora_config(model, adapter_name)
+    variants = ("use_dora", "alora_invocation_tokens", "target_parameters", "megatron_config")
+    for option in variants:
+        if getattr(config, option, None):
+            raise TypeError(
+                f"The adapter uses `{option}`, for which ranks cannot be allocated: scoring and "
+                "resizing are defined for plain LoRA, B (A x); leave the option out."
+            )
+    layers = {}
+    for name, module in base_model(model).named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter_name in module.lora_embedding_A or not isinstance(
+            module.lora_A[adapter_name] if adapter_name in module.lora_A else None,
+            (nn.Linear, type(None)),
+        ):
+            raise TypeError(
+                f"{name} is a {type(module.get_base_layer()).__name__}; ranks can be allocated on "
+                "linear layers only (Linear, Conv1D and their quantised forms); leave it out of "
+                "`target_modules`."
+            )
+        if adapter_name in module.lora_A:
+            layers[name] = module
+    return layers
+
+
+def weight_a(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
+    """A_m, shape (num_ranks, in_features)."""
+    return cast(nn.Parameter, layer.lora_A[adapter_name].weight)
+
+
+def weight_b(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
+    """B_m, shape (out_features, num_ranks)."""
+    return cast(nn.Parameter, layer.lora_B[adapter_name].weight)
+
+
+def weights_b(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> dict[str, Tensor]:
+    """B_m of every module."""
+    return {name: weight_b(layer, adapter_name) for name, layer in layers.items()}
+
+
+def rank_cost(layer: LoraLayer) -> int:
+    """Parameters of one rank: a row of A and a column of B."""
+    return int(layer.in_features) + int(layer.out_features)
+
+
+def ranks(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> dict[str, int]:
+    """The rank of every module now."""
+    return {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
+
+
+def block_list(model: nn.Module, names: Iterable[str]) -> tuple[str, nn.ModuleList] | None:
+    """The list of transformer blocks that holds the named modules, with its own name.
+
+    It is the outermost `nn.ModuleList` above them. None where the modules lie in several such
+    lists (an encoder and a decoder) or in none.
+    """
+    inner = base_model(model)
+    lists: Counter[str] = Counter()
+    for name in names:
+        parts = name.split(".")
+        for end in range(1, len(parts)):
+            prefix = ".".join(parts[:end])
+            if isinstance(inner.get_submodule(prefix), nn.ModuleList):
+                lists[prefix] += 1
+                break
+    if len(lists) != 1:
+        return None
+    (prefix,) = lists
+    return prefix, cast(nn.ModuleList, inner.get_submodule(prefix))
+
+
+def block_index(name: str, block_list_name: str) -> int | None:
+    """The block a module lies in, or None where it lies outside the blocks."""
+    start = block_list_name + "."
+    return int(name[len(start) :].split(".")[0]) if name.startswith(start) else None
+
+
+def modules_per_block(model: nn.Module, names: Iterable[str]) -> int:
+    """Adapted modules in a block, the largest count where blocks differ (7 in LLaMA).
+
+    Raises:
+        ValueError: The model has no single list of blocks.
+    """
+    names = list(names)
+    found = block_list(model, names)
+    if found is None:
+        raise ValueError(
+            "The adapted modules do not lie in one list of transformer blocks, so "
+            '`ranks_per_round="block"` has no meaning here; give a number or "model".'
+        )
+    indices = (block_index(name, found[0]) for name in names)
+    counts = Counter(index for index in indices if index is not None)
+    return max(counts.values())

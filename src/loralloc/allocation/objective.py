@@ -1,0 +1,108 @@
+"""S(.) of eq. 6: minus the mean cross-entropy of a model on a fixed set of held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+IGNORED = -100
+"""Label of a position that no loss is taken on, everywhere in Transformers."""
+
+Batch = Mapping[str, Any]
+"""Arguments of the model's forward, with the labels."""
+
+
+class Objective:
+    """The scoring batch B_val and the loss on it, in micro-batches.
+
+    Losses are taken in evaluation mode and in float32. For a causal language model the head runs
+    at supervised positions only, whatever the model: a hook on the head's input selects them.
+
+    Args:
+        model: The adapted model, not wrapped for several processes.
+        batches: Micro-batches as the model's forward takes them, with `labels` (or the
+            `start_positions` and `end_positions` of span prediction).
+    """
+
+    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+        self.model = model
+        self.is_causal = _is_causal_lm(model)
+        self.batches = [b for b in batches if self._num_targets(b)]
+        self.num_targets = sum(self._num_targets(batch) for batch in self.batches)
+        if self.num_targets == 0:
+            raise ValueError(
+                "The scoring examples hold no supervised position, so importance cannot be "
+                "measured; check the labels of the development set."
+            )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
+        inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.is_causal:
+            return self._language_model_loss(inputs)
+        labels = inputs.get("labels")
+        outputs = self.model(**inputs)
+        if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+            return F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+        return outputs.loss.float() * self._num_targets(batch)
+
+    def mean_loss(self, run: Callable[[Batch], Tensor] | None = None) -> float:
+        """Mean cross-entropy over all targets, without a graph."""
+        with torch.no_grad():
+            total = sum(float((run or self.loss_sum)(batch)) for batch in self.batches)
+        return total / self.num_targets
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, with every module's own mode restored afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def _language_model_loss(self, inputs: dict[str, Any]) -> Tensor:
+        labels = inputs.pop("labels")
+        targets = labels[:, 1:]
+        supervised = targets != IGNORED
+
+        def keep_supervised(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            hidden = args[0]  # (batch, length, hidden) -> (1, num_supervised, hidden)
+            return (hidden[:, :-1][supervised].unsqueeze(0), *args[1:])
+
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
+        try:
+            logits = self.model(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+        return F.cross_entropy(logits[0].float(), targets[supervised], reduction="sum")
+
+    def _num_targets(self, batch: Batch) -> int:
+        """Positions (causal), labels (otherwise) or examples (spans) that loss is taken on."""
+        if "labels" not in batch:
+            return len(batch["start_positions"])
+        labels = batch["labels"]
+        if self.is_causal:
+            return int((labels[:, 1:] != IGNORED).sum())
+        return int((labels != IGNORED).sum())
+
+
+def _is_causal_lm(model: nn.Module) -> bool:
+    from loralloc.allocation.layers import base_model
+
+    name = type(base_model(model)).__name__
+    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not getattr(
+        model.config, "is_encoder_decoder", False
+    )

@@ -1,0 +1,138 @@
+"""What happened in each round, as data; `allocation.json` is this and nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FILE_NAME = "allocation.json"
+VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round: what was measured, planned and changed."""
+
+    round: int
+    """Number of the round, from 1."""
+
+    step: int
+    """Optimiser steps taken before it."""
+
+    epoch: float
+    """Epochs of training before it."""
+
+    score: str
+    """Name of the importance score."""
+
+    s_full: float
+    """S(M), minus the mean cross-entropy of the model on the scoring batch."""
+
+    s_base: float
+    """S(M_0), the same with all ranks switched off."""
+
+    without: Mapping[str, list[float]]
+    """S(M) - S(M without rank r), by module and rank."""
+
+    only: Mapping[str, list[float]]
+    """S(M with only rank r) - S(M_0), by module and rank."""
+
+    verified: Mapping[str, list[int]]
+    """Ranks whose terms are exact where the score is "screened" or "ablation"."""
+
+    settled: bool
+    """Whether the pruned ranks are surely those that ablation would choose ("screened")."""
+
+    pruned: Mapping[str, list[int]]
+    """Indices of the ranks that went, by module."""
+
+    added: Mapping[str, int]
+    """New ranks, by module, where there are any."""
+
+    ranks_before: Mapping[str, int]
+    """Rank of every module before the round."""
+
+    ranks_after: Mapping[str, int]
+    """Rank of every module after the round."""
+
+    churn: float | None
+    """Share of the ranks given in the round before that this round pruned; None in the first."""
+
+    lost: int
+    """Units of the budget that no module could receive."""
+
+    spare: int
+    """Units of the budget left for the next round."""
+
+    seconds: float
+    """Wall-clock time of scoring, planning and resizing."""
+
+
+@dataclass(kw_only=True)
+class Record:
+    """The rounds of a run, with what they started from."""
+
+    config: Mapping[str, Any]
+    """The `AllocationConfig` as data."""
+
+    initial_ranks: Mapping[str, int]
+    """Rank of every adapted module before the first round, in model order."""
+
+    rounds: list[Round] = field(default_factory=list)
+    """The rounds so far."""
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank of every module now; 0 for a module that left the adapter."""
+        return dict(self.rounds[-1].ranks_after if self.rounds else self.initial_ranks)
+
+    @property
+    def spare(self) -> int:
+        """Units of the budget that the last round left over."""
+        return self.rounds[-1].spare if self.rounds else 0
+
+    def births(self) -> dict[str, list[int]]:
+        """The round in which each rank was given, 0 for the first ones, by module."""
+        births = {name: [0] * rank for name, rank in self.initial_ranks.items()}
+        for entry in self.rounds:
+            for name, gone in entry.pruned.items():
+                births[name] = [b for i, b in enumerate(births[name]) if i not in set(gone)]
+            for name, count in entry.added.items():
+                births[name] += [entry.round] * count
+        return births
+
+    def save(self, folder: str | Path) -> None:
+        """Write `allocation.json` into a folder."""
+        data = {"version": VERSION, **asdict(self)}
+        path = Path(folder) / FILE_NAME
+        scratch = path.with_suffix(".partial")
+        scratch.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        scratch.replace(path)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Record:
+        """Read `allocation.json` from a folder.
+
+        Raises:
+            FileNotFoundError: There is none.
+            ValueError: It is not a record of this version.
+        """
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} holds no {FILE_NAME}; name the folder of a run or a checkpoint of one."
+            )
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("version") != VERSION:
+                raise ValueError("another version")
+            data["rounds"] = [Round(**entry) for entry in data["rounds"]]
+            return cls(**data)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a record of rounds in version {VERSION} ({error}); "
+                "take the file from the run again."
+            ) from error

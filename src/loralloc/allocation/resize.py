@@ -1,0 +1,243 @@
+"""Changing the rank of LoRA layers in place, while an optimiser trains them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loralloc.allocation.layers import (
+    base_model,
+    lora_config,
+    lora_layers,
+    weight_a,
+    weight_b,
+)
+from loralloc.allocation.policy import Plan
+
+
+def resize(
+    model: nn.Module,
+    to: Plan | Mapping[str, int] | int,
+    *,
+    optimizer: Optimizer | None = None,
+    adapter_name: str = "default",
+    generator: torch.Generator | None = None,
+) -> Plan:
+    """Change the ranks of a LoRA adapter, keeping its scaling and the optimiser's state.
+
+    A module's A and B become new parameters of the new shapes. Ranks that stay keep their weights
+    and their optimiser state; new ranks get a row of A that is Kaiming-uniform (a = sqrt 5), a
+    column of B that is zero and zero state, so that adding them does not change the function. The
+    new parameters take the old ones' places in the optimiser's groups, so learning-rate
+    schedulers go on as they were. `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` follow;
+    a module left with no rank leaves the adapter.
+
+    Args:
+        model: A PEFT model, or a model with an injected LoRA adapter.
+        to: A `Plan`; or a rank for every module; or ranks by module name (modules not named stay
+            as they are), where those that shrink keep the ranks with the largest |B_i| |A_i|.
+        optimizer: The optimiser that trains the adapter; without it new parameters would never
+            train, so leave it out only where nothing trains.
+        adapter_name: PEFT's name of the adapter.
+        generator: Source of the new rows of A, on the CPU; PyTorch's own by default.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: A name is no adapted module, a rank is negative, or all modules would be empty.
+        TypeError: The optimiser keeps state that cannot be cut by rank.
+    """
+    layers = lora_layers(model, adapter_name)
+    plan = to if isinstance(to, Plan) else _plan_by_norm(layers, to, adapter_name)
+    if not any(plan.rank_after(name) for name in plan.kept):
+        raise ValueError("Every module would be left with rank 0; keep at least one rank.")
+    bare = _bare_optimizer(optimizer)
+    if bare is not None:
+        check_optimizer_state(bare)
+    for name in [name for name in plan.kept if plan.pruned.get(name) or plan.added[name]]:
+        layer, kept, added = layers[name], plan.kept[name], plan.added[name]
+        old_a, old_b = weight_a(layer, adapter_name), weight_b(layer, adapter_name)
+        new_a = _resized(old_a, kept, _kaiming_rows(added, old_a, generator), dim=0)
+        new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
+        if bare is not None:
+            _swap_in_optimizer(bare, old_a, new_a, kept, added, dim=0)
+            _swap_in_optimizer(bare, old_b, new_b, kept, added, dim=1)
+        _set_rank(layer, new_a, new_b, adapter_name)
+        if new_a.shape[0] == 0:
+            _remove_from_adapter(model, name, layer, adapter_name)
+    write_patterns(model, adapter_name)
+    if bare is not None:
+        check_optimizer_state(bare)
+    return plan
+
+
+def write_patterns(model: nn.Module, adapter_name: str = "default") -> None:
+    """Make `rank_pattern` and `alpha_pattern` say what the layers are, so that PEFT loads them.
+
+    Keys are regular expressions of which PEFT takes the first match: each is the anchored, escaped
+    full name, for the modules that differ from the configuration's `r` and `lora_alpha`.
+    """
+    config = lora_config(model, adapter_name)
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, layer in lora_layers(model, adapter_name).items():
+        rank, alpha = layer.r[adapter_name], layer.lora_alpha[adapter_name]
+        if (rank, alpha) != (config.r, config.lora_alpha):
+            key = "^" + re.escape(name)
+            config.rank_pattern[key] = rank
+            config.alpha_pattern[key] = alpha
+
+
+def check_optimizer_state(optimizer: Optimizer) -> None:
+    """Check that every state tensor has its parameter's shape.
+
+    Fused optimisers do not check shapes: a stale one makes them write beyond the tensor.
+
+    Raises:
+        TypeError: The optimiser keeps state of another shape, which cannot be cut by rank.
+    """
+    for param, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != param.shape:
+                raise TypeError(
+                    f"{type(optimizer).__name__} keeps `{key}` of shape {tuple(value.shape)} for a "
+                    f"parameter of shape {tuple(param.shape)}, which cannot follow a change of "
+                    'rank; use an optimiser with state shaped like its parameters, such as '
+                    'optim="adamw_torch".'
+                )
+
+
+def _plan_by_norm(
+    layers: Mapping[str, LoraLayer], to: Mapping[str, int] | int, adapter_name: str
+) -> Plan:
+    """A plan that reaches the ranks and keeps the largest |B_i| |A_i|."""
+    target = dict.fromkeys(layers, to) if isinstance(to, int) else dict(to)
+    unknown = [name for name in target if name not in layers]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is not an adapted module; names look like {next(iter(layers))!r}."
+        )
+    kept, added, pruned = {}, {}, {}
+    for name, layer in layers.items():
+        rank = _rank(layer, adapter_name)
+        wanted = target.get(name, rank)
+        if wanted < 0:
+            raise ValueError(f"The rank of {name} is {wanted}; it must be 0 or more.")
+        a, b = weight_a(layer, adapter_name).detach(), weight_b(layer, adapter_name).detach()
+        order = torch.argsort(a.norm(dim=1) * b.norm(dim=0), descending=True, stable=True)
+        kept[name] = tuple(sorted(order[:wanted].tolist()))
+        added[name] = max(0, wanted - rank)
+        gone = tuple(sorted(order[wanted:].tolist()))
+        if gone:
+            pruned[name] = gone
+    return Plan(kept=kept, added=added, pruned=pruned)
+
+
+def _rank(layer: LoraLayer, adapter_name: str) -> int:
+    return int(layer.r[adapter_name])
+
+
+def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """New rows of A, shape (num_rows, in_features): Kaiming-uniform with a = sqrt 5.
+
+    Drawn on the CPU in float32, so that every device and process draws the same.
+    """
+    rows = torch.empty(num_rows, like.shape[1])
+    bound = 1 / math.sqrt(like.shape[1])
+    rows.uniform_(-bound, bound, generator=generator)
+    return rows.to(like)
+
+
+def _resized(
+    old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int
+) -> nn.Parameter:
+    """The kept slices of `old` along `dim`, then `new`."""
+    index = torch.tensor(kept, dtype=torch.long, device=old.device)
+    values = torch.cat([old.detach().index_select(dim, index), new], dim=dim)
+    return nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
+
+
+def _bare_optimizer(optimizer: Any) -> Optimizer | None:
+    """The PyTorch optimiser under wrappers such as Accelerate's."""
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
+    return cast("Optimizer | None", optimizer)
+
+
+def _swap_in_optimizer(
+    optimizer: Optimizer,
+    old: nn.Parameter,
+    new: nn.Parameter,
+    kept: tuple[int, ...],
+    added: int,
+    *,
+    dim: int,
+) -> None:
+    """Put `new` where `old` was, with the kept slices of its state and zeros for new ranks."""
+    state = optimizer.state.pop(old, None)
+    for group in optimizer.param_groups:
+        for slot, param in enumerate(group["params"]):
+            if param is not old:
+                continue
+            if new.numel() == 0:
+                del group["params"][slot]
+                return
+            group["params"][slot] = new
+            if state is not None:
+                optimizer.state[new] = {
+                    key: _resized_state(value, old, kept, added, dim) for key, value in state.items()
+                }
+            return
+    if old.requires_grad:
+        raise ValueError(
+            f"A trainable LoRA parameter of shape {tuple(old.shape)} is not in the optimiser, so "
+            "its resized form would never train; pass the optimiser that trains this adapter."
+        )
+
+
+def _resized_state(value: Any, old: Tensor, kept: tuple[int, ...], added: int, dim: int) -> Any:
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    index = torch.tensor(kept, dtype=torch.long, device=value.device)
+    shape = list(value.shape)
+    shape[dim] = added
+    return torch.cat([value.index_select(dim, index), value.new_zeros(shape)], dim=dim).contiguous()
+
+
+def _set_rank(
+    layer: LoraLayer, new_a: nn.Parameter, new_b: nn.Parameter, adapter_name: str
+) -> None:
+    """Give the layer its new weights and keep its scaling: alpha_m = s * r_m."""
+    rank, scaling = new_a.shape[0], layer.scaling[adapter_name]
+    linear_a, linear_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
+    linear_a.weight, linear_a.out_features = new_a, rank
+    linear_b.weight, linear_b.in_features = new_b, rank
+    layer.r[adapter_name] = rank
+    per_rank = math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank
+    alpha = scaling * per_rank
+    layer.lora_alpha[adapter_name] = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
+
+
+def _remove_from_adapter(
+    model: nn.Module, name: str, layer: LoraLayer, adapter_name: str
+) -> None:
+    """Take an emptied module out of the adapter; PEFT refuses rank 0."""
+    config = lora_config(model, adapter_name)
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?{re.escape(name)}"
+    else:
+        config.exclude_modules = sorted({*(config.exclude_modules or ()), name})
+    for store in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        del store[adapter_name]
+    for values in (layer.r, layer.lora_alpha, layer.scaling):
+        values.pop(adapter_name)
+    if not layer.lora_A:
+        parent_name, _, child = name.rpartition(".")
+        setattr(base_model(model).get_submodule(parent_name), child, layer.get_base_layer())

@@ -1,0 +1,221 @@
+"""The ranks of a run as layers by module kinds, read from its `allocation.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RECORD_NAME = "allocation.json"
+RECORD_VERSION = 1
+
+
+class Cell(NamedTuple):
+    """Ranks at the start of the run and at the round that is shown."""
+
+    start: int
+    now: int
+
+    @property
+    def change(self) -> int:
+        """Ranks gained (positive) or lost (negative) since the start."""
+        return self.now - self.start
+
+
+def total(cells: Iterable[Cell | None]) -> Cell:
+    """The sum of some cells; None stands for a module that a layer does not have."""
+    present = [cell for cell in cells if cell is not None]
+    return Cell(sum(cell.start for cell in present), sum(cell.now for cell in present))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGrid:
+    """Ranks by layer and module kind, at the start and after one round."""
+
+    layers: tuple[int, ...]
+    """Layer indices, ascending."""
+
+    kinds: tuple[str, ...]
+    """Short distinct labels ("q_proj", "attention.output.dense"), in model order."""
+
+    cells: Mapping[tuple[int, str], Cell]
+    """(layer, kind) -> ranks. A module that a layer does not have is absent."""
+
+    others: Mapping[str, Cell]
+    """Adapted modules outside the layers, by full name."""
+
+    shown_round: int
+    """The round whose outcome is shown; 0 is the start."""
+
+    num_rounds: int
+    """Rounds that the run holds."""
+
+    @classmethod
+    def from_allocation(
+        cls, data: Mapping[str, Any], *, shown_round: int | None = None
+    ) -> RankGrid:
+        """The grid of one run.
+
+        Args:
+            data: The content of `allocation.json`.
+            shown_round: Show the ranks after this round; 0 is the start, None the last round.
+
+        Raises:
+            ValueError: `data` is not an allocation record, or holds no such round.
+        """
+        start = _ranks_of(data, "initial_ranks", where="the record")
+        states = {0: start}
+        for entry in _rounds_of(data):
+            number = entry.get("round")
+            if not isinstance(number, int) or isinstance(number, bool) or number in states:
+                raise _unreadable(f'a round has "round": {number!r} where 1, 2, ... belong')
+            states[number] = _ranks_of(entry, "ranks_after", where=f"round {number}")
+            if states[number].keys() != start.keys():
+                raise _unreadable(f"round {number} names other modules than `initial_ranks`")
+        last = max(states)
+        shown = last if shown_round is None else shown_round
+        if shown not in states:
+            held = f"rounds 1 to {last}" if last else "no round"
+            raise ValueError(
+                f"Round {shown} was asked for, but the run holds {held}; "
+                f"give a number from 0 (the start) to {last}."
+            )
+        cells = {name: Cell(rank, states[shown][name]) for name, rank in start.items()}
+        return _arrange(cells, shown_round=shown, num_rounds=last)
+
+    @property
+    def total(self) -> Cell:
+        """Ranks of the whole model."""
+        return total(self.modules)
+
+    @property
+    def modules(self) -> tuple[Cell, ...]:
+        """The ranks of every adapted module, those outside the layers last."""
+        return (*self.cells.values(), *self.others.values())
+
+    @property
+    def common_start(self) -> int | None:
+        """The rank that every module started with, or None where they differ."""
+        starts = {cell.start for cell in self.modules}
+        return starts.pop() if len(starts) == 1 else None
+
+
+def read_allocation(run: Path) -> dict[str, Any]:
+    """The content of a run folder's `allocation.json`.
+
+    Raises:
+        ValueError: There is no such folder, it holds no such file, or the file is not JSON.
+    """
+    if not run.is_dir():
+        raise ValueError(
+            f"{run} is not a folder; give the output folder of a `loralloc train` run, "
+            f"the one that holds {RECORD_NAME}."
+        )
+    path = run / RECORD_NAME
+    if not path.is_file():
+        below = [str(found.parent) for found in sorted(run.glob(f"*/{RECORD_NAME}"))]
+        hint = f"did you mean {' or '.join(below[:3])}?" if below else "give a run's output folder."
+        raise ValueError(f"{run} holds no {RECORD_NAME}, so there are no ranks to show; {hint}")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also a UnicodeDecodeError
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); restore the file or train again."
+        ) from error
+    if not isinstance(data, dict):
+        raise _unreadable("it is not a JSON object")
+    if data.get("version") != RECORD_VERSION:
+        raise ValueError(
+            f"{path} has version {data.get('version')!r}, but this loralloc reads version "
+            f"{RECORD_VERSION}; use the loralloc that wrote the run."
+        )
+    return data
+
+
+def split_name(module: str) -> tuple[str, int, str] | None:
+    """A dotted name as (stack, layer, kind), parted at its first integer.
+
+    "model.layers.3.mlp.up_proj" is ("model.layers", 3, "mlp.up_proj"). None for a name without an
+    integer, or with nothing after it ("lm_head", "classifier.0"): no module of a layer.
+    """
+    parts = module.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if part.isdecimal():
+            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
+    return None
+
+
+def short_labels(kinds: Sequence[str]) -> dict[str, str]:
+    """For each kind, its shortest dotted suffix that ends no other kind (else its whole name)."""
+    labels = {}
+    for kind in kinds:
+        parts = kind.split(".")
+        suffixes = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+        labels[kind] = next(
+            (s for s in suffixes if sum(f".{k}".endswith(f".{s}") for k in kinds) == 1), kind
+        )
+    return labels
+
+
+def _arrange(cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int) -> RankGrid:
+    """Puts modules given by name into layers and kinds."""
+    places = {name: split_name(name) for name in cells}
+    kinds_of: dict[str, list[str]] = {}  # stack -> its kinds, both in model order
+    for place in places.values():
+        if place is not None:
+            stack, _, kind = place
+            kinds = kinds_of.setdefault(stack, [])
+            if kind not in kinds:
+                kinds.append(kind)
+    label_of = {
+        (stack, kind): prefix + label
+        for stack, prefix in zip(kinds_of, _stack_prefixes(list(kinds_of)), strict=True)
+        for kind, label in short_labels(kinds_of[stack]).items()
+    }
+    placed = {
+        (place[1], label_of[place[0], place[2]]): cells[name]
+        for name, place in places.items()
+        if place is not None
+    }
+    return RankGrid(
+        layers=tuple(sorted({layer for layer, _ in placed})),
+        kinds=tuple(label_of.values()),
+        cells=placed,
+        others={name: cells[name] for name, place in places.items() if place is None},
+        shown_round=shown_round,
+        num_rounds=num_rounds,
+    )
+
+
+def _stack_prefixes(stacks: Sequence[str]) -> list[str]:
+    """What tells several stacks of layers apart ("encoder.", "decoder."); "" for a single one."""
+    names = [stack.split(".") for stack in stacks]
+    shared = set.intersection(*map(set, names)) if names else set()
+    prefixes = [".".join([*(part for part in name if part not in shared), ""]) for name in names]
+    distinct = len(set(prefixes)) == len(prefixes)
+    return prefixes if distinct else [f"{stack}." for stack in stacks]
+
+
+def _rounds_of(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    rounds = data.get("rounds")
+    if not isinstance(rounds, list) or not all(isinstance(entry, dict) for entry in rounds):
+        raise _unreadable("`rounds` is not a list of objects")
+    return rounds
+
+
+def _ranks_of(entry: Mapping[str, Any], key: str, *, where: str) -> dict[str, int]:
+    ranks = entry.get(key)
+    if not isinstance(ranks, dict) or not ranks:
+        raise _unreadable(f"{where} holds no `{key}`")
+    for module, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+            raise _unreadable(f"`{key}` of {where} gives {module} the rank {rank!r}")
+    return dict(ranks)
+
+
+def _unreadable(reason: str) -> ValueError:
+    return ValueError(
+        f"{RECORD_NAME} is not a record of a run: {reason}; restore the file or train again."
+    )

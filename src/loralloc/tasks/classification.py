@@ -1,0 +1,133 @@
+"""From rows to what a classifier reads: a text and the number of its label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from loralloc.tasks.columns import row_error, to_examples
+from loralloc.tasks.source import Split
+from loralloc.tasks.task import RowError, Task
+
+TEXT_COLUMNS = ("text", "sentence")
+LABEL_COLUMN = "label"
+
+
+def to_classification(
+    splits: Mapping[str, Split],
+    task: Task | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> tuple[dict[str, Split], tuple[str, ...]]:
+    """Give every split the columns `text` (str) and `label` (int); return the label names too.
+
+    With a task, the task decides. Without one the text is in `text_column` (otherwise the first
+    of `TEXT_COLUMNS` that is there) and the label in `label_column` (otherwise "label"). Label
+    names come from the data set's schema where it has them, otherwise from the train split (or
+    the first there is): its distinct labels, whole numbers or texts, in ascending order.
+
+    Raises:
+        ValueError: If columns are missing, the task has no labels, there are fewer than two, or
+            a row has no text or a label that is not among them; one sentence.
+    """
+    if task is not None:
+        if text_column is not None or label_column is not None:
+            raise ValueError(
+                f"The task {task.name} knows its columns: leave out text_column and label_column."
+            )
+        if not task.labels:
+            raise ValueError(f"The task {task.name} generates text and has no labels to predict.")
+        rows = {name: _task_rows(split, task) for name, split in splits.items()}
+        return rows, task.labels
+
+    first = splits.get("train") or next(iter(splits.values()))
+    label = label_column or LABEL_COLUMN
+    _text_column(first, text_column, label)
+    values = _label_values(first, label)
+    by_value = {value: index for index, value in enumerate(values)}
+    names = _schema_names(first, label) or tuple(str(value) for value in values)
+    rows = {
+        name: _column_rows(split, _text_column(split, text_column, label), label, by_value)
+        for name, split in splits.items()
+    }
+    return rows, names
+
+
+def _task_rows(split: Split, task: Task) -> Split:
+    examples = to_examples(split, task)
+    return _with_columns(
+        split,
+        texts=[example.text for example in examples],
+        labels=[example.label for example in examples],
+    )
+
+
+def _column_rows(split: Split, text: str, label: str, by_value: Mapping[int | str, int]) -> Split:
+    texts, labels = [], []
+    for number, row in enumerate(split.dataset.select_columns([text, label]), start=1):
+        try:
+            if not isinstance(row[text], str):
+                raise RowError(text, f"must be text and is {row[text]!r:.60}")
+            if not isinstance(row[label], int | str) or row[label] not in by_value:
+                known = ", ".join(repr(value) for value in by_value)
+                raise RowError(label, f"must be one of {known:.200} and is {row[label]!r:.60}")
+        except RowError as error:
+            raise row_error(split, number, error) from error
+        texts.append(row[text])
+        labels.append(by_value[row[label]])
+    return _with_columns(split, texts=texts, labels=labels)
+
+
+def _with_columns(
+    split: Split, *, texts: Sequence[str | None], labels: Sequence[int | None]
+) -> Split:
+    from datasets import Dataset
+
+    return replace(split, dataset=Dataset.from_dict({"text": texts, "label": labels}))
+
+
+def _text_column(split: Split, text_column: str | None, label: str) -> str:
+    """Return the column of the text, once it and that of the label are known to be there."""
+    found = split.dataset.column_names
+    candidates = (text_column,) if text_column else TEXT_COLUMNS
+    for text in candidates:
+        if text in found and label in found:
+            return text
+    raise ValueError(
+        f"{split.source} has the columns {', '.join(found)}, and classification reads "
+        f"{' or '.join(candidates)} with {label}: name others with text_column and label_column."
+    )
+
+
+def _label_values(split: Split, column: str) -> Sequence[int | str]:
+    """List the distinct labels in ascending order; in a schema with names, all numbers of it."""
+    names = _schema_names(split, column)
+    if names is not None:
+        return list(range(len(names)))
+    numbers: set[int] = set()
+    texts: set[str] = set()
+    for number, value in enumerate(split.dataset[column], start=1):
+        if isinstance(value, str):
+            texts.add(value)
+        elif isinstance(value, int):
+            numbers.add(value)
+        else:
+            error = RowError(column, f"must be a whole number or a text and is {value!r:.60}")
+            raise row_error(split, number, error)
+    if numbers and texts:
+        raise ValueError(
+            f"{split.source}: the column '{column}' mixes numbers and texts; use one of them."
+        )
+    if len(numbers) + len(texts) < 2:
+        raise ValueError(
+            f"{split.source}: every row has the same {column}; a classifier needs at least two."
+        )
+    return sorted(numbers) or sorted(texts)
+
+
+def _schema_names(split: Split, column: str) -> tuple[str, ...] | None:
+    from datasets import ClassLabel
+
+    feature = split.dataset.features[column]
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None

@@ -1,0 +1,119 @@
+"""What a task is: a data set whose rows become a prompt, a response and perhaps a label."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+Metric = Literal["accuracy", "bleu"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One row, as a language model and as an encoder classifier read it."""
+
+    prompt: str
+    """What the model is given; ends in no white space, so that its tokens do not depend on
+    what follows."""
+
+    response: str
+    """What the loss is on and what a prediction is compared with, without white space around
+    it."""
+
+    label: int | None = None
+    """Index into the task's labels; None where the task generates text."""
+
+    text: str | None = None
+    """What an encoder classifier reads; None where the task generates text."""
+
+    references: tuple[str, ...] = ()
+    """All texts that a generated one is measured against; empty where the task has labels."""
+
+    @property
+    def completion(self) -> str:
+        """The response behind the one blank that joins it to the prompt.
+
+        Byte-level and SentencePiece tokenisers keep a blank with the word after it, so the
+        tokens of the prompt are a prefix of the tokens of prompt + completion. (A line break
+        at the end of the prompt would not be as safe: some vocabularies merge it with the full
+        stop before it.) Every task is joined in this way.
+        """
+        return " " + self.response
+
+
+class Task(Protocol):
+    """A data set with its prompt and its metric (Liu et al. 2024, Appendices B and C)."""
+
+    name: str
+    """The name on the command line, in lower case."""
+
+    hub_name: str | None
+    """The data set on the Hub; None for rows that loralloc makes itself."""
+
+    hub_config: str | None
+    """The configuration of the Hub data set, where it has several."""
+
+    licence: str
+    """The licence of the rows, or a word on why there is none."""
+
+    metric: Metric
+    """How predictions are scored."""
+
+    labels: tuple[str, ...]
+    """The response of each label, in the order of the label's index; empty for generation."""
+
+    columns: tuple[str, ...]
+    """The columns that every row must have."""
+
+    def example(self, row: Mapping[str, object]) -> Example:
+        """Turn one row into an example.
+
+        Raises:
+            RowError: If a field of the row breaks the task's contract.
+        """
+        ...
+
+
+class RowError(ValueError):
+    """A row breaks the contract of its task; who reads the file adds its name and the row."""
+
+    def __init__(self, field: str, message: str) -> None:
+        """Name the field, and say what is wrong with it in words that follow its name."""
+        super().__init__(f"field '{field}' {message}")
+        self.field = field
+        self.message = message
+
+
+def text_field(row: Mapping[str, object], field: str) -> str:
+    """Return a field that must hold text, without the white space around it.
+
+    Raises:
+        RowError: If the field is missing, is not a string or holds only white space.
+    """
+    value = row.get(field)
+    if value is None:
+        raise RowError(field, "is missing")
+    if not isinstance(value, str):
+        raise RowError(field, f"must be text and is {value!r}")
+    if not value.strip():
+        raise RowError(field, "is empty")
+    return value.strip()
+
+
+def label_field(row: Mapping[str, object], field: str, *, labels: tuple[str, ...]) -> int:
+    """Return a field that must hold the index of one of the labels.
+
+    Raises:
+        RowError: If the field is missing or is not such an index. The Hub marks a hidden label
+            with -1, and the message says so.
+    """
+    value = row.get(field)
+    if value is None:
+        raise RowError(field, "is missing")
+    if value == -1:
+        raise RowError(field, "is -1, the mark of a hidden label: choose a split with labels")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(labels):
+        meaning = ", ".join(f"{index} ({label})" for index, label in enumerate(labels))
+        raise RowError(field, f"must be one of {meaning} and is {value!r}")
+    return value

@@ -1,0 +1,147 @@
+"""Checkpoints without pickles: the optimiser's tensors in safetensors, all else in JSON."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TENSORS = "training_state.safetensors"
+VALUES = "training_state.json"
+
+
+class SafeCheckpoints:
+    """Mixin for a `transformers.Trainer` that runs in one process.
+
+    Optimiser, scheduler, gradient scaler and random generators are saved as plain data, so that a
+    run folder can be shared and opened without running code from it.
+    """
+
+    # What Trainer provides, for the type checker.
+    args: Any
+    optimizer: Any
+    lr_scheduler: Any
+    accelerator: Any
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        # Trainer pickles its arguments there; they are in the run folder's settings.json.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        state = self.optimizer.state_dict()
+        tensors: dict[str, Tensor] = {}
+        values = {
+            "optimizer": _take_tensors(state, "optimizer", tensors),
+            "scheduler": _take_tensors(self.lr_scheduler.state_dict(), "scheduler", tensors),
+            "random": _take_tensors(_random_state(), "random", tensors),
+        }
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None:
+            values["scaler"] = _take_tensors(scaler.state_dict(), "scaler", tensors)
+        save_file(tensors, Path(output_dir) / TENSORS)
+        (Path(output_dir) / VALUES).write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Already saved with the optimiser."""
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Already saved with the optimiser."""
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = _read(checkpoint)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        scaler = getattr(self.accelerator, "scaler", None)
+        if checkpoint is not None and scaler is not None:
+            scaler.load_state_dict(_read(checkpoint)["scaler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            _set_random_state(_read(checkpoint)["random"])
+
+
+def _read(checkpoint: str) -> Any:
+    folder = Path(checkpoint)
+    missing = [name for name in (TENSORS, VALUES) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{checkpoint} lacks {missing[0]}, so the optimiser cannot go on where it was; resume "
+            "from a checkpoint that loralloc wrote."
+        )
+    values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
+    return _put_tensors(values, load_file(folder / TENSORS))
+
+
+def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON data, with its tensors moved to `tensors` under their path."""
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous()
+        return {"tensor": path}
+    if isinstance(value, dict):
+        return {
+            "dict": [
+                [key, _take_tensors(item, f"{path}.{key}", tensors)] for key, item in value.items()
+            ]
+        }
+    if isinstance(value, (list, tuple)):
+        items = [_take_tensors(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": items}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"A {type(value).__name__} at {path} cannot be kept in a checkpoint.")
+
+
+def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_take_tensors`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "dict":
+        return {key: _put_tensors(item, tensors) for key, item in content}
+    items = [_put_tensors(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, *rest = np.random.get_state()
+    state = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest),
+        "cpu": torch.random.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.random.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def last_checkpoint(folder: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run; one that a kill cut short is passed over."""
+    whole = [
+        path
+        for path in Path(folder).glob("checkpoint-*")
+        # Trainer writes its state last.
+        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
+    ]
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -1,0 +1,298 @@
+"""A whole run: from settings to a folder that stock PEFT opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
+from trl import get_dataset, get_quantization_config
+
+from loralloc.allocation.record import FILE_NAME as RECORD_NAME
+from loralloc.allocation.record import Round
+from loralloc.tasks.catalog import get_task
+from loralloc.tasks.classification import to_classification
+from loralloc.tasks.source import Split, load_splits
+from loralloc.tasks.task import Task
+from loralloc.training import card, settings as settings_module
+from loralloc.training.attach import AllocationCallback, attach
+from loralloc.training.checkpoint import last_checkpoint
+from loralloc.training.classification import classification_trainer
+from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
+from loralloc.training.settings import Settings
+from loralloc.training.sft import sft_trainer
+from loralloc.training.targets import resolve_targets
+
+METRICS_NAME = "metrics.jsonl"
+HOLD_OUT_SEED = 0
+"""Seed of a development set held out from training data: the split's own, not the run's."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything that training needs, checked and ready."""
+
+    settings: Settings
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    trainer: Trainer
+    allocation: AllocationCallback
+    splits: dict[str, Split]
+    """The rows as loaded, with the development set that was held out where there was none."""
+
+    task: Task | None
+    head: Head
+
+
+def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = None) -> Run:
+    """Load data and model, build the trainer and attach the allocation.
+
+    What can be refused is refused here, before anything is written.
+
+    Raises:
+        ValueError: Settings, data and model do not fit together; one sentence.
+        TypeError: The adapter or the way of running has no rank allocation.
+    """
+    if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
+        raise ValueError("`use_peft` is false, but loralloc trains LoRA adapters; leave it out.")
+    task = get_task(settings.run.task) if settings.run.task else None
+    splits = _with_validation(_load_splits(settings, task), settings)
+    name, model_options = settings.model.model_name_or_path, _model_options(settings)
+    revision = {k: model_options[k] for k in ("revision", "trust_remote_code")}
+    head = _choose_head(settings, task, name, revision)
+    tokenizer = load_tokenizer(name, **revision)
+    set_seed(settings.training.seed)  # before the adapter's weights are drawn
+    if head == "classification":
+        labelled, labels = to_classification(
+            splits,
+            task,
+            text_column=settings.run.text_column,
+            label_column=settings.run.label_column,
+        )
+        # Its head trains in float32, and so does the small backbone below it.
+        model_options["dtype"] = model_options["dtype"] or torch.float32
+        names = {"id2label": dict(enumerate(labels)), "label2id": {l: i for i, l in enumerate(labels)}}
+        model = load_model(name, head=head, num_labels=len(labels), **names, **model_options)
+        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS))
+        trainer: Trainer = classification_trainer(
+            adapted, tokenizer, settings.training, labelled, max_length=settings.training.max_length
+        )
+    else:
+        model = load_model(name, head=head, **model_options)
+        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
+        trainer = sft_trainer(adapted, tokenizer, settings.training, splits, task)
+    callback = attach(trainer, settings.allocation, on_round=on_round)
+    return Run(
+        settings=settings,
+        model=adapted,
+        tokenizer=tokenizer,
+        trainer=trainer,
+        allocation=callback,
+        splits=splits,
+        task=task,
+        head=head,
+    )
+
+
+def train(run: Run, *, checkpoint: Path | None = None) -> None:
+    """Train, and write the run folder.
+
+    Args:
+        run: What `prepare` gave.
+        checkpoint: Where to go on from, as `last_checkpoint` gives it.
+    """
+    folder = run.settings.output_dir
+    run.settings.save()
+    run.trainer.add_callback(MetricsWriter(folder / METRICS_NAME))
+    run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    run.model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    card.write(
+        folder,
+        base_model=str(run.settings.model.model_name_or_path),
+        data=_data_name(run.settings),
+        head=run.head,
+        record=run.allocation.record,
+        log=run.trainer.state.log_history,
+    )
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    names = (settings_module.FILE_NAME, RECORD_NAME, "adapter_config.json")
+    return any((folder / name).exists() for name in names)
+
+
+def clear(folder: Path) -> None:
+    """Remove what a run writes from its folder, and nothing else."""
+    for path in folder.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    written = (
+        settings_module.FILE_NAME,
+        RECORD_NAME,
+        METRICS_NAME,
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    )
+    for name in written:
+        (folder / name).unlink(missing_ok=True)
+
+
+def checkpoint_to_resume(folder: Path) -> Path:
+    """The checkpoint that `--resume` goes on from.
+
+    Raises:
+        ValueError: The run was ended before its first checkpoint.
+    """
+    found = last_checkpoint(folder)
+    if found is None:
+        raise ValueError(
+            f"The run in {folder} has no checkpoint yet, so there is nothing to resume; start "
+            "again with `--overwrite`."
+        )
+    return found
+
+
+class MetricsWriter(TrainerCallback):
+    """Every log entry of a run as a line of JSON."""
+
+    def __init__(self, path: Path) -> None:
+        """Write to `path`, after what is there."""
+        self._path = path
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write one entry."""
+        line = json.dumps({"step": state.global_step, **(logs or {})}, default=float)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+def _load_splits(settings: Settings, task: Task | None) -> dict[str, Split]:
+    script, run = settings.script, settings.run
+    if settings.mixture.datasets:
+        loaded = get_dataset(settings.mixture)
+        return {
+            name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
+            for name, rows in loaded.items()
+        }
+    name = script.dataset_name or ("demo" if run.task == "demo" else task.hub_name if task else None)
+    if name is None:
+        raise ValueError(
+            "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
+        )
+    names = None
+    chosen = {"train": script.dataset_train_split, "validation": script.dataset_test_split}
+    given = {k: v for k, v in chosen.items() if settings.sources.get(_SPLIT_FIELDS[k])}
+    if given:
+        names = {"train": script.dataset_train_split, **given}
+    config = script.dataset_config or (task.hub_config if task and not script.dataset_name else None)
+    return load_splits(name, config=config, split_names=names)
+
+
+_SPLIT_FIELDS = {"train": "dataset_train_split", "validation": "dataset_test_split"}
+
+
+def _with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
+    """Hold a development set out of the training data where the data has none."""
+    if "train" not in splits:
+        raise ValueError(
+            f"There is no train split, only {', '.join(splits)}; name one with "
+            "`--dataset_train_split`."
+        )
+    if "validation" in splits:
+        return splits
+    train, size = splits["train"], settings.run.validation_examples
+    if size >= len(train.dataset):
+        raise ValueError(
+            f"{train.source} has {len(train.dataset)} rows and no validation split, and "
+            f"`validation_examples` would hold out {size}; lower it or add a validation file."
+        )
+    parts = train.dataset.train_test_split(test_size=size, seed=HOLD_OUT_SEED)
+    return {
+        **splits,
+        "train": dataclasses.replace(train, dataset=parts["train"]),
+        "validation": Split(
+            name="validation", dataset=parts["test"], source=f"{size} rows held out of {train.source}"
+        ),
+    }
+
+
+def _choose_head(
+    settings: Settings, task: Task | None, name: str, revision: dict[str, Any]
+) -> Head:
+    chosen = settings.run.head
+    encoder = is_encoder(name, **revision)
+    if chosen == "auto":
+        return "classification" if encoder else "lm"
+    if chosen == "lm" and encoder:
+        raise ValueError(
+            f"{name} is an encoder and cannot generate; use `--head classification` or a causal "
+            "language model."
+        )
+    return "classification" if chosen == "classification" else "lm"
+
+
+def _model_options(settings: Settings) -> dict[str, Any]:
+    model = settings.model
+    dtype = getattr(torch, model.dtype, None) if isinstance(model.dtype, str) else None
+    if model.dtype not in (None, "auto") and not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"`dtype` is {model.dtype!r}; use 'float32', 'bfloat16', 'float16' or 'auto'."
+        )
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "revision": model.model_revision,
+        "trust_remote_code": settings.training.trust_remote_code,
+    }
+    if model.attn_implementation:
+        options["attn_implementation"] = model.attn_implementation
+    quantization = get_quantization_config(model)
+    if quantization is not None:
+        options["quantization_config"] = quantization
+    return options
+
+
+def _lora_config(settings: Settings, model: Any, task_type: TaskType) -> LoraConfig:
+    wanted = settings.model
+    return LoraConfig(
+        r=wanted.lora_r,
+        lora_alpha=wanted.lora_alpha,
+        lora_dropout=wanted.lora_dropout,
+        target_modules=resolve_targets(model, wanted.lora_target_modules),
+        modules_to_save=wanted.lora_modules_to_save,
+        use_rslora=wanted.use_rslora,
+        use_dora=wanted.use_dora,
+        task_type=task_type,
+    )
+
+
+def _data_name(settings: Settings) -> str:
+    return str(settings.script.dataset_name or settings.run.task or "a mixture of data sets")
+
+
+def log_entries(run: Run, key: str) -> Sequence[tuple[int, float]]:
+    """(step, value) of every log entry that has `key`."""
+    return [(entry["step"], entry[key]) for entry in run.trainer.state.log_history if key in entry]

@@ -1,0 +1,68 @@
+"""Which modules to adapt: the linear layers of every block, or what the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Names of all linear layers, quantised ones included, in model order."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
+    ]
+
+
+def block_linears(model: nn.Module) -> list[str]:
+    """What to adapt by default: every linear layer of every transformer block.
+
+    Names are given from the block on ("self_attn.q_proj"), so that they match in every block and,
+    unlike the last component alone, nothing outside the blocks (BERT's pooler is a "dense" too).
+    """
+    suffixes: dict[str, None] = {}
+    for name in linear_names(model):
+        parts = name.split(".")
+        for index, part in enumerate(parts[1:], start=1):
+            parent = model.get_submodule(".".join(parts[:index]))
+            if part.isdigit() and isinstance(parent, nn.ModuleList):
+                suffixes[".".join(parts[index + 1 :])] = None
+                break
+    if not suffixes:
+        raise ValueError(
+            "The model has no list of transformer blocks with linear layers; name the modules to "
+            "adapt in `lora_target_modules`."
+        )
+    return list(suffixes)
+
+
+def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None) -> list[str] | str:
+    """What PEFT's `target_modules` should be, with every name checked.
+
+    Args:
+        model: The backbone, not yet adapted.
+        wanted: Names or endings of names; one string is "all-linear" or a regular expression, as
+            in PEFT; None for all linear layers of every block.
+
+    Raises:
+        ValueError: A name matches no linear layer.
+    """
+    if wanted is None:
+        return block_linears(model)
+    if isinstance(wanted, str) or list(wanted) == ["all-linear"]:
+        return wanted if isinstance(wanted, str) else "all-linear"
+    names = linear_names(model)
+    leaves = {name.rpartition(".")[2] for name in names}
+    for target in wanted:
+        if any(name == target or name.endswith("." + target) for name in names):
+            continue
+        near = get_close_matches(target, sorted(leaves | set(block_linears(model))), n=3)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else (
+            f"linear layers end in {', '.join(sorted(leaves))}."
+        )
+        raise ValueError(f"`lora_target_modules` names {target!r}, which matches no module; {hint}")
+    return list(wanted)
