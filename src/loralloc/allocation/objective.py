@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
+
+from loralloc.allocation.layers import base_model
 
 IGNORED = -100
 """Label of a position that no loss is taken on, everywhere in Transformers."""
@@ -20,8 +22,8 @@ Batch = Mapping[str, Any]
 class Objective:
     """The scoring batch B_val and the loss on it, in micro-batches.
 
-    Losses are taken in evaluation mode and in float32. For a causal language model the head runs
-    at supervised positions only, whatever the model: a hook on the head's input selects them.
+    Losses are taken in evaluation mode and in float32, a causal language model's at supervised
+    positions only.
 
     Args:
         model: The adapted model, not wrapped for several processes.
@@ -31,7 +33,7 @@ class Objective:
 
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model = model
-        self.is_causal = _is_causal_lm(model)
+        self.is_causal = is_causal_lm(model)
         self.batches = [b for b in batches if self._num_targets(b)]
         self.num_targets = sum(self._num_targets(batch) for batch in self.batches)
         if self.num_targets == 0:
@@ -49,7 +51,8 @@ class Objective:
         """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.is_causal:
-            return self._language_model_loss(inputs)
+            logits, targets = supervised_logits(self.model, inputs)
+            return F.cross_entropy(logits.float(), targets, reduction="sum")
         labels = inputs.get("labels")
         outputs = self.model(**inputs)
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
@@ -73,22 +76,6 @@ class Objective:
             for module, mode in modes.items():
                 module.training = mode
 
-    def _language_model_loss(self, inputs: dict[str, Any]) -> Tensor:
-        labels = inputs.pop("labels")
-        targets = labels[:, 1:]
-        supervised = targets != IGNORED
-
-        def keep_supervised(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            hidden = args[0]  # (batch, length, hidden) -> (1, num_supervised, hidden)
-            return (hidden[:, :-1][supervised].unsqueeze(0), *args[1:])
-
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_supervised)
-        try:
-            logits = self.model(**inputs, use_cache=False).logits
-        finally:
-            handle.remove()
-        return F.cross_entropy(logits[0].float(), targets[supervised], reduction="sum")
-
     def _num_targets(self, batch: Batch) -> int:
         """Positions (causal), labels (otherwise) or examples (spans) that loss is taken on."""
         if "labels" not in batch:
@@ -99,10 +86,37 @@ class Objective:
         return int((labels != IGNORED).sum())
 
 
-def _is_causal_lm(model: nn.Module) -> bool:
-    from loralloc.allocation.layers import base_model
+def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Run a causal language model with its head at supervised positions only.
 
-    name = type(base_model(model)).__name__
-    return name.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")) and not getattr(
-        model.config, "is_encoder_decoder", False
-    )
+    A hook on the head's input selects them, so that nothing need be known about the model.
+
+    Args:
+        model: The model, adapted or not.
+        inputs: Arguments of its forward on the model's device; `labels` as Transformers has them,
+            one for each input position and not yet shifted.
+
+    Returns:
+        Logits of shape (num_supervised, vocabulary) and targets of shape (num_supervised,).
+    """
+    inputs = dict(inputs)
+    targets = inputs.pop("labels")[:, 1:]
+    supervised = targets != IGNORED
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]  # (batch, length, hidden) -> (1, num_supervised, hidden)
+        return (hidden[:, :-1][supervised].unsqueeze(0), *args[1:])
+
+    handle = base_model(model).get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits = model(**{**inputs, "use_cache": False}).logits
+    finally:
+        handle.remove()
+    return logits[0], targets[supervised]
+
+
+def is_causal_lm(model: nn.Module) -> bool:
+    """Whether the model predicts each next token, so that labels are to be shifted."""
+    base = base_model(model)
+    names = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    return type(base).__name__.endswith(names) and not base.config.is_encoder_decoder

@@ -104,12 +104,16 @@ class Record:
                 births[name] += [entry.round] * count
         return births
 
+    def as_data(self) -> dict[str, Any]:
+        """What `allocation.json` holds."""
+        return {"version": VERSION, **asdict(self)}
+
     def save(self, folder: str | Path) -> None:
         """Write `allocation.json` into a folder."""
-        data = {"version": VERSION, **asdict(self)}
         path = Path(folder) / FILE_NAME
+        # Renamed when whole, so that a kill leaves no half-written record.
         scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps(data) + "\n", encoding="utf-8")
+        scratch.write_text(json.dumps(self.as_data()) + "\n", encoding="utf-8")
         scratch.replace(path)
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,6 +12,8 @@ from loralloc.tasks.task import RowError, Task
 
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMN = "label"
+
+_WHOLE_NUMBER = re.compile(r"-?\d+")
 
 
 def to_classification(
@@ -25,7 +28,8 @@ def to_classification(
     With a task, the task decides. Without one the text is in `text_column` (otherwise the first
     of `TEXT_COLUMNS` that is there) and the label in `label_column` (otherwise "label"). Label
     names come from the data set's schema where it has them, otherwise from the train split (or
-    the first there is): its distinct labels, whole numbers or texts, in ascending order.
+    the first there is): its distinct labels, whole numbers or texts, in ascending order
+    (of value where every text is a whole number, as in a CSV file).
 
     Raises:
         ValueError: If columns are missing, the task has no labels, there are fewer than two, or
@@ -108,7 +112,7 @@ def _label_values(split: Split, column: str) -> Sequence[int | str]:
     numbers: set[int] = set()
     texts: set[str] = set()
     for number, value in enumerate(split.dataset[column], start=1):
-        if isinstance(value, str):
+        if isinstance(value, str) and value.strip():
             texts.add(value)
         elif isinstance(value, int):
             numbers.add(value)
@@ -123,7 +127,9 @@ def _label_values(split: Split, column: str) -> Sequence[int | str]:
         raise ValueError(
             f"{split.source}: every row has the same {column}; a classifier needs at least two."
         )
-    return sorted(numbers) or sorted(texts)
+    if all(_WHOLE_NUMBER.fullmatch(text) for text in texts):
+        return sorted(numbers) or sorted(texts, key=int)
+    return sorted(texts)
 
 
 def _schema_names(split: Split, column: str) -> tuple[str, ...] | None:

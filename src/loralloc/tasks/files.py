@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +11,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from datasets import Dataset
 
-_WHOLE_NUMBER = re.compile(r"-?(0|[1-9]\d{0,17})")
 _PARQUET_MAGIC = b"PAR1"
 
 
 def read_table(path: Path) -> Dataset:
     """Read all rows of a file into memory; which reader is told by the end of its name.
 
-    Values are taken as they are written: a date stays text, "NA" stays text. CSV has text only,
-    so a CSV column in which every value is a whole number becomes integers. A field that some
-    rows lack is None in those. A column may mix types: who reads it names the offending row.
+    Values are taken as they are written: a date stays text, "NA" stays text, and all of CSV is
+    text. A field that some rows lack is None in those. A column may mix types: who reads it
+    names the offending row.
 
     Raises:
         ValueError: If the file cannot be read as what its name says; one sentence with the file
@@ -103,13 +101,7 @@ def _read_csv(path: Path) -> Dataset:
         csv.field_size_limit(limit)
     if len(set(header)) < len(header):
         raise ValueError(f"{path} names a column twice in its header: {', '.join(header)}.")
-    return _dataset(path, {n: _numbers(c) for n, c in zip(header, columns, strict=True)})
-
-
-def _numbers(values: list[str]) -> list[str] | list[int]:
-    if values and all(_WHOLE_NUMBER.fullmatch(value) for value in values):
-        return [int(value) for value in values]
-    return values
+    return _dataset(path, dict(zip(header, columns, strict=True)))
 
 
 def _read_parquet(path: Path) -> Dataset:

@@ -95,14 +95,14 @@ def text_field(row: Mapping[str, object], field: str) -> str:
     if value is None:
         raise RowError(field, "is missing")
     if not isinstance(value, str):
-        raise RowError(field, f"must be text and is {value!r}")
+        raise RowError(field, f"must be text and is {value!r:.60}")
     if not value.strip():
         raise RowError(field, "is empty")
     return value.strip()
 
 
 def label_field(row: Mapping[str, object], field: str, *, labels: tuple[str, ...]) -> int:
-    """Return a field that must hold the index of one of the labels.
+    """Return a field that must hold the index of one of the labels, as a number or its digits.
 
     Raises:
         RowError: If the field is missing or is not such an index. The Hub marks a hidden label
@@ -111,9 +111,11 @@ def label_field(row: Mapping[str, object], field: str, *, labels: tuple[str, ...
     value = row.get(field)
     if value is None:
         raise RowError(field, "is missing")
-    if value == -1:
+    digits = str(value) if isinstance(value, int | str) else ""  # "True" is not an index
+    if digits == "-1":
         raise RowError(field, "is -1, the mark of a hidden label: choose a split with labels")
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(labels):
+    indices = [str(index) for index in range(len(labels))]
+    if digits not in indices:
         meaning = ", ".join(f"{index} ({label})" for index, label in enumerate(labels))
-        raise RowError(field, f"must be one of {meaning} and is {value!r}")
-    return value
+        raise RowError(field, f"must be one of {meaning} and is {value!r:.60}")
+    return indices.index(digits)

@@ -4,21 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from datasets import Dataset
+from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from loralloc.allocation.objective import IGNORED, supervised_logits
 from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.checkpoint import SafeCheckpoints
 
+MOST_LOGITS = 2**27
+"""Logits held at once, half a gigabyte in float32; beyond, TRL's chunks bound the memory."""
+
 ROW = "source_row"
 """Column that remembers each example's row while TRL prepares the data."""
 
 
-class SafeSFTTrainer(SafeCheckpoints, SFTTrainer):
-    """TRL's trainer, with checkpoints that hold no pickles."""
+class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):
+    """TRL's trainer with checkpoints that hold no pickles and a head that works where loss is.
+
+    TRL's fused head bounds memory by recomputing in chunks, in float32; on a CPU that is half of
+    a small model's step. Where the logits at supervised positions fit, they are computed once.
+    """
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy at supervised positions; TRL's own way for all that is not plain."""
+        mode = "train" if self.model.training else "eval"
+        if return_outputs or not self._is_plain(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        logits, targets = supervised_logits(model, inputs)
+        total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        if mode == "train" and "attention_mask" in inputs:
+            self._total_train_tokens += int(inputs["attention_mask"].sum())
+        correct = (logits.detach().argmax(dim=-1) == targets).float().mean()
+        self._metrics[mode]["mean_token_accuracy"].append(float(correct))
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(count).clamp(min=1)
+
+    def _is_plain(self, inputs: Any) -> bool:
+        num_logits = int((inputs["labels"] != IGNORED).sum()) * self.model.config.vocab_size
+        return (
+            0 < num_logits <= MOST_LOGITS
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+        )
 
 
 def sft_trainer(
@@ -27,7 +64,7 @@ def sft_trainer(
     args: SFTConfig,
     splits: dict[str, Split],
     task: Task | None,
-) -> SafeSFTTrainer:
+) -> SupervisedSFTTrainer:
     """A trainer for prompt and completion, messages, Alpaca's columns or plain text.
 
     Raises:
@@ -39,7 +76,7 @@ def sft_trainer(
         name: split.dataset.add_column(ROW, list(range(1, len(split.dataset) + 1)))
         for name, split in data.items()
     }
-    trainer = SafeSFTTrainer(
+    trainer = SupervisedSFTTrainer(
         model=model,
         args=args,
         train_dataset=numbered["train"],

@@ -20,8 +20,11 @@ from loralloc.allocation.policy import Limits, Scores, choose_pruned
 SAFETY = 2.0
 """A rank is in doubt within this many times the largest error seen on verified ranks."""
 
-FIRST_CHECK = 8
-"""Ranks nearest the cut that are verified before any error is known."""
+PROBE = 2
+"""Ranks nearest the cut that are verified first, to see whether verifying can settle anything."""
+
+ENOUGH = 8
+"""Ranks nearest the cut that are verified before the error seen on them is trusted."""
 
 
 def score(
@@ -33,8 +36,10 @@ def score(
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: What the round may prune; it places the cut.
-        most: Ranks that may be verified at most. Where that is not enough to settle all doubt,
-            the scores say so (`settled` is False).
+        most: Ranks that may be verified at most. Where more are in doubt, no exact score is put
+            in and `settled` is False: this is so in bfloat16 near convergence, where the losses
+            that ablation takes the difference of are rounded more coarsely than they differ,
+            while a gradient's error stays relative to its size.
     """
     first_order = gradient.score(objective, weights_b, limits)
     if not first_order.is_finite():
@@ -44,22 +49,20 @@ def score(
     while True:
         distance = distances_to_cut(scores.importance, limits)
         nearest = sorted(distance, key=distance.__getitem__)
-        if verified:
-            doubtful = [
-                rank
-                for rank in nearest
-                if rank not in verified and distance[rank] <= SAFETY * error
-            ]
-        else:
-            doubtful = nearest[:FIRST_CHECK]
-        batch = doubtful[: most - len(verified)]
-        if not batch:
-            return dataclasses.replace(
-                scores, verified=_by_module(weights_b, verified), settled=not doubtful
-            )
-        exact = ablation.measure(objective, weights_b, _by_module(weights_b, batch))
-        scores = _put_in(scores, exact, batch)
-        verified.update(batch)
+        doubtful = [
+            rank for rank in nearest if rank not in verified and distance[rank] <= SAFETY * error
+        ]
+        if verified and len(verified) + len(doubtful) > most:
+            return dataclasses.replace(first_order, settled=False)
+        enough = (ENOUGH if verified else PROBE) - len(verified)
+        if len(doubtful) < enough or not verified:
+            doubtful = [rank for rank in nearest if rank not in verified][: max(enough, 0)]
+        doubtful = doubtful[: most - len(verified)]
+        if not doubtful:
+            return dataclasses.replace(scores, verified=_by_module(weights_b, verified))
+        exact = ablation.measure(objective, weights_b, _by_module(weights_b, doubtful))
+        scores = _put_in(scores, exact, doubtful)
+        verified.update(doubtful)
         error = max(
             abs(float(scores.importance[name][index] - first_order.importance[name][index]))
             for name, index in verified

@@ -1,0 +1,56 @@
+"""The command `loralloc`: one file per verb."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from loralloc.cli import demo, env, generate, ranks, train
+
+VERBS = (demo, train, ranks, generate, env)
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
+"""What is told in one sentence; anything else is our own bug and shows its traceback."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Returns:
+        0, 2 for bad input (one sentence on the error stream), 130 when interrupted.
+    """
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not getattr(args, "takes_more_flags", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    # Nothing here may wait for a network that is not asked for.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        sys.stderr.write("\nloralloc: interrupted\n")
+        return EXIT_INTERRUPTED
+    except USER_ERRORS as error:
+        if args.debug:
+            raise
+        sentence = " ".join(str(error).split()) or type(error).__name__
+        sys.stderr.write(f"loralloc: error: {sentence}\n")
+        return EXIT_BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="loralloc",
+        description="Fine-tune with LoRA whose ranks move between modules while it trains (ALoRA).",
+        epilog="`loralloc VERB --help` explains a verb. Begin with `loralloc demo`.",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for verb in VERBS:
+        verb.add_parser(verbs)
+    return parser

@@ -1,0 +1,73 @@
+"""What `loralloc train --dry-run` shows: settings with their sources, modules, rounds, costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import fields
+
+from rich.table import Table
+
+from loralloc.allocation.config import AllocationConfig
+from loralloc.cli.console import console
+from loralloc.training.attach import planned_steps
+from loralloc.training.run import Run
+
+
+def show(run: Run) -> None:
+    """Print the plan of a run."""
+    out = console()
+    out.print(_settings_table(run))
+    start = run.allocation.record.initial_ranks
+    kinds = Counter(name.rpartition(".")[2] for name in start)
+    trainable, everything = run.model.get_nb_trainable_parameters()
+    epoch, total = planned_steps(run.trainer)
+    sizes = ", ".join(f"{name} {len(split.dataset):,}" for name, split in run.splits.items())
+    rows = Table(box=None, show_header=False, pad_edge=False)
+    rows.add_column(style="bold")
+    rows.add_column(overflow="fold")
+    rows.add_row("data", f"{sizes} examples ({run.head} head)")
+    rows.add_row(
+        "adapted modules",
+        f"{len(start)}: " + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
+    )
+    rows.add_row("ranks", f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round")
+    rows.add_row("parameters", f"{trainable:,} trainable of {everything:,}")
+    rows.add_row("steps", f"{total}, {epoch} an epoch")
+    rows.add_row("rounds", "after steps " + ", ".join(map(str, run.allocation.steps)))
+    rows.add_row("scoring a round", _scoring_cost(run.settings.allocation, sum(start.values())))
+    out.print(rows)
+
+
+def _settings_table(run: Run) -> Table:
+    settings = run.settings
+    table = Table(box=None, pad_edge=False)
+    table.add_column("setting", style="bold")
+    table.add_column("value", overflow="fold")
+    table.add_column("source", style="dim")
+    for name, value in settings.given.items():
+        shown = value
+        if name == "dtype" and value is None:
+            shown = f"{str(next(run.model.parameters()).dtype).removeprefix('torch.')} (detected)"
+        if name == "lora_target_modules" or value is not None or name == "dtype":
+            table.add_row(name, str(shown), settings.sources[name])
+    if "lora_target_modules" not in settings.given:
+        targets = run.model.peft_config["default"].target_modules
+        table.add_row("lora_target_modules", ", ".join(sorted(targets)), "every linear of a block")
+    for field in fields(AllocationConfig):
+        name = f"allocation.{field.name}"
+        if name not in settings.given:
+            value = getattr(settings.allocation, field.name)
+            shown = f"{settings.training.seed} (the run's)" if field.name == "seed" else value
+            table.add_row(name, str(shown), "loralloc default")
+    return table
+
+
+def _scoring_cost(config: AllocationConfig, num_ranks: int) -> str:
+    """In forward passes over the scoring batch; a backward pass through frozen weights is one."""
+    paper = 2 * num_ranks
+    if config.score == "ablation":
+        return f"about {num_ranks:,} forward passes (the paper's 2R: {paper:,})"
+    if config.score == "gradient":
+        return f"about 4 forward passes (the paper's 2R: {paper:,})"
+    most = 4 + config.verify_ranks
+    return f"about 6 to {most} forward passes (the paper's 2R: {paper:,})"

@@ -1,0 +1,169 @@
+"""What a person sees while a run trains."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from loralloc.allocation.record import Round
+
+if TYPE_CHECKING:
+    from loralloc.training.run import Run
+
+NAMED = 4
+"""Modules named in a round's line; the others are counted."""
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and notices out of the way of ours."""
+    import datasets
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("trl").setLevel(logging.ERROR)
+
+
+class Progress:
+    """A bar with the loss, and a line for every evaluation and every round above it."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on `console`."""
+        self.console = console
+        self.bar = Bar(
+            TextColumn("training"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TextColumn("{task.fields[loss]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+
+    def introduce(self, run: Run) -> None:
+        """Say what will be trained."""
+        rounds, parameters = run.allocation.steps, run.model.get_nb_trainable_parameters()
+        start = run.allocation.record.initial_ranks
+        dtype = str(next(run.model.parameters()).dtype).removeprefix("torch.")
+        self.console.print(
+            f"{run.settings.model.model_name_or_path} in {dtype} on {run.model.device.type}: "
+            f"{sum(start.values()):,} ranks in {len(start)} modules, trainable params: "
+            f"{parameters[0]:,} || all params: {parameters[1]:,}",
+            highlight=False,
+        )
+        self.console.print(
+            f"{len(rounds)} rounds of {run.allocation.num_pruned} ranks, after steps "
+            f"{', '.join(map(str, rounds))}",
+            highlight=False,
+        )
+
+    def take_over(self, trainer: Trainer) -> None:
+        """Show this trainer's progress, in place of its own display."""
+        for callback in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+        trainer.add_callback(_BarCallback(self))
+
+    def show_round(self, entry: Round) -> None:
+        """One line a round: pruned from, given to, churn, seconds."""
+        lost = {name: len(indices) for name, indices in entry.pruned.items()}
+        parts = [
+            f"[bold]round {entry.round}[/] step {entry.step}",
+            f"pruned {_modules(lost)}",
+            f"given to {_modules(entry.added)}" if entry.added else "[yellow]no receiver[/]",
+        ]
+        if entry.lost:
+            parts.append(f"[yellow]{entry.lost} lost[/]")
+        if entry.churn is not None:
+            parts.append(f"churn {entry.churn:.0%}")
+        if not entry.settled:
+            parts.append("first order")
+        self.console.print("  ".join([*parts, f"{entry.seconds:.1f} s"]), highlight=False)
+
+
+class _BarCallback(TrainerCallback):
+    """Feeds the bar from a trainer."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._task: Any = None
+        self._begin = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._begin = time.perf_counter()
+        self._progress.bar.start()
+        self._task = self._progress.bar.add_task(
+            "train", total=state.max_steps, completed=state.global_step, loss=""
+        )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._progress.bar.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        logs = logs or {}
+        if "loss" in logs:
+            self._progress.bar.update(self._task, loss=f"loss {float(logs['loss']):.3f}")
+        if "eval_loss" in logs:
+            accuracy = logs.get("eval_accuracy", logs.get("eval_mean_token_accuracy"))
+            shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
+            self._progress.console.print(
+                f"step {state.global_step}  development loss {logs['eval_loss']:.4f}{shown}",
+                highlight=False,
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._progress.bar.stop()
+        self._progress.console.print(
+            f"{state.global_step} steps in {time.perf_counter() - self._begin:.0f} s",
+            highlight=False,
+        )
+
+
+def _modules(counts: Mapping[str, int]) -> str:
+    """Modules with their counts, the largest first: "3.q_proj x2, 7.v_proj and 2 more"."""
+    names = sorted(counts, key=lambda name: -counts[name])
+    shown = [
+        _short(name) + (f" x{counts[name]}" if counts[name] > 1 else "") for name in names[:NAMED]
+    ]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(shown) + more
+
+
+def _short(name: str) -> str:
+    """The layer's number and the last component: "3.q_proj"."""
+    parts = name.split(".")
+    layer = next((part for part in parts if part.isdigit()), "")
+    leaf = ".".join(parts[-2:]) if parts[-1] == "dense" else parts[-1]
+    return f"{layer}.{leaf}" if layer else leaf

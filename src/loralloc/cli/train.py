@@ -1,0 +1,128 @@
+"""`loralloc train`: a whole run from settings to a run folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from loralloc.cli.console import console
+
+if TYPE_CHECKING:
+    from loralloc.training.run import Run
+    from loralloc.training.settings import Settings
+
+FLAGS = """\
+the flags used most (defaults in brackets):
+  --task NAME                   prompts, labels and metric of a known data set: sst2, e2e, demo
+  --dataset_name DATA           a folder, a file (.json .jsonl .csv .parquet), a Hub name or `demo`
+  --model_name_or_path MODEL    smollm2-135m, minilm-l6, a folder or a Hub name [smollm2-135m]
+  --output_dir FOLDER           the run folder [runs/DATA-MODEL]
+  --lora_r R                    rank of every module at the start [8]
+  --num_train_epochs N          [3]
+  --learning_rate LR            [1e-4]
+  --per_device_train_batch_size N                                      [16]
+  --num_rounds N                rounds of allocation [8]
+  --warmup_epochs E             epochs before the first round [1]
+  --recovery_epochs E           epochs between rounds [0.25]
+  --ranks_per_round N           a number, `block` or `model` [block]
+  --score NAME                  screened, gradient or ablation [screened]
+  --budget UNIT                 ranks or parameters [ranks]
+
+Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag;
+`loralloc train --help-all` lists them. A TRL SFT YAML is taken as it is, with one more block:
+
+  allocation:
+    num_rounds: 8
+    ranks_per_round: block
+"""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "train",
+        help="fine-tune a model while its ranks move",
+        description="Fine-tune a model with LoRA whose ranks move between modules.",
+        epilog=FLAGS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, metavar="YAML", help="settings; flags win over them")
+    parser.add_argument(
+        "--dry-run", "--dry_run", action="store_true", help="check all, show the plan, train nothing"
+    )
+    held = parser.add_mutually_exclusive_group()
+    held.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    held.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument("--help-all", action="store_true", help="list every flag and its default")
+    parser.set_defaults(run=run, takes_more_flags=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, or show what would be trained."""
+    from loralloc.cli.progress import quiet_libraries
+
+    quiet_libraries()
+    if args.help_all:
+        _print_all_flags()
+        return 0
+    settings = _settings(args)
+    from loralloc.training import run as runs
+
+    folder = settings.output_dir
+    checkpoint = runs.checkpoint_to_resume(folder) if args.resume else None
+    if runs.holds_run(folder) and not (args.resume or args.overwrite or args.dry_run):
+        raise ValueError(
+            f"{folder} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
+            "or name another `--output_dir`."
+        )
+    if args.dry_run:
+        from loralloc.cli.dry_run import show
+
+        show(runs.prepare(settings))
+        return 0
+    train_with_progress(settings, checkpoint=checkpoint, overwrite=args.overwrite)
+    console().print(
+        f"\nadapter: [bold]{folder}[/]   ranks: loralloc ranks {folder}   "
+        f"try it: loralloc generate {folder} --prompt ..."
+    )
+    return 0
+
+
+def train_with_progress(
+    settings: Settings, *, checkpoint: Path | None = None, overwrite: bool = False
+) -> Run:
+    """Prepare and train, with a progress bar and a line a round; also what the demo does."""
+    from loralloc.cli.progress import Progress
+    from loralloc.training import run as runs
+
+    progress = Progress(console())
+    with console().status("loading model and data"):
+        prepared = runs.prepare(settings, on_round=progress.show_round)
+    if overwrite:
+        runs.clear(settings.output_dir)
+    progress.introduce(prepared)
+    progress.take_over(prepared.trainer)
+    runs.train(prepared, checkpoint=checkpoint)
+    return prepared
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from loralloc.training.settings import resolve, saved
+
+    settings = resolve(args.rest, config=args.config)
+    if args.resume:
+        settings = resolve(args.rest, config=args.config, base=saved(settings.output_dir))
+    return settings
+
+
+def _print_all_flags() -> None:
+    from loralloc.training.settings import known_fields
+
+    out = console()
+    for group, names in known_fields().items():
+        out.print(f"\n[bold]{group}[/]")
+        for name, default in names:
+            shown = "" if default is None else f"  [dim]{default!r}[/]"
+            out.print(f"  --{name}{shown}", highlight=False)
