@@ -75,9 +75,7 @@ class Allocator:
         )
         self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
 
-    def step(
-        self, optimizer: Optimizer | None, *, step: int = 0, epoch: float = 0.0
-    ) -> Round:
+    def step(self, optimizer: Optimizer | None, *, step: int = 0, epoch: float = 0.0) -> Round:
         """Carry out one round.
 
         Args:
@@ -165,15 +163,13 @@ class Allocator:
         short = [name for name, rank in now.items() if rank < least]
         if short and not self.record.rounds:
             raise ValueError(
-                f"The budget is {total} ranks and {short[0]} has {now[short[0]]}, but `min_rank` of "
-                f"{least} on {len(now)} modules needs {least * len(now)}; raise the LoRA rank `r` "
-                f"to {least} or more, or lower `min_rank`."
+                f"The budget is {total} ranks and {short[0]} has {now[short[0]]}, but `min_rank` "
+                f"of {least} on {len(now)} modules needs {least * len(now)}; raise the LoRA rank "
+                f"`r` to {least} or more, or lower `min_rank`."
             )
 
 
-def num_pruned(
-    model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]
-) -> int:
+def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]) -> int:
     """Ranks pruned a round (n_A), with "block" and "model" counted on this model.
 
     Raises:
@@ -188,8 +184,8 @@ def num_pruned(
     total = sum(initial_ranks.values())
     if count >= total:
         raise ValueError(
-            f"`ranks_per_round` of {config.ranks_per_round!r} prunes {count} ranks a round, but the "
-            f"adapter has only {total}; lower it or raise the LoRA rank `r`."
+            f"`ranks_per_round` of {config.ranks_per_round!r} prunes {count} ranks a round, but "
+            f"the adapter has only {total}; lower it or raise the LoRA rank `r`."
         )
     return count
 

@@ -26,7 +26,8 @@ class AllocationConfig:
 
     ranks_per_round: int | Literal["block", "model"] = "block"
     """Ranks pruned a round (n_A): a number, "block" (as many as a transformer block has adapted
-    modules, 7 in LLaMA) or "model" (as many as the model has). Source: the paper, read as "block"."""
+    modules, 7 in LLaMA) or "model" (as many as the model has). Source: the paper, whose "1 * N_mod"
+    is read as "block"."""
 
     warmup_epochs: float = 1.0
     """Epochs of training before the first round (K1); more than 0. Source: the paper."""
@@ -46,7 +47,8 @@ class AllocationConfig:
     """Most ranks a round may check by ablation when `score` is "screened"; at least 0."""
 
     min_rank: int = 0
-    """Rank below which no module is pruned; 0 lets a module leave the adapter. Source: the paper."""
+    """Rank below which no module is pruned; 0 lets a module leave the adapter, as in the
+    paper."""
 
     max_rank: int | None = None
     """Rank above which no module receives; None for no limit. Source: the paper has none."""
@@ -95,4 +97,6 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...], more: str = "") 
         near = get_close_matches(str(value), allowed, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         choices = ", ".join(repr(choice) for choice in allowed)
-        raise ValueError(f"`{name}` is {value!r}; use one of {choices} {more}".rstrip() + f".{hint}")
+        raise ValueError(
+            f"`{name}` is {value!r}; use one of {choices} {more}".rstrip() + f".{hint}"
+        )

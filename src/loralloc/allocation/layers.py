@@ -51,16 +51,16 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
     for name, module in base_model(model).named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        if adapter_name in module.lora_embedding_A or not isinstance(
-            module.lora_A[adapter_name] if adapter_name in module.lora_A else None,
-            (nn.Linear, type(None)),
-        ):
+        has_linear = adapter_name in module.lora_A and isinstance(
+            module.lora_A[adapter_name], nn.Linear
+        )
+        if not has_linear and adapter_name in (*module.lora_A, *module.lora_embedding_A):
             raise TypeError(
                 f"{name} is a {type(module.get_base_layer()).__name__}; ranks can be allocated on "
                 "linear layers only (Linear, Conv1D and their quantised forms); leave it out of "
                 "`target_modules`."
             )
-        if adapter_name in module.lora_A:
+        if has_linear:
             layers[name] = module
     return layers
 

@@ -54,10 +54,11 @@ class Objective:
             logits, targets = supervised_logits(self.model, inputs)
             return F.cross_entropy(logits.float(), targets, reduction="sum")
         labels = inputs.get("labels")
-        outputs = self.model(**inputs)
+        outputs: Any = self.model(**inputs)
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
             return F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
-        return outputs.loss.float() * self._num_targets(batch)
+        loss: Tensor = outputs.loss.float()
+        return loss * self._num_targets(batch)
 
     def mean_loss(self, run: Callable[[Batch], Tensor] | None = None) -> float:
         """Mean cross-entropy over all targets, without a graph."""
@@ -107,7 +108,8 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tens
         hidden = args[0]  # (batch, length, hidden) -> (1, num_supervised, hidden)
         return (hidden[:, :-1][supervised].unsqueeze(0), *args[1:])
 
-    handle = base_model(model).get_output_embeddings().register_forward_pre_hook(select)
+    base: Any = base_model(model)
+    handle = base.get_output_embeddings().register_forward_pre_hook(select)
     try:
         logits = model(**{**inputs, "use_cache": False}).logits
     finally:
@@ -117,6 +119,7 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tens
 
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model predicts each next token, so that labels are to be shifted."""
-    base = base_model(model)
+    base: Any = base_model(model)
     names = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    return type(base).__name__.endswith(names) and not base.config.is_encoder_decoder
+    is_decoder_only = not base.config.is_encoder_decoder
+    return type(base).__name__.endswith(names) and is_decoder_only

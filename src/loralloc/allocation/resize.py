@@ -109,7 +109,7 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
                 raise TypeError(
                     f"{type(optimizer).__name__} keeps `{key}` of shape {tuple(value.shape)} for a "
                     f"parameter of shape {tuple(param.shape)}, which cannot follow a change of "
-                    'rank; use an optimiser with state shaped like its parameters, such as '
+                    "rank; use an optimiser with state shaped like its parameters, such as "
                     'optim="adamw_torch".'
                 )
 
@@ -155,9 +155,7 @@ def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None
     return rows.to(like)
 
 
-def _resized(
-    old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int
-) -> nn.Parameter:
+def _resized(old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int) -> nn.Parameter:
     """The kept slices of `old` along `dim`, then `new`."""
     index = torch.tensor(kept, dtype=torch.long, device=old.device)
     values = torch.cat([old.detach().index_select(dim, index), new], dim=dim)
@@ -192,7 +190,8 @@ def _swap_in_optimizer(
             group["params"][slot] = new
             if state is not None:
                 optimizer.state[new] = {
-                    key: _resized_state(value, old, kept, added, dim) for key, value in state.items()
+                    key: _resized_state(value, old, kept, added, dim)
+                    for key, value in state.items()
                 }
             return
     if old.requires_grad:
@@ -225,9 +224,7 @@ def _set_rank(
     layer.lora_alpha[adapter_name] = round(alpha) if math.isclose(alpha, round(alpha)) else alpha
 
 
-def _remove_from_adapter(
-    model: nn.Module, name: str, layer: LoraLayer, adapter_name: str
-) -> None:
+def _remove_from_adapter(model: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
     """Take an emptied module out of the adapter; PEFT refuses rank 0."""
     config = lora_config(model, adapter_name)
     if isinstance(config.exclude_modules, str):

@@ -29,9 +29,7 @@ def round_steps(config: AllocationConfig, *, steps_per_epoch: int, max_steps: in
         ValueError: A round would come at or after the last step, where the ranks it gives could
             not train, or two rounds would fall on one step.
     """
-    epochs = [
-        config.warmup_epochs + config.recovery_epochs * k for k in range(config.num_rounds)
-    ]
+    epochs = [config.warmup_epochs + config.recovery_epochs * k for k in range(config.num_rounds)]
     steps = [max(1, round(epoch * steps_per_epoch)) for epoch in epochs]
     fitting = sum(step < max_steps for step in steps)
     if fitting < len(steps):

@@ -50,7 +50,10 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--config", type=Path, metavar="YAML", help="settings; flags win over them")
     parser.add_argument(
-        "--dry-run", "--dry_run", action="store_true", help="check all, show the plan, train nothing"
+        "--dry-run",
+        "--dry_run",
+        action="store_true",
+        help="check all, show the plan, train nothing",
     )
     held = parser.add_mutually_exclusive_group()
     held.add_argument("--resume", action="store_true", help="go on from the last checkpoint")

@@ -223,9 +223,7 @@ class AllocationCallback(TrainerCallback):
     def _restore(self, checkpoint: str) -> None:
         record = Record.load(checkpoint)
         restore_shapes(self._trainer.model, checkpoint)
-        self._allocator = Allocator(
-            self._trainer.model, self._config, self._batches, record=record
-        )
+        self._allocator = Allocator(self._trainer.model, self._config, self._batches, record=record)
 
 
 def planned_steps(trainer: Trainer) -> tuple[int, int]:

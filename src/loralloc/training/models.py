@@ -206,9 +206,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     source = {"gguf_file": path.name}
-    quantised = AutoModelForCausalLM.from_pretrained(
-        path.parent, dtype=torch.float32, **source
-    )
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
     # A model loaded from GGUF refuses to be saved: its weights go into one without that mark.
     config = AutoConfig.from_pretrained(path.parent, **source)
     if hasattr(config, "quantization_config"):

@@ -29,7 +29,8 @@ from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.source import Split, load_splits
 from loralloc.tasks.task import Task
-from loralloc.training import card, settings as settings_module
+from loralloc.training import card
+from loralloc.training import settings as settings_module
 from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.checkpoint import last_checkpoint
 from loralloc.training.classification import classification_trainer
@@ -86,7 +87,10 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
         )
         # Its head trains in float32, and so does the small backbone below it.
         model_options["dtype"] = model_options["dtype"] or torch.float32
-        names = {"id2label": dict(enumerate(labels)), "label2id": {l: i for i, l in enumerate(labels)}}
+        names: dict[str, Any] = {
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: index for index, label in enumerate(labels)},
+        }
         model = load_model(name, head=head, num_labels=len(labels), **names, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS))
         trainer: Trainer = classification_trainer(
@@ -198,7 +202,9 @@ def _load_splits(settings: Settings, task: Task | None) -> dict[str, Split]:
             name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
             for name, rows in loaded.items()
         }
-    name = script.dataset_name or ("demo" if run.task == "demo" else task.hub_name if task else None)
+    name = script.dataset_name or (
+        "demo" if run.task == "demo" else task.hub_name if task else None
+    )
     if name is None:
         raise ValueError(
             "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
@@ -208,7 +214,9 @@ def _load_splits(settings: Settings, task: Task | None) -> dict[str, Split]:
     given = {k: v for k, v in chosen.items() if settings.sources.get(_SPLIT_FIELDS[k])}
     if given:
         names = {"train": script.dataset_train_split, **given}
-    config = script.dataset_config or (task.hub_config if task and not script.dataset_name else None)
+    config = script.dataset_config or (
+        task.hub_config if task and not script.dataset_name else None
+    )
     return load_splits(name, config=config, split_names=names)
 
 
@@ -235,7 +243,9 @@ def _with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, 
         **splits,
         "train": dataclasses.replace(train, dataset=parts["train"]),
         "validation": Split(
-            name="validation", dataset=parts["test"], source=f"{size} rows held out of {train.source}"
+            name="validation",
+            dataset=parts["test"],
+            source=f"{size} rows held out of {train.source}",
         ),
     }
 

@@ -211,8 +211,7 @@ def _read_yaml(path: Path, types: Mapping[str, argparse.Action]) -> dict[str, An
             raise ValueError(_unknown(name, types, f"in {path}"))
         # YAML reads 1e-4 as text; argparse's own type makes it a number.
         convert = types[name].type
-        is_text = isinstance(value, str) and callable(convert)
-        values[name] = convert(value) if is_text else value  # type: ignore[operator]
+        values[name] = convert(value) if callable(convert) and isinstance(value, str) else value
     allocation = {f.name for f in fields(AllocationConfig)}
     for name, value in block.items():
         if name not in allocation:
@@ -236,7 +235,9 @@ def _read_flags(flags: Sequence[str], parser: HfArgumentParser) -> dict[str, Any
             rest.append(flag)
             continue
         if bare not in allocation:
-            raise ValueError(_unknown(name, {f"{BLOCK}.{n}" for n in allocation}, "among the flags"))
+            raise ValueError(
+                _unknown(name, {f"{BLOCK}.{n}" for n in allocation}, "among the flags")
+            )
         if not attached and not queue:
             raise ValueError(f"The flag {flag} needs a value.")
         values[f"{BLOCK}.{bare}"] = _scalar(attached or queue.pop(0))
@@ -262,7 +263,9 @@ def _scalar(value: Any) -> Any:
 
 def _unknown(name: str, known: Any, where: str) -> str:
     near = get_close_matches(name.replace("-", "_"), sorted(known), n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}?" if near else "`loralloc train --help-all` lists all."
+    hint = (
+        f"did you mean {' or '.join(near)}?" if near else "`loralloc train --help-all` lists all."
+    )
     return f"Unknown option {name!r} {where}; {hint}"
 
 

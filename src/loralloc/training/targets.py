@@ -61,8 +61,10 @@ def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None) -> lis
         if any(name == target or name.endswith("." + target) for name in names):
             continue
         near = get_close_matches(target, sorted(leaves | set(block_linears(model))), n=3)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else (
-            f"linear layers end in {', '.join(sorted(leaves))}."
+        hint = (
+            f"did you mean {' or '.join(map(repr, near))}?"
+            if near
+            else (f"linear layers end in {', '.join(sorted(leaves))}.")
         )
         raise ValueError(f"`lora_target_modules` names {target!r}, which matches no module; {hint}")
     return list(wanted)

@@ -13,9 +13,7 @@ from loralloc.training.models import load_model, load_tokenizer
 from loralloc.training.settings import saved
 
 
-def load_trained(
-    folder: Path, *, with_adapter: bool = True
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_trained(folder: Path, *, with_adapter: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model and tokenizer of a finished language-model run.
 
     Raises:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loralloc.allocation.importance.path import gates_at
 from loralloc.allocation.layers import block_index, block_list
-from loralloc.allocation.objective import Batch, Objective
+from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
 RankNames = Mapping[str, Sequence[int]]
@@ -116,8 +116,8 @@ class _Prefix:
     @contextmanager
     def replaying(self, outputs: Mapping[int, Any], *, until: str) -> Iterator[None]:
         """Let no block before the one that holds the module `until` compute."""
-        index = block_index(until, self._list_name) if self._list_name else None
-        skipped = list(self._blocks)[: index or 0]
+        index = (block_index(until, self._list_name) if self._list_name else None) or 0
+        skipped = list(self._blocks)[:index]
         own = [vars(block).get("forward") for block in skipped]
         for block in skipped:
             # The block before the module's own is the only one whose output is read.
