@@ -106,7 +106,7 @@ def test_a_hidden_label_of_the_hub_is_refused():
             "Row 2 of train.jsonl: field 'label' must be a whole number or",
         ),
         ([("a", "x"), ("b", 1)], "train.jsonl: the column 'label' mixes numbers and texts"),
-        ([("a", "x"), ("b", "")], "Row 2 of train.jsonl: field 'label' must be a whole number or"),
+        ([("a", "x"), ("b", " ")], "Row 2 of train.jsonl: field 'label' must be a whole number or"),
         ([("a", 1), ("b", 1)], "train.jsonl: every row has the same label"),
         ([("a", 0), (None, 1)], "Row 2 of train.jsonl: field 'text' must be text and is None"),
     ],

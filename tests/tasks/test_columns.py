@@ -62,6 +62,10 @@ def test_every_split_is_turned():
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, ("prompt", "completion")),
         ({"messages": MESSAGES}, ("messages",)),
         ({"messages": MESSAGES, "tools": "[]"}, ("messages", "tools")),
+        (
+            {"messages": MESSAGES, "chat_template_kwargs": "{}"},
+            ("messages", "chat_template_kwargs"),
+        ),
         ({"text": " plain "}, ("text",)),
         ({"text": "t", "tools": "[]", "messages": MESSAGES}, ("messages", "tools")),
         ({"text": "t", "tools": "[]"}, ("text",)),

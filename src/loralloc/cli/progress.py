@@ -132,7 +132,10 @@ class _BarCallback(TrainerCallback):
     ) -> None:
         logs = logs or {}
         if "loss" in logs:
-            self._progress.bar.update(self._task, loss=f"loss {float(logs['loss']):.3f}")
+            loss = f"loss {float(logs['loss']):.3f}"
+            self._progress.bar.update(self._task, loss=loss)
+            if not self._progress.console.is_terminal:  # a log file shows no bar
+                self._progress.console.print(f"step {state.global_step}  {loss}", highlight=False)
         if "eval_loss" in logs:
             accuracy = logs.get("eval_accuracy", logs.get("eval_mean_token_accuracy"))
             shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"

@@ -17,9 +17,10 @@ __all__ = ["Cell", "RankGrid", "rank_table", "read_allocation", "summary"]
 
 # The weakest and the strongest tile of a hue. All carry white text and stand out from a dark and
 # from a light background alike: strength is told by saturation, not by brightness.
-LOST = ((126, 104, 90), (196, 64, 0))
-GAINED = ((88, 106, 128), (0, 88, 208))
+LOST = ((142, 104, 78), (200, 60, 0))
+GAINED = ((82, 108, 142), (0, 84, 212))
 DIM = "dim"
+CORNER = "layer"
 
 
 def rank_table(grid: RankGrid, width: int) -> RenderableType:
@@ -43,8 +44,10 @@ def rank_table(grid: RankGrid, width: int) -> RenderableType:
             parts += [table, ""]
     if grid.others:
         column = _Column("", tuple(grid.others.values()), amounts=True)
+        name_width = max(map(len, grid.others))
         for i, name in enumerate(grid.others):
-            parts.append(Text(f"{name}  ", style=DIM).append(column.tile(i, scale)))
+            name_part = Text(f"{name:>{name_width}} ", style=DIM)
+            parts.append(Text.assemble(name_part, column.tile(i, scale)))
         parts.append("")
     return Group(*parts, Text(summary(grid)))
 
@@ -54,9 +57,9 @@ def summary(grid: RankGrid) -> str:
     changes = [cell.change for cell in grid.modules]
     emptied = sum(cell.now == 0 < cell.start for cell in grid.modules)
     return (
-        f"{grid.total.start:,} ranks at the start, {grid.total.now:,} now. "
-        f"Of {len(changes)} modules {sum(c > 0 for c in changes)} gained, "
-        f"{sum(c < 0 for c in changes)} lost ({emptied} emptied), {changes.count(0)} unchanged."
+        f"{grid.total.start:,} ranks at the start, {grid.total.now:,} now; modules: "
+        f"{sum(c > 0 for c in changes)} gained, {sum(c < 0 for c in changes)} lost "
+        f"({emptied} emptied)"
     )
 
 
@@ -94,23 +97,31 @@ class _Scale:
 
 @dataclass(frozen=True)
 class _Column:
+    """The cells under one heading, with their total at the foot."""
+
     heading: str
     cells: tuple[Cell | None, ...]
     amounts: bool
     """Whether a change is written with its amount ("6 -2") or as a sign ("6-")."""
 
-    is_total: bool = False
+    coloured: bool = True
 
     @cached_property
-    def words(self) -> tuple[str, ...]:
-        """Every cell as text, ranks and changes aligned with each other."""
+    def words(self) -> list[str]:
+        """Every cell as text of one width, ranks and changes aligned with each other."""
         pairs = [self._pair(cell) for cell in self.cells]
         rank_width, change_width = (max(map(len, side)) for side in zip(*pairs, strict=True))
-        return tuple(f"{rank:>{rank_width}}{change:<{change_width}}" for rank, change in pairs)
+        return [f"{rank:>{rank_width}}{change:<{change_width}}" for rank, change in pairs]
+
+    @cached_property
+    def foot(self) -> str:
+        """The total as text."""
+        return "".join(self._pair(total(self.cells)))
 
     @cached_property
     def width(self) -> int:
-        return max(*map(len, self.heading.split("\n")), len(self.words[0]))
+        margin = 2 if self.amounts and self.coloured else 0
+        return max(*map(len, self.heading.split("\n")), len(self.words[0]) + margin, len(self.foot))
 
     def tile(self, row: int, scale: _Scale) -> Text:
         """One cell, coloured over the column's whole width."""
@@ -118,7 +129,7 @@ class _Column:
         words = self.words[row].center(self.width)
         if cell is None:
             return Text(words, style=DIM)
-        return Text(words, style="" if self.is_total else scale.style(cell))
+        return Text(words, style=scale.style(cell) if self.coloured else "")
 
     def _pair(self, cell: Cell | None) -> tuple[str, str]:
         if cell is None:
@@ -134,36 +145,34 @@ class _Column:
 class _Layout:
     """A table whose width is known before it is drawn."""
 
-    corner: str
     rows: tuple[str, ...]
     columns: tuple[_Column, ...]
 
     @classmethod
     def of(cls, grid: RankGrid, *, layers_across: bool, amounts: bool) -> _Layout:
-        """The whole grid, with totals in the last row and the last column."""
+        """The whole grid, with a column of totals."""
         layers = tuple(str(layer) for layer in grid.layers)
-        by_layer = [[grid.cells.get((layer, kind)) for kind in grid.kinds] for layer in grid.layers]
+        by_layer = [
+            tuple(grid.cells.get((layer, kind)) for kind in grid.kinds) for layer in grid.layers
+        ]
         if layers_across:
             rows, headings, columns = grid.kinds, layers, by_layer
         else:
             rows, headings = layers, tuple(kind.replace(".", "\n") for kind in grid.kinds)
-            columns = [list(cells) for cells in zip(*by_layer, strict=True)]
-        row_totals = [total(cells) for cells in zip(*columns, strict=True)]
+            columns = list(zip(*by_layer, strict=True))
+        row_totals = tuple(total(cells) for cells in zip(*columns, strict=True))
+        parts = zip(headings, columns, strict=True)
         return cls(
-            "layer",
-            (*rows, "total"),
+            rows,
             (
-                *(
-                    _Column(heading, (*cells, total(cells)), amounts)
-                    for heading, cells in zip(headings, columns, strict=True)
-                ),
-                _Column("total", (*row_totals, total(row_totals)), amounts=True, is_total=True),
+                *(_Column(heading, cells, amounts) for heading, cells in parts),
+                _Column("total", row_totals, amounts=True, coloured=False),
             ),
         )
 
     def tables(self, width: int, scale: _Scale) -> list[Table]:
         """As few tables, one under the other, as `width` allows."""
-        room = width - max(map(len, (self.corner, *self.rows)))
+        room = width - max(map(len, (CORNER, *self.rows)))
         blocks: list[list[_Column]] = [[]]
         for column in self.columns:
             if blocks[-1] and sum(c.width + 1 for c in [*blocks[-1], column]) > room:
@@ -172,13 +181,19 @@ class _Layout:
         return [self._table(block, scale) for block in blocks]
 
     def _table(self, columns: Sequence[_Column], scale: _Scale) -> Table:
-        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style=DIM)
-        table.add_column(self.corner, justify="right", no_wrap=True, vertical="bottom", style=DIM)
+        table = Table(
+            box=None,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+            header_style=DIM,
+            footer_style="bold",
+            show_footer=True,
+        )
+        table.add_column(CORNER, "total", justify="right", vertical="bottom", style=DIM)
         for column in columns:
-            heading = Text(column.heading, justify="center")
-            table.add_column(heading, no_wrap=True, vertical="bottom")
-        *body, totals = range(len(self.rows))
-        for i in body:
-            table.add_row(self.rows[i], *(column.tile(i, scale) for column in columns))
-        table.add_row(self.rows[totals], *(Text(c.words[totals].center(c.width)) for c in columns))
+            table.add_column(
+                Text(column.heading, justify="center"), Text(column.foot, justify="center")
+            )
+        for i, row in enumerate(self.rows):
+            table.add_row(row, *(column.tile(i, scale) for column in columns))
         return table
