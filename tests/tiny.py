@@ -23,9 +23,8 @@ IGNORED = -100
 
 LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 GPT2_TARGETS = ["c_attn", "c_proj", "c_fc"]
-BERT_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense"]
-# BERT's second feed-forward layer is `layer.N.output.dense`; the pooler is a `dense` outside.
-BERT_TARGETS += [f"layer.{block}.output.dense" for block in range(2)]
+# Not "dense": BERT's pooler is one too, outside the blocks.
+BERT_TARGETS = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
 
 @contextmanager
@@ -97,11 +96,14 @@ def _build(model_class, config):
         return model_class(config).eval()
 
 
+MODELS = (llama, gpt2, bert_classifier, roberta_classifier)
+
+
 def adapted(model: nn.Module, r: int = 4, lora_alpha: float = 8, **lora_options) -> PeftModel:
-    """The model with a LoRA adapter on every linear layer of its blocks; every B is zero."""
+    """The model in evaluation mode with LoRA on every linear layer of its blocks; each B is zero."""
     options = dict(r=r, lora_alpha=lora_alpha, **_of_kind(model))
     with seeded(1):
-        return get_peft_model(model, LoraConfig(**{**options, **lora_options}))
+        return get_peft_model(model, LoraConfig(**{**options, **lora_options})).eval()
 
 
 def _of_kind(model: nn.Module) -> dict:
@@ -120,6 +122,24 @@ def with_trained_b(model: PeftModel, scale: float = 0.1, seed: int = 2) -> PeftM
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return model
+
+
+def optimizer_for(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
+def train(
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    num_steps: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """So many optimiser steps on one batch; the gradients are cleared afterwards."""
+    optimizer = optimizer or optimizer_for(model)
+    for _ in range(num_steps):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def causal_batch(

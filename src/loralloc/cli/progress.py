@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,12 +23,10 @@ from transformers import (
 )
 
 from loralloc.allocation.record import Round
+from loralloc.report.grid import short_labels, split_name
 
 if TYPE_CHECKING:
     from loralloc.training.run import Run
-
-NAMED = 4
-"""Modules named in a round's line; the others are counted."""
 
 
 def quiet_libraries() -> None:
@@ -86,10 +85,14 @@ class Progress:
     def show_round(self, entry: Round) -> None:
         """One line a round: pruned from, given to, churn, seconds."""
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
+        modules = entry.ranks_before
         parts = [
-            f"[bold]round {entry.round}[/] step {entry.step}",
-            f"pruned {_modules(lost)}",
-            f"given to {_modules(entry.added)}" if entry.added else "[yellow]no receiver[/]",
+            f"[bold]round {entry.round}[/]",
+            f"step {entry.step}",
+            f"pruned {_by_kind(lost, modules)}",
+            f"given to {_by_kind(entry.added, modules)}"
+            if entry.added
+            else "[yellow]no receiver[/]",
         ]
         if entry.lost:
             parts.append(f"[yellow]{entry.lost} lost[/]")
@@ -97,7 +100,7 @@ class Progress:
             parts.append(f"churn {entry.churn:.0%}")
         if not entry.settled:
             parts.append("first order")
-        self.console.print("  ".join([*parts, f"{entry.seconds:.1f} s"]), highlight=False)
+        self.console.print(" | ".join([*parts, f"{entry.seconds:.1f} s"]), highlight=False)
 
 
 class _BarCallback(TrainerCallback):
@@ -154,19 +157,11 @@ class _BarCallback(TrainerCallback):
         )
 
 
-def _modules(counts: Mapping[str, int]) -> str:
-    """Modules with their counts, the largest first: "3.q_proj x2, 7.v_proj and 2 more"."""
-    names = sorted(counts, key=lambda name: -counts[name])
-    shown = [
-        _short(name) + (f" x{counts[name]}" if counts[name] > 1 else "") for name in names[:NAMED]
-    ]
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(shown) + more
-
-
-def _short(name: str) -> str:
-    """The layer's number and the last component: "3.q_proj"."""
-    parts = name.split(".")
-    layer = next((part for part in parts if part.isdigit()), "")
-    leaf = ".".join(parts[-2:]) if parts[-1] == "dense" else parts[-1]
-    return f"{layer}.{leaf}" if layer else leaf
+def _by_kind(counts: Mapping[str, int], modules: Iterable[str]) -> str:
+    """Ranks by module kind over all layers, the most first: "v_proj 3, q_proj 2"."""
+    kinds = {name: (split_name(name) or ("", 0, name))[2] for name in modules}
+    labels = short_labels(list(dict.fromkeys(kinds.values())))
+    totals: Counter[str] = Counter()
+    for name, count in counts.items():
+        totals[labels[kinds[name]]] += count
+    return ", ".join(f"{label} {count}" for label, count in totals.most_common())

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from loralloc.cli.console import console
 
 if TYPE_CHECKING:
-    from loralloc.training.run import Run
     from loralloc.training.settings import Settings
 
 FLAGS = """\
@@ -64,7 +63,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Train, or show what would be trained."""
-    from loralloc.cli.progress import quiet_libraries
+    from loralloc.cli.progress import Progress, quiet_libraries
 
     quiet_libraries()
     if args.help_all:
@@ -85,30 +84,18 @@ def run(args: argparse.Namespace) -> int:
 
         show(runs.prepare(settings))
         return 0
-    train_with_progress(settings, checkpoint=checkpoint, overwrite=args.overwrite)
-    console().print(
-        f"\nadapter: [bold]{folder}[/]   ranks: loralloc ranks {folder}   "
-        f"try it: loralloc generate {folder} --prompt ..."
-    )
-    return 0
-
-
-def train_with_progress(
-    settings: Settings, *, checkpoint: Path | None = None, overwrite: bool = False
-) -> Run:
-    """Prepare and train, with a progress bar and a line a round; also what the demo does."""
-    from loralloc.cli.progress import Progress
-    from loralloc.training import run as runs
-
     progress = Progress(console())
     with console().status("loading model and data"):
         prepared = runs.prepare(settings, on_round=progress.show_round)
-    if overwrite:
-        runs.clear(settings.output_dir)
+    if args.overwrite:
+        runs.clear(folder)
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
     runs.train(prepared, checkpoint=checkpoint)
-    return prepared
+    console().print(f"\nadapter: [bold]{folder}[/]\nits ranks: loralloc ranks {folder}")
+    if prepared.head == "lm":
+        console().print(f"try it: loralloc generate {folder} --prompt ...")
+    return 0
 
 
 def _settings(args: argparse.Namespace) -> Settings:

@@ -41,7 +41,7 @@ def rank_figure(grid: RankGrid, path: Path) -> None:
         )
     figure, axes, bar_axes = _canvas(grid)
     mesh = _draw_cells(axes, grid)
-    _draw_bar(figure, bar_axes, mesh, start=grid.common_start)
+    _draw_bar(figure, bar_axes, mesh, grid)
     _draw_words(axes, grid)
     figure.savefig(path, dpi=DPI)
 
@@ -92,11 +92,11 @@ def _draw_cells(axes: Axes, grid: RankGrid) -> QuadMesh:
     import numpy as np
     from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 
-    changes = np.ma.masked_all((len(grid.kinds), len(grid.layers)))
+    changes = np.full((len(grid.kinds), len(grid.layers)), np.nan)
     for (layer, kind), cell in grid.cells.items():
         changes[grid.kinds.index(kind), grid.layers.index(layer)] = cell.change
-    # a change of one or two ranks must not look like a great one
-    norm = TwoSlopeNorm(0, vmin=min(changes.min(), -2), vmax=max(changes.max(), 2))
+    lowest, highest = _span(grid)
+    norm = TwoSlopeNorm(0, vmin=lowest, vmax=highest)
     colours = LinearSegmentedColormap.from_list("lost-gained", COLOURS)
     mesh = axes.pcolormesh(changes, cmap=colours, norm=norm, edgecolors="white", linewidth=1.2)
     for (layer, kind), cell in grid.cells.items():
@@ -114,9 +114,15 @@ def _draw_cells(axes: Axes, grid: RankGrid) -> QuadMesh:
     return mesh
 
 
-def _draw_bar(figure: Figure, axes: Axes, mesh: QuadMesh, *, start: int | None) -> None:
+def _span(grid: RankGrid) -> tuple[int, int]:
+    """The changes at the two ends of the colours; a change of one rank never reaches an end."""
+    changes = [cell.change for cell in grid.cells.values()]
+    return min(-2, *changes), max(2, *changes)
+
+
+def _draw_bar(figure: Figure, axes: Axes, mesh: QuadMesh, grid: RankGrid) -> None:
     """The colour bar: ranks where all modules started alike, else the change."""
-    lowest, highest = round(mesh.norm.vmin), round(mesh.norm.vmax)
+    (lowest, highest), start = _span(grid), grid.common_start
     ticks = sorted({lowest, round(lowest / 2), 0, round(highest / 2), highest})
     bar = figure.colorbar(mesh, cax=axes, ticks=ticks)
     labels = [f"{tick:+d}" if tick else "0" for tick in ticks]
@@ -140,6 +146,16 @@ def _draw_words(axes: Axes, grid: RankGrid) -> None:
     start = grid.common_start
     budget = f"{grid.total.now:,} ranks in {len(grid.modules)} modules"
     begun = "" if start is None else f", each started with {start}"
-    place = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "left"}
-    axes.annotate(f"LoRA ranks {when}", (0, 1), (0, 24), fontsize=11, color=INK, **place)
-    axes.annotate(budget + begun, (0, 1), (0, 9), fontsize=8.5, color=FAINT, **place)
+    for words, size, colour, height in (
+        (f"LoRA ranks {when}", 11, INK, 24),
+        (budget + begun, 8.5, FAINT, 9),
+    ):
+        axes.annotate(
+            words,
+            xy=(0, 1),
+            xytext=(0, height),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=size,
+            color=colour,
+        )

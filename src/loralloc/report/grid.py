@@ -38,7 +38,7 @@ class RankGrid:
     """Layer indices, ascending."""
 
     kinds: tuple[str, ...]
-    """Short distinct labels ("q_proj", "attention.output.dense"), in model order."""
+    """Short distinct labels in model order: "q_proj", "attention.output.dense", "decoder q"."""
 
     cells: Mapping[tuple[int, str], Cell]
     """(layer, kind) -> ranks. A module that a layer does not have is absent."""
@@ -77,11 +77,8 @@ class RankGrid:
         last = max(states)
         shown = last if shown_round is None else shown_round
         if shown not in states:
-            held = f"rounds 1 to {last}" if last else "no round"
-            raise ValueError(
-                f"Round {shown} was asked for, but the run holds {held}; "
-                f"give a number from 0 (the start) to {last}."
-            )
+            held = f"rounds 1 to {last}; give one of them" if last else "no round; leave it out"
+            raise ValueError(f"Round {shown} was asked for, but the run holds {held}, or 0.")
         cells = {name: Cell(rank, states[shown][name]) for name, rank in start.items()}
         return _arrange(cells, shown_round=shown, num_rounds=last)
 
@@ -142,7 +139,7 @@ def split_name(module: str) -> tuple[str, int, str] | None:
     """
     parts = module.split(".")
     for i, part in enumerate(parts[:-1]):
-        if part.isdecimal():
+        if part.isascii() and part.isdecimal():
             return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
     return None
 
@@ -190,12 +187,16 @@ def _arrange(cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int) ->
 
 
 def _stack_prefixes(stacks: Sequence[str]) -> list[str]:
-    """What tells several stacks of layers apart ("encoder.", "decoder."); "" for a single one."""
+    """What tells several stacks of layers apart ("encoder ", "decoder "); "" for a single one.
+
+    The space ends it because no module's name holds one: prefixed labels stay distinct.
+    """
     names = [stack.split(".") for stack in stacks]
     shared = set.intersection(*map(set, names)) if names else set()
-    prefixes = [".".join([*(part for part in name if part not in shared), ""]) for name in names]
-    distinct = len(set(prefixes)) == len(prefixes)
-    return prefixes if distinct else [f"{stack}." for stack in stacks]
+    own = [".".join(part for part in name if part not in shared) for name in names]
+    if len(set(own)) < len(own):
+        own = list(stacks)
+    return [f"{part} " if part else "" for part in own]
 
 
 def _rounds_of(data: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -158,7 +159,7 @@ class _Layout:
         if layers_across:
             rows, headings, columns = grid.kinds, layers, by_layer
         else:
-            rows, headings = layers, tuple(kind.replace(".", "\n") for kind in grid.kinds)
+            rows, headings = layers, tuple(re.sub("[. ]", "\n", kind) for kind in grid.kinds)
             columns = list(zip(*by_layer, strict=True))
         row_totals = tuple(total(cells) for cells in zip(*columns, strict=True))
         parts = zip(headings, columns, strict=True)

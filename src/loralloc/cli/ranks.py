@@ -1,0 +1,51 @@
+"""`loralloc ranks`: where the ranks of a run went."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from loralloc.cli.console import console
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "ranks",
+        help="show where the ranks of a run went",
+        description=(
+            "Show the rank of every adapted module by layer, and what changed from the start: "
+            "'6-' or '6 -2' lost ranks, '11+' or '11 +3' gained some."
+        ),
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument(
+        "--png",
+        type=Path,
+        metavar="FILE",
+        help="also draw a heat map into FILE (.png, .pdf or .svg)",
+    )
+    parser.add_argument(
+        "--round",
+        type=int,
+        metavar="N",
+        help="show the ranks after round N; 0 is the start (default: the last round)",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table, and draw the picture where one is asked for."""
+    from loralloc.report.figure import check_picture, rank_figure
+    from loralloc.report.grid import RankGrid, read_allocation
+    from loralloc.report.ranks import rank_table
+
+    grid = RankGrid.from_allocation(read_allocation(args.folder), shown_round=args.round)
+    if args.png is not None:
+        check_picture(args.png)
+    out = console()
+    out.print(rank_table(grid, out.width))
+    if args.png is not None:
+        rank_figure(grid, args.png)
+        out.print(f"picture: {args.png}", markup=False, highlight=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,1 @@
+"""The paper, literally: slow and obvious, to hold the package to."""
