@@ -30,13 +30,13 @@ sys.path.insert(0, str(ROOT))
 
 from loralloc.allocation.importance import ablation, gradient, screened  # noqa: E402
 from loralloc.allocation.layers import lora_layers, weights_b  # noqa: E402
-from loralloc.allocation.objective import Objective  # noqa: E402
+from loralloc.allocation.objective import IGNORED, Objective  # noqa: E402
 from loralloc.allocation.policy import Limits, Scores, choose_pruned  # noqa: E402
 from loralloc.cli.progress import quiet_libraries  # noqa: E402
 from loralloc.training import run as runs  # noqa: E402
 from loralloc.training import scoring_batch  # noqa: E402
 from loralloc.training.settings import resolve  # noqa: E402
-from tests.reference.importance import literal_scores  # noqa: E402
+from tests.reference.importance import gates_all, performance  # noqa: E402
 
 NUM_PRUNED = 7
 FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
@@ -86,6 +86,7 @@ def measure(
         )
         run = runs.prepare(settings)
     _train(run, steps)
+    run.model.eval()
     batches = scoring_batch.draw(run.trainer, run.trainer.eval_dataset, num_examples=32, seed=0)
     objective = Objective(run.model, batches)
     weights = weights_b(lora_layers(run.model))
@@ -100,7 +101,7 @@ def measure(
         free = [i for i in range(weights[name].shape[1]) if i not in sample.get(name, ())]
         sample.setdefault(name, []).append(rng.choice(free))
     shared, shared_s = _timed(lambda: ablation.measure(objective, weights, sample))
-    literal, literal_s = _timed(lambda: literal_scores(run.model, batches, sample))
+    literal, literal_s = _timed(lambda: literal_importance(objective, sample))
 
     # The whole pool on a part of the model, where exact scores of every rank can be had.
     part = {name: weights[name] for name in sorted(rng.sample(names, num_modules), key=names.index)}
@@ -113,9 +114,7 @@ def measure(
         "supervised_tokens": objective.num_targets,
         "spearman": _spearman(first_order, shared, sample),
         "largest_difference_prefix_literal": max(
-            abs(float(shared.importance[name][i]) - literal[name][i])
-            for name, indices in sample.items()
-            for i in indices
+            abs(float(shared.importance[name][i]) - value) for (name, i), value in literal.items()
         ),
         "largest_importance": max(
             abs(float(shared.importance[name][i])) for name in sample for i in sample[name]
@@ -131,6 +130,31 @@ def measure(
             "literal_a_rank": literal_s / sample_size,
         },
     }
+
+
+@torch.no_grad()
+def literal_importance(
+    objective: Objective, sample: dict[str, list[int]]
+) -> dict[tuple[str, int], float]:
+    """Eq. 6 with gates and whole forward passes, less the constant S(M_0) that all ranks share."""
+    model = objective.model
+
+    def s(gates: dict[str, torch.Tensor]) -> float:
+        total = 0.0
+        for batch in objective.batches:
+            count = int((batch["labels"][:, 1:] != IGNORED).sum())
+            total += count * float(performance(model, batch, gates))
+        return total / objective.num_targets
+
+    importance = {}
+    with objective.evaluating():
+        s_full, s_base = s(gates_all(model, 1.0)), s(gates_all(model, 0.0))
+        for name, indices in sample.items():
+            for index in indices:
+                without, only = gates_all(model, 1.0), gates_all(model, 0.0)
+                without[name][index], only[name][index] = 0.0, 1.0
+                importance[name, index] = s_full - s(without) + s(only) - s_base
+    return importance
 
 
 def table(results: dict[str, dict[str, Any]]) -> Table:

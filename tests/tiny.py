@@ -15,6 +15,8 @@ from transformers import (
     LlamaForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 VOCABULARY = 64
@@ -76,6 +78,22 @@ def roberta_classifier(num_labels: int = 3, **overrides) -> RobertaForSequenceCl
     return _build(RobertaForSequenceClassification, config)
 
 
+def t5(**overrides) -> T5ForConditionalGeneration:
+    """An encoder and a decoder: two lists of blocks."""
+    options = dict(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        dropout_rate=0.0,
+        pad_token_id=PADDING,
+        decoder_start_token_id=PADDING,
+    )
+    return _build(T5ForConditionalGeneration, T5Config(**{**options, **overrides}))
+
+
 _ENCODER = dict(
     vocab_size=VOCABULARY,
     hidden_size=32,
@@ -111,6 +129,8 @@ def _of_kind(model: nn.Module) -> dict:
         return dict(target_modules=LLAMA_TARGETS, task_type="CAUSAL_LM")
     if isinstance(model, GPT2LMHeadModel):
         return dict(target_modules=GPT2_TARGETS, fan_in_fan_out=True, task_type="CAUSAL_LM")
+    if isinstance(model, T5ForConditionalGeneration):
+        return dict(target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
     return dict(target_modules=BERT_TARGETS, task_type="SEQ_CLS")
 
 
@@ -124,8 +144,19 @@ def with_trained_b(model: PeftModel, scale: float = 0.1, seed: int = 2) -> PeftM
     return model
 
 
+def checkpointing(model: PeftModel) -> PeftModel:
+    """The model with the activations of its blocks computed again in the backward pass."""
+    base = model.get_base_model()
+    base.config.use_cache = False
+    # The second is the name before Transformers 5.22.
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    return model
+
+
 def optimizer_for(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=lr)
 
 
 def train(

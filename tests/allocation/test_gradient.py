@@ -45,7 +45,7 @@ def test_orders_ranks_as_ablation_does_after_a_little_training(build):
     left = torch.cat(list(first_order.importance.values()))
     right = torch.cat(list(exact.importance.values()))
     assert spearman(left, right) >= 0.99
-    assert float((left - right).norm() / right.norm()) < 0.05
+    assert float((left - right).norm() / right.norm()) < 0.1
 
 
 def test_tends_to_ablation_as_the_adapter_gets_small():

@@ -16,7 +16,7 @@ SCORES = {
     "gradient": gradient.score,
     "screened": functools.partial(screened.score, most=8),
 }
-every_score = pytest.mark.parametrize("score", SCORES.values(), ids=list(SCORES))
+every_score = pytest.mark.parametrize("score", list(SCORES.values()), ids=list(SCORES))
 
 
 class Interruption(Exception):

@@ -21,7 +21,16 @@ if TYPE_CHECKING:
 FLAGS = (
     *("--task", "demo", "--dataset_name", "demo", "--model_name_or_path", "smollm2-135m"),
     *("--per_device_train_batch_size", "8", "--max_steps", "96", "--learning_rate", "2e-3"),
-    *("--num_rounds", "3", "--warmup_epochs", "0.25", "--recovery_epochs", "0.15"),
+    *(
+        "--num_rounds",
+        "3",
+        "--ranks_per_round",
+        "30",
+        "--warmup_epochs",
+        "0.25",
+        "--recovery_epochs",
+        "0.15",
+    ),
     *("--eval_strategy", "no", "--save_strategy", "no"),
 )
 """The demo's run: 768 examples, rounds after steps 31, 50 and 69."""

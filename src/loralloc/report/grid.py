@@ -66,19 +66,20 @@ class RankGrid:
             ValueError: `data` is not an allocation record, or holds no such round.
         """
         start = _ranks_of(data, "initial_ranks", where="the record")
-        states = {0: start}
-        for entry in _rounds_of(data):
-            number = entry.get("round")
-            if not isinstance(number, int) or isinstance(number, bool) or number in states:
-                raise _unreadable(f'a round has "round": {number!r} where 1, 2, ... belong')
-            states[number] = _ranks_of(entry, "ranks_after", where=f"round {number}")
+        states = [start]
+        for number, entry in enumerate(_rounds_of(data), start=1):
+            if entry.get("round") != number:
+                raise _unreadable(f"round {number} is numbered {entry.get('round')!r}")
+            states.append(_ranks_of(entry, "ranks_after", where=f"round {number}"))
             if states[number].keys() != start.keys():
                 raise _unreadable(f"round {number} names other modules than `initial_ranks`")
-        last = max(states)
+        last = len(states) - 1
         shown = last if shown_round is None else shown_round
-        if shown not in states:
-            held = f"rounds 1 to {last}; give one of them" if last else "no round; leave it out"
-            raise ValueError(f"Round {shown} was asked for, but the run holds {held}, or 0.")
+        if not 0 <= shown <= last:
+            raise ValueError(
+                f"Round {shown} was asked for, but the run holds {last} rounds; "
+                f"give a number from 0 (the start) to {last}."
+            )
         cells = {name: Cell(rank, states[shown][name]) for name, rank in start.items()}
         return _arrange(cells, shown_round=shown, num_rounds=last)
 

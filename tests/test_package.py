@@ -1,0 +1,43 @@
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import loralloc
+
+
+def modules_after(statement: str) -> set[str]:
+    """What a fresh process has imported after a statement."""
+    code = f"import sys; {statement}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_is_cheap():
+    heavy = {"torch", "transformers", "peft", "trl", "datasets", "accelerate", "numpy"}
+    assert not heavy & modules_after("import loralloc")
+
+
+@pytest.mark.parametrize("name", loralloc.__all__)
+def test_every_public_name_is_there_and_says_what_it_is(name):
+    value = getattr(loralloc, name)
+    if name != "__version__":
+        assert inspect.getdoc(value)
+
+
+def test_public_names_come_in_alphabetical_order_and_once():
+    names = [name for name in loralloc.__all__ if name != "__version__"]
+    assert names == sorted(set(names))
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'loralloc' has no attribute 'nothing'"):
+        loralloc.nothing  # noqa: B018
+
+
+def test_a_module_of_the_same_name_does_not_hide_the_function():
+    import loralloc.allocation.resize  # noqa: F401
+
+    assert callable(loralloc.resize)
+    assert callable(loralloc.plan)

@@ -1,0 +1,409 @@
+import json
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset, IterableDataset
+from trainers import (
+    StopAt,
+    adapter,
+    causal_rows,
+    causal_trainer,
+    classification_trainer,
+    losses,
+    options,
+    present,
+    ranks_now,
+    sft_trainer,
+    without_seconds,
+)
+from transformers import TrainerCallback
+
+from loralloc import AllocationConfig, ScoringError, attach
+from loralloc.allocation.layers import lora_layers, weight_b
+from loralloc.allocation.record import Record
+
+KINDS = ("causal", "classification", "sft")
+
+
+@pytest.fixture
+def trainer_of(tmp_path, llama_folder):
+    def build(kind, **changes):
+        if kind == "sft":
+            return sft_trainer(tmp_path, model_folder=llama_folder, **changes)
+        return (causal_trainer if kind == "causal" else classification_trainer)(tmp_path, **changes)
+
+    return build
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rounds_take_place_at_the_scheduled_steps_and_keep_the_total(kind, trainer_of):
+    trainer = trainer_of(kind)
+    allocation = attach(trainer, options())
+    start = sum(ranks_now(trainer.model).values())
+    trainer.train()
+    rounds = allocation.record.rounds
+    assert allocation.steps == [entry.step for entry in rounds] == [3, 6, 9]
+    assert all(sum(entry.ranks_after.values()) == start for entry in rounds)
+    assert ranks_now(trainer.model) == present(allocation.record.ranks)
+    assert any(allocation.record.ranks[name] != 2 for name in allocation.record.ranks)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_round_is_logged_and_reported(kind, trainer_of):
+    reported = []
+    trainer = trainer_of(kind)
+    allocation = attach(trainer, options(), on_round=reported.append)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "round" in entry]
+    assert [(entry["round"], entry["step"]) for entry in entries] == [(1, 3), (2, 6), (3, 9)]
+    assert all(entry["ranks_pruned"] == allocation.num_pruned for entry in entries)
+    assert "churn" not in entries[0] and 0 <= entries[1]["churn"] <= 1
+    assert reported == allocation.record.rounds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_of_every_step_is_logged_also_where_a_round_takes_place(kind, trainer_of):
+    trainer = trainer_of(kind)
+    attach(trainer, options())
+    trainer.train()
+    assert list(losses(trainer)) == list(range(1, 13))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_ranks_train(kind, trainer_of):
+    trainer = trainer_of(kind)
+    allocation = attach(trainer, options(num_rounds=1))
+    trainer.train()
+    (entry,) = allocation.record.rounds
+    layers = lora_layers(trainer.model)
+    new_columns = [weight_b(layers[name])[:, -count:] for name, count in entry.added.items()]
+    assert new_columns
+    assert all(bool((columns != 0).any(dim=0).all()) for columns in new_columns)
+
+
+def test_only_the_adapter_changes(trainer_of):
+    trainer = trainer_of("causal")
+    before = {
+        name: parameter.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    attach(trainer, options())
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    # An emptied module gives its place back to the layer it wrapped.
+    after |= {name.replace(".weight", ".base_layer.weight"): p for name, p in after.items()}
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+def test_the_saved_record_is_the_callbacks(trainer_of, tmp_path):
+    trainer = trainer_of("causal", save_strategy="steps", save_steps=7)
+    allocation = attach(trainer, options())
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    assert Record.load(tmp_path / "final").rounds == allocation.record.rounds
+    assert [entry.step for entry in Record.load(tmp_path / "checkpoint-7").rounds] == [3, 6]
+    data = json.loads((tmp_path / "final" / "allocation.json").read_text())
+    assert data["config"]["seed"] == trainer.args.seed
+
+
+def test_before_the_first_round_training_is_plain_lora(trainer_of):
+    allocated, plain = trainer_of("causal"), trainer_of("causal")
+    attach(allocated, options(num_rounds=1, warmup_epochs=1.5))
+    allocated.train()
+    plain.train()
+    with_rounds, without = losses(allocated), losses(plain)
+    assert [with_rounds[step] for step in range(1, 9)] == [without[step] for step in range(1, 9)]
+    assert with_rounds[12] != without[12]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_seed_gives_the_same_ranks_and_losses(kind, trainer_of):
+    runs = []
+    for _ in range(2):
+        trainer = trainer_of(kind)
+        allocation = attach(trainer, options())
+        trainer.train()
+        runs.append((without_seconds(allocation.record.rounds), losses(trainer)))
+    assert runs[0] == runs[1]
+
+
+def test_another_seed_draws_other_scoring_examples(trainer_of):
+    scores = []
+    for seed in (0, 1):
+        trainer = trainer_of("causal", num_eval=32)
+        allocation = attach(trainer, options(num_rounds=1, seed=seed))
+        trainer.train()
+        scores.append(allocation.record.rounds[0].s_full)
+    assert scores[0] != scores[1]
+
+
+def test_with_gradient_accumulation_rounds_fall_on_optimiser_steps(trainer_of):
+    trainer = trainer_of("causal", gradient_accumulation_steps=2, num_train_epochs=4)
+    allocation = attach(trainer, options(num_rounds=2, warmup_epochs=1, recovery_epochs=1))
+    trainer.train()
+    assert trainer.state.max_steps == 12
+    assert [entry.step for entry in allocation.record.rounds] == [3, 6]
+    assert [entry.epoch for entry in allocation.record.rounds] == [1.0, 2.0]
+
+
+def test_the_last_and_shorter_accumulation_of_an_epoch_counts_as_a_step(trainer_of):
+    trainer = trainer_of("causal", gradient_accumulation_steps=4)
+    allocation = attach(trainer, options(num_rounds=1, warmup_epochs=1))
+    trainer.train()
+    assert trainer.state.max_steps == 4
+    assert [entry.step for entry in allocation.record.rounds] == [2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing(kind, trainer_of):
+    trainer = trainer_of(kind, gradient_checkpointing=True)
+    allocation = attach(trainer, options())
+    trainer.train()
+    assert len(allocation.record.rounds) == 3
+    assert trainer.model.training and trainer.model.is_gradient_checkpointing
+
+
+def test_gradient_checkpointing_changes_no_decision(trainer_of):
+    ranks = []
+    for checkpointing in (False, True):
+        trainer = trainer_of("causal", gradient_checkpointing=checkpointing)
+        allocation = attach(trainer, options(num_rounds=1))
+        trainer.train()
+        ranks.append(allocation.record.ranks)
+    assert ranks[0] == ranks[1]
+
+
+@pytest.mark.parametrize("use_rslora", (False, True))
+def test_the_scaling_of_every_module_stays(use_rslora, trainer_of):
+    model = tiny.adapted(tiny.llama(), r=4, lora_alpha=8, use_rslora=use_rslora)
+    trainer = trainer_of("causal", model=model)
+    allocation = attach(trainer, options())
+    trainer.train()
+    assert len(set(ranks_now(model).values())) > 1
+    expected = 8 / (4**0.5 if use_rslora else 4)
+    scalings = [layer.scaling["default"] for layer in lora_layers(model).values()]
+    assert scalings == pytest.approx([expected] * len(scalings))
+    assert allocation.record.rounds
+
+
+def test_a_bfloat16_backbone_with_a_float32_adapter(trainer_of):
+    model = tiny.adapted(tiny.llama().to(torch.bfloat16), r=2)
+    trainer = trainer_of("causal", model=model)
+    allocation = attach(trainer, options())
+    trainer.train()
+    assert len(allocation.record.rounds) == 3
+    assert {value.dtype for value in adapter(model).values()} == {torch.float32}
+    frozen = {p.dtype for name, p in model.named_parameters() if "lora_" not in name}
+    assert frozen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ("gpt2", "roberta"))
+def test_other_architectures(kind, trainer_of):
+    if kind == "gpt2":
+        trainer = trainer_of("causal", model=tiny.adapted(tiny.gpt2(), r=2))
+    else:
+        model = tiny.adapted(tiny.roberta_classifier(), r=2)
+        trainer = trainer_of("classification", model=model)
+    start = sum(ranks_now(trainer.model).values())
+    allocation = attach(trainer, options())
+    trainer.train()
+    assert len(allocation.record.rounds) == 3
+    assert sum(ranks_now(trainer.model).values()) == start
+
+
+def test_a_scoring_dataset_can_stand_in_for_the_eval_dataset(trainer_of):
+    trainer = trainer_of("causal", num_eval=0)
+    allocation = attach(trainer, options(), scoring_dataset=causal_rows(8, seed=5))
+    trainer.train()
+    assert len(allocation.record.rounds) == 3
+
+
+def test_a_list_of_examples_is_a_dataset(trainer_of):
+    trainer = trainer_of("causal")
+    examples = [trainer.eval_dataset[index] for index in range(8)]
+    scores = []
+    for dataset in (trainer.eval_dataset, examples):
+        trainer = trainer_of("causal")
+        allocation = attach(trainer, options(num_rounds=1), scoring_dataset=dataset)
+        trainer.train()
+        scores.append(allocation.record.rounds[0].s_full)
+    assert scores[0] == scores[1]
+
+
+def test_the_users_own_optimiser_is_followed(trainer_of):
+    model = tiny.adapted(tiny.llama(), r=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    trainer = trainer_of("causal", model=model, optimizers=(optimizer, None))
+    allocation = attach(trainer, options(num_rounds=1))
+    trainer.train()
+    (entry,) = allocation.record.rounds
+    layers = lora_layers(model)
+    assert all(bool(weight_b(layers[name])[:, -count:].any()) for name, count in entry.added.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(scoring_examples=9), "`scoring_examples` is 9, but the development set has 8"),
+        (dict(num_rounds=5), "only 3 of 5 rounds could take place before the last step"),
+        (dict(warmup_epochs=2), "no round could take place before the last step"),
+        (dict(recovery_epochs=0.01), "two rounds would fall on one step; use at least 0.167"),
+        (dict(min_rank=3), "raise the LoRA rank `r` to 3 or more, or lower `min_rank`"),
+        (dict(ranks_per_round=28), "the adapter has only 28; lower it or raise the LoRA rank"),
+    ],
+)
+def test_options_that_do_not_fit_the_run_are_refused_at_once(changes, words, trainer_of):
+    with pytest.raises(ValueError, match=words):
+        attach(trainer_of("causal"), options(**changes))
+
+
+def test_the_papers_schedule_on_a_short_run_is_refused(trainer_of):
+    with pytest.raises(ValueError, match="The run has 12 steps of 6 an epoch"):
+        attach(trainer_of("causal"), AllocationConfig(scoring_examples=4))
+
+
+def test_without_an_eval_dataset(trainer_of):
+    with pytest.raises(ValueError, match="no `eval_dataset`; give it one, or pass"):
+        attach(trainer_of("causal", num_eval=0), options())
+
+
+def test_several_eval_datasets(trainer_of):
+    trainer = trainer_of("causal")
+    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+    with pytest.raises(ValueError, match="cannot be drawn from a dict; pass one dataset"):
+        attach(trainer, options())
+
+
+def test_an_eval_dataset_without_a_length(trainer_of):
+    trainer = trainer_of("causal")
+    trainer.eval_dataset = trainer.eval_dataset.to_iterable_dataset()
+    with pytest.raises(ValueError, match="cannot be drawn from a IterableDataset"):
+        attach(trainer, options())
+
+
+def test_a_train_dataset_without_a_length(trainer_of):
+    trainer = trainer_of("causal", max_steps=12)
+    trainer.train_dataset = IterableDataset.from_generator(lambda: iter(trainer.eval_dataset))
+    with pytest.raises(ValueError, match="the training set is a IterableDataset without a length"):
+        attach(trainer, options())
+
+
+def test_an_eval_dataset_without_labels(trainer_of):
+    trainer = trainer_of("causal")
+    trainer.eval_dataset = trainer.eval_dataset.remove_columns("labels")
+    with pytest.raises(ValueError, match="labels"):
+        attach(trainer, options())
+
+
+def test_an_eval_dataset_without_a_supervised_position(trainer_of):
+    trainer = trainer_of("causal")
+    trainer.eval_dataset = Dataset.from_list(
+        [{**row, "labels": [-100] * len(row["labels"])} for row in trainer.eval_dataset]
+    )
+    with pytest.raises(ValueError, match="hold no supervised position"):
+        attach(trainer, options())
+
+
+@pytest.mark.parametrize("way", ("fsdp", "deepspeed"))
+def test_sharded_training_is_refused(way, trainer_of):
+    trainer = trainer_of("causal")
+    setattr(trainer, f"is_{way}_enabled", True)
+    with pytest.raises(TypeError, match="shards the parameters that a round replaces"):
+        attach(trainer, options())
+
+
+@pytest.mark.parametrize("what", ("world_size", "n_gpu"))
+def test_several_processes_or_gpus_are_refused(what, trainer_of, monkeypatch):
+    trainer = trainer_of("causal")
+    monkeypatch.setattr(type(trainer.args), what, property(lambda self: 2))
+    with pytest.raises(TypeError, match="The run has 2 processes or GPUs"):
+        attach(trainer, options())
+
+
+def test_dora_is_refused(trainer_of):
+    model = tiny.adapted(tiny.llama(), r=2, use_dora=True)
+    with pytest.raises(TypeError, match="uses `use_dora`, for which ranks cannot be allocated"):
+        attach(trainer_of("causal", model=model), options())
+
+
+def test_a_model_without_an_adapter_is_refused(trainer_of):
+    with pytest.raises(TypeError, match="has no LoRA adapter named 'default'"):
+        attach(trainer_of("causal", model=tiny.llama()), options())
+
+
+def test_an_optimiser_whose_state_cannot_follow_is_refused(trainer_of):
+    trainer = trainer_of("causal", optim="adafactor")
+    attach(trainer, options())
+    with pytest.raises(TypeError, match=r"Adafactor keeps .* cannot follow a change of rank"):
+        trainer.train()
+
+
+def test_attaching_twice_is_refused(trainer_of):
+    trainer = trainer_of("causal")
+    attach(trainer, options())
+    with pytest.raises(ValueError, match="already"):
+        attach(trainer, options())
+
+
+def test_saving_before_any_round_is_refused(trainer_of, tmp_path):
+    trainer = trainer_of("causal")
+    attach(trainer, options())
+    for save in (trainer.save_model, trainer.model.save_pretrained):
+        with pytest.raises(RuntimeError, match="no round has taken place: it is plain LoRA"):
+            save(str(tmp_path / "saved"))
+    assert not list((tmp_path / "saved").glob("*"))
+
+
+def test_a_checkpoint_before_the_first_round_is_no_error(trainer_of, tmp_path):
+    trainer = trainer_of("causal", save_strategy="steps", save_steps=2)
+    attach(trainer, options())
+    trainer.train()
+    assert Record.load(tmp_path / "checkpoint-2").rounds == []
+
+
+def test_training_that_ends_before_the_first_round_is_an_error(trainer_of, tmp_path):
+    trainer = trainer_of("causal", callbacks=[StopAt(2)])
+    attach(trainer, options())
+    with pytest.raises(RuntimeError, match="ended at step 2, before the first round .* at step 3"):
+        trainer.train()
+    with pytest.raises(RuntimeError, match="no round has taken place"):
+        trainer.save_model(str(tmp_path / "saved"))
+
+
+def test_training_again_without_resuming_is_refused(trainer_of):
+    trainer = trainer_of("causal")
+    attach(trainer, options())
+    trainer.train()
+    with pytest.raises(ValueError, match="before which 0 rounds of allocation are due, but 3"):
+        trainer.train()
+
+
+class _Poison(TrainerCallback):
+    """Let the loss on the scoring examples be NaN from a step on."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **_):
+        if state.global_step == self.step:
+            with torch.no_grad():
+                weight_b(lora_layers(model)["model.layers.1.mlp.up_proj"])[0, 0] = float("nan")
+            self.before = adapter(model)
+            self.ranks = ranks_now(model)
+
+
+def test_a_loss_that_is_not_finite_refuses_the_round_and_leaves_the_model(trainer_of):
+    poison = _Poison(step=6)
+    trainer = trainer_of("causal", callbacks=[poison])
+    allocation = attach(trainer, options())
+    with pytest.raises(ScoringError, match="Round 2 at step 6 was refused and the model left as"):
+        trainer.train()
+    assert len(allocation.record.rounds) == 1
+    assert ranks_now(trainer.model) == poison.ranks
+    after = adapter(trainer.model)
+    assert all(
+        torch.equal(value.nan_to_num(7.0), after[name].nan_to_num(7.0))
+        for name, value in poison.before.items()
+    )

@@ -1,0 +1,153 @@
+"""Our trainer's loss against TRL's own, and what TRL does to the data."""
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import SFTConfig, SFTTrainer
+
+from loralloc.tasks.source import Split
+from loralloc.training import sft
+
+
+@pytest.fixture
+def trainer_on(tmp_path, llama_folder):
+    """Our trainer on given rows, with a trained adapter."""
+
+    def build(rows, validation=None, **changes):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
+        config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        usual = dict(
+            output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True,
+            per_device_train_batch_size=4, max_length=64, gradient_checkpointing=False,
+        )
+        splits = {
+            name: Split(name=name, dataset=Dataset.from_list(part), source=f"{name}.jsonl")
+            for name, part in (("train", rows), ("validation", validation or rows))
+        }
+        tokenizer = AutoTokenizer.from_pretrained(llama_folder)
+        return sft.sft_trainer(model, tokenizer, SFTConfig(**{**usual, **changes}), splits, None)
+
+    return build
+
+
+def rows(count=8):
+    return [
+        {"prompt": f"the film {number} is" + " very" * number, "completion": " good and warm"}
+        for number in range(count)
+    ]
+
+
+TEXTS = [{"text": "the film is good" + " and warm" * number} for number in range(8)]
+MESSAGES = [
+    {
+        "messages": [
+            {"role": "user", "content": f"is film {number} good"},
+            {"role": "assistant", "content": "it is good" + " and warm" * number},
+        ]
+    }
+    for number in range(8)
+]
+
+
+def loss_and_gradients(trainer, batch, compute_loss, num_items):
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = compute_loss(trainer, trainer.model, dict(batch), num_items_in_batch=num_items)
+    loss.backward()
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad
+    }
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("data", (rows(), TEXTS, MESSAGES), ids=("prompts", "texts", "messages"))
+@pytest.mark.parametrize("num_items", (None, 50), ids=("alone", "accumulated"))
+@pytest.mark.parametrize("padding_free", (False, True))
+def test_loss_and_gradients_are_trls(data, num_items, padding_free, trainer_on):
+    if padding_free:
+        pytest.importorskip("flash_attn", reason="TRL refuses it without flash attention")
+    trainer = trainer_on(data)
+    batch = next(iter(trainer.get_train_dataloader()))
+    num_items = None if num_items is None else torch.tensor(num_items)
+    ours = loss_and_gradients(trainer, batch, sft.SupervisedSFTTrainer.compute_loss, num_items)
+    theirs = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, num_items)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert all(bool(gradient.any()) for gradient in ours[1].values())
+
+
+def test_token_accuracy_and_count_are_trls(trainer_on):
+    trainer = trainer_on(rows())
+    batch = next(iter(trainer.get_train_dataloader()))
+    seen = []
+    for compute_loss in (sft.SupervisedSFTTrainer.compute_loss, SFTTrainer.compute_loss):
+        trainer._metrics["train"].clear()
+        trainer._total_train_tokens = 0
+        loss_and_gradients(trainer, batch, compute_loss, None)
+        metrics = trainer._metrics["train"]
+        seen.append((metrics["mean_token_accuracy"], metrics["num_tokens"]))
+    assert seen[0] == seen[1]
+
+
+def test_where_the_logits_do_not_fit_trls_own_way_is_taken(trainer_on, monkeypatch):
+    trainer = trainer_on(rows())
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, dict(batch))
+    monkeypatch.setattr(sft, "MOST_LOGITS", 1)
+    monkeypatch.setattr(sft, "supervised_logits", None)
+    torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
+
+
+@pytest.mark.parametrize("changes", (dict(loss_type="dft"), dict(label_smoothing_factor=0.1)))
+def test_other_losses_are_trls(changes, trainer_on):
+    trainer = trainer_on(rows(), **changes)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ours = loss_and_gradients(trainer, batch, sft.SupervisedSFTTrainer.compute_loss, None)
+    theirs = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, None)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_evaluation_gives_trls_loss(trainer_on):
+    trainer = trainer_on(rows())
+    ours = trainer.evaluate()["eval_loss"]
+    trainer.compute_loss = SFTTrainer.compute_loss.__get__(trainer)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(ours, rel=1e-5)
+
+
+def test_of_prompt_and_completion_only_the_completion_is_supervised(trainer_on):
+    trainer = trainer_on(rows())
+    tokenizer = trainer.processing_class
+    batch = next(iter(trainer.get_train_dataloader()))
+    supervised = tokenizer.decode(batch["labels"][0][batch["labels"][0] != -100])
+    assert supervised == " good and warm</s>"
+
+
+def test_of_plain_text_every_token_is_supervised(trainer_on):
+    batch = next(iter(trainer_on(TEXTS).get_train_dataloader()))
+    assert bool(((batch["labels"] != -100) == batch["attention_mask"].bool()).all())
+
+
+def test_packed_rows_are_cut_and_joined(trainer_on):
+    trainer = trainer_on(TEXTS * 4, packing=True, packing_strategy="wrapped", max_length=16)
+    assert {len(row) for row in trainer.train_dataset["input_ids"][:-1]} == {16}
+
+
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_prompts_that_leave_no_supervised_token_are_counted_and_the_first_named(split, trainer_on):
+    short, long = {"prompt": "a", "completion": " b"}, {"prompt": "film " * 30, "completion": " b"}
+    broken = [short, short, long, short, long]
+    data = {"rows": broken} if split == "train" else {"rows": [short] * 5, "validation": broken}
+    with pytest.raises(ValueError) as error:
+        trainer_on(**data, max_length=8)
+    sentence = str(error.value)
+    assert f"2 of 5 examples of {split}.jsonl have no supervised token left" in sentence
+    assert "within `max_length` of 8, the first in row 3" in sentence
+    assert "film film" in sentence

@@ -1,0 +1,70 @@
+import pytest
+import tiny
+from peft import LoraConfig, get_peft_model
+
+from loralloc.allocation.layers import lora_layers
+from loralloc.training.targets import block_linears, resolve_targets
+
+
+def adapted_names(model, targets):
+    config = LoraConfig(target_modules=targets, fan_in_fan_out="GPT2" in type(model).__name__)
+    return list(lora_layers(get_peft_model(model, config)))
+
+
+@pytest.mark.parametrize(
+    ("build", "per_block"),
+    [(tiny.llama, 7), (tiny.gpt2, 4), (tiny.bert_classifier, 6), (tiny.roberta_classifier, 6)],
+)
+def test_by_default_every_linear_layer_of_every_block_and_no_other(build, per_block):
+    model = build()
+    names = adapted_names(model, resolve_targets(model, None))
+    assert len(names) == 2 * per_block
+    assert not [name for name in names if "pooler" in name or "classifier" in name]
+
+
+def test_names_from_the_block_on_match_in_every_block():
+    assert "self_attn.q_proj" in block_linears(tiny.llama())
+    assert "attention.output.dense" in block_linears(tiny.bert_classifier())
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [["q_proj", "v_proj"], ["self_attn.q_proj", "mlp.up_proj"], "all-linear", ["all-linear"]],
+)
+def test_names_that_match_are_passed_on(wanted):
+    targets = resolve_targets(tiny.llama(), wanted)
+    assert targets == ("all-linear" if "all-linear" in wanted else wanted)
+
+
+def test_a_regular_expression_is_passed_on():
+    model = tiny.llama()
+    names = adapted_names(model, resolve_targets(model, r".*\.1\..*q_proj"))
+    assert names == ["model.layers.1.self_attn.q_proj"]
+
+
+def test_one_name_alone_is_a_name():
+    """TRL's `ModelConfig` makes a text of a list of one."""
+    model = tiny.llama()
+    assert len(adapted_names(model, resolve_targets(model, "q_proj"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        (["q_proj", "v_porj"], "names 'v_porj', which matches no module; did you mean .*'v_proj'"),
+        (["query"], "names 'query', which matches no module"),
+        (["zzz"], "linear layers end in down_proj, gate_proj, k_proj"),
+        (["proj"], "names 'proj', which matches no module"),
+        ("q_porj", "names 'q_porj', which matches no module; did you mean .*'q_proj'"),
+    ],
+)
+def test_names_that_match_nothing_are_refused_with_the_nearest(wanted, words):
+    with pytest.raises(ValueError, match=words):
+        resolve_targets(tiny.llama(), wanted)
+
+
+def test_a_model_without_blocks_is_refused():
+    from torch import nn
+
+    with pytest.raises(ValueError, match="has no list of transformer blocks with linear layers"):
+        resolve_targets(nn.Sequential(nn.Linear(2, 2)), None)
