@@ -1,4 +1,7 @@
-"""What every test shares: no network, and tiny model folders with their tokenizers on disk."""
+"""What every test shares: no network, and tiny model folders with their tokenizers on disk.
+
+Being here puts this folder on the import path: tests say `import tiny` and `import reference`.
+"""
 
 import os
 
@@ -10,6 +13,11 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run, and no limit of time for one: machines differ.
+settings.register_profile("loralloc", deadline=None, derandomize=True)
+settings.load_profile("loralloc")
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
@@ -56,7 +64,7 @@ def llama_folder(tmp_path_factory) -> Path:
 def bert_folder(tmp_path_factory) -> Path:
     """A BERT of 2 blocks and width 32 with a word-level tokenizer."""
     import torch
-    from transformers import BertConfig, BertForMaskedLM
+    from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("models") / "tiny-bert"
     tokenizer = _word_tokenizer()
@@ -73,7 +81,7 @@ def bert_folder(tmp_path_factory) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    BertForMaskedLM(config).save_pretrained(folder)
+    BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

@@ -34,10 +34,3 @@ def test_public_names_come_in_alphabetical_order_and_once():
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'loralloc' has no attribute 'nothing'"):
         loralloc.nothing  # noqa: B018
-
-
-def test_a_module_of_the_same_name_does_not_hide_the_function():
-    import loralloc.allocation.resize  # noqa: F401
-
-    assert callable(loralloc.resize)
-    assert callable(loralloc.plan)

@@ -118,7 +118,7 @@ MODELS = (llama, gpt2, bert_classifier, roberta_classifier)
 
 
 def adapted(model: nn.Module, r: int = 4, lora_alpha: float = 8, **lora_options) -> PeftModel:
-    """The model in evaluation mode with LoRA on every linear layer of its blocks; each B is zero."""
+    """The model, evaluating, with LoRA on every linear layer of its blocks; every B is zero."""
     options = dict(r=r, lora_alpha=lora_alpha, **_of_kind(model))
     with seeded(1):
         return get_peft_model(model, LoraConfig(**{**options, **lora_options})).eval()

@@ -49,6 +49,14 @@ def test_equals_the_paper_with_adapters_outside_the_blocks(build, outside):
     )
 
 
+def test_equals_the_paper_where_blocks_lie_in_two_lists():
+    model = tiny.with_trained_b(tiny.adapted(tiny.t5(), r=2), scale=0.5)
+    batch = tiny.batch_for(model)
+    assert_equals_paper(
+        measured(model, tiny.micro_batches(batch, 4)), reference.ablation(model, batch)
+    )
+
+
 def test_equals_the_paper_with_unequal_ranks_and_rslora():
     pattern = {r"layers\.0.*q_proj": 1, "down_proj": 5}
     model = tiny.adapted(tiny.llama(), r=2, lora_alpha=3, use_rslora=True, rank_pattern=pattern)
@@ -95,9 +103,7 @@ def test_every_ablation_starts_at_its_own_block():
         handle.remove()
     ranks_per_block, num_batches = 7 * 2, 2
     # Once for all ranks, then once for every rank of this block and of those before it.
-    assert computed == [
-        2 * num_batches * (1 + ranks_per_block * (block + 1)) for block in range(4)
-    ]
+    assert computed == [2 * num_batches * (1 + ranks_per_block * (block + 1)) for block in range(4)]
 
 
 def test_half_the_blocks_of_whole_forward_passes_are_computed_at_most():

@@ -51,8 +51,7 @@ def test_examples_without_a_supervised_position_count_for_nothing():
     model, batch = tiny.llama(), tiny.causal_batch()
     empty = {**batch, "labels": torch.full_like(batch["labels"], tiny.IGNORED)}
     assert (
-        Objective(model, [empty, batch, empty]).mean_loss()
-        == Objective(model, [batch]).mean_loss()
+        Objective(model, [empty, batch, empty]).mean_loss() == Objective(model, [batch]).mean_loss()
     )
 
 

@@ -34,12 +34,12 @@ def test_a_task_gives_prompt_and_completion_and_nothing_else():
 
 
 def test_the_same_rows_give_the_same_examples_from_every_format(write, tmp_path):
-    rows = [{"sentence": 'caf\u00e9, "good" ', "label": 1}, {"sentence": "dull ", "label": 0}]
+    rows = [{"sentence": '\u00e9clair, "good" ', "label": 1}, {"sentence": "dull ", "label": 0}]
     Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
     paths = [
         write("rows.jsonl", rows),
         write("rows.json", json.dumps(rows)),
-        write("rows.csv", 'label,sentence\n1,"caf\u00e9, ""good"" "\n0,dull \n'),
+        write("rows.csv", 'label,sentence\n1,"\u00e9clair, ""good"" "\n0,dull \n'),
         tmp_path / "rows.parquet",
     ]
     sst2 = get_task("sst2")

@@ -31,7 +31,7 @@ def hub(monkeypatch):
 
 
 def test_a_file_becomes_the_train_split(write):
-    path = write("mine.jsonl", [ROW])
+    path = write("mine.JsonL", [ROW])
     for given in (path, str(path)):
         splits = load_splits(given)
         assert list(splits) == ["train"]
@@ -50,7 +50,7 @@ def test_a_path_may_begin_with_the_users_home(write, monkeypatch, tmp_path):
 def test_a_folder_gives_the_splits_it_has_in_a_fixed_order(write, tmp_path, spelling):
     write("set/test.csv", "text\nc\n")
     write(f"set/{spelling}.json", '[{"text": "b"}]')
-    write("set/train.jsonl", [ROW])
+    write("set/train.JSONL", [ROW])
     write("set/README.md", "not read")
     write("set/extra.jsonl", "not read either")
     splits = load_splits(tmp_path / "set")
@@ -109,6 +109,7 @@ def refuses(*args, **options):
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(".")
+    assert not message.endswith("..")
     return message
 
 
@@ -138,6 +139,7 @@ def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(hub, name, tmp_pat
             ValueError("Config name is missing.\nPick one"),
             "cannot be loaded: Config name is missing.",
         ),
+        (RuntimeError("Scripts are not supported."), "cannot be loaded: Scripts are not"),
         (RuntimeError(), "cannot be loaded: RuntimeError."),
     ],
 )

@@ -240,7 +240,9 @@ def test_the_users_own_optimiser_is_followed(trainer_of):
     trainer.train()
     (entry,) = allocation.record.rounds
     layers = lora_layers(model)
-    assert all(bool(weight_b(layers[name])[:, -count:].any()) for name, count in entry.added.items())
+    assert all(
+        bool(weight_b(layers[name])[:, -count:].any()) for name, count in entry.added.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -366,7 +368,7 @@ def test_a_checkpoint_before_the_first_round_is_no_error(trainer_of, tmp_path):
 def test_training_that_ends_before_the_first_round_is_an_error(trainer_of, tmp_path):
     trainer = trainer_of("causal", callbacks=[StopAt(2)])
     attach(trainer, options())
-    with pytest.raises(RuntimeError, match="ended at step 2, before the first round .* at step 3"):
+    with pytest.raises(RuntimeError, match=r"ended at step 2, before the first round .* at step 3"):
         trainer.train()
     with pytest.raises(RuntimeError, match="no round has taken place"):
         trainer.save_model(str(tmp_path / "saved"))

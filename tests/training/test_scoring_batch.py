@@ -56,8 +56,10 @@ def test_examples_of_like_length_go_together(tmp_path):
     class Padding(DataCollatorForSeq2Seq):
         def __call__(self, examples):
             longest = max(len(example["input_ids"]) for example in examples)
-            padded = [example["input_ids"] + [0] * (longest - len(example["input_ids"]))
-                      for example in examples]
+            padded = [
+                example["input_ids"] + [0] * (longest - len(example["input_ids"]))
+                for example in examples
+            ]
             return {"input_ids": torch.tensor(padded), "labels": torch.tensor(padded)}
 
     trainer = causal_trainer(tmp_path)
@@ -66,7 +68,11 @@ def test_examples_of_like_length_go_together(tmp_path):
     dataset = Dataset.from_dict({"input_ids": ids, "labels": ids})
     batches = draw(trainer, dataset, num_examples=12, seed=0)
     lengths = sorted(len(row) for row in ids)
-    assert [batch["input_ids"].shape[1] for batch in batches] == [lengths[3], lengths[7], lengths[11]]
+    assert [batch["input_ids"].shape[1] for batch in batches] == [
+        lengths[3],
+        lengths[7],
+        lengths[11],
+    ]
 
 
 def test_columns_that_the_model_does_not_read_are_left_out(tmp_path):

@@ -24,8 +24,13 @@ def trainer_on(tmp_path, llama_folder):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         usual = dict(
-            output_dir=str(tmp_path), report_to="none", bf16=False, use_cpu=True,
-            per_device_train_batch_size=4, max_length=64, gradient_checkpointing=False,
+            output_dir=str(tmp_path),
+            report_to="none",
+            bf16=False,
+            use_cpu=True,
+            per_device_train_batch_size=4,
+            max_length=64,
+            gradient_checkpointing=False,
         )
         splits = {
             name: Split(name=name, dataset=Dataset.from_list(part), source=f"{name}.jsonl")
@@ -71,10 +76,7 @@ def loss_and_gradients(trainer, batch, compute_loss, num_items):
 
 @pytest.mark.parametrize("data", (rows(), TEXTS, MESSAGES), ids=("prompts", "texts", "messages"))
 @pytest.mark.parametrize("num_items", (None, 50), ids=("alone", "accumulated"))
-@pytest.mark.parametrize("padding_free", (False, True))
-def test_loss_and_gradients_are_trls(data, num_items, padding_free, trainer_on):
-    if padding_free:
-        pytest.importorskip("flash_attn", reason="TRL refuses it without flash attention")
+def test_loss_and_gradients_are_trls(data, num_items, trainer_on):
     trainer = trainer_on(data)
     batch = next(iter(trainer.get_train_dataloader()))
     num_items = None if num_items is None else torch.tensor(num_items)
@@ -84,9 +86,17 @@ def test_loss_and_gradients_are_trls(data, num_items, padding_free, trainer_on):
     assert all(bool(gradient.any()) for gradient in ours[1].values())
 
 
-def test_token_accuracy_and_count_are_trls(trainer_on):
-    trainer = trainer_on(rows())
+# TRL warns of sequences that see each other, which they do not: their positions begin anew.
+@pytest.mark.filterwarnings("ignore:.*attention implementation:UserWarning")
+@pytest.mark.parametrize(
+    "changes",
+    ({}, dict(padding_free=True, max_length=None), dict(packing=True)),
+    ids=("padded", "padding-free", "packed"),
+)
+def test_token_accuracy_and_count_are_trls(changes, trainer_on):
+    trainer = trainer_on(rows(), **changes)
     batch = next(iter(trainer.get_train_dataloader()))
+    _make_every_other_prediction_right(trainer.model, batch)
     seen = []
     for compute_loss in (sft.SupervisedSFTTrainer.compute_loss, SFTTrainer.compute_loss):
         trainer._metrics["train"].clear()
@@ -95,6 +105,17 @@ def test_token_accuracy_and_count_are_trls(trainer_on):
         metrics = trainer._metrics["train"]
         seen.append((metrics["mean_token_accuracy"], metrics["num_tokens"]))
     assert seen[0] == seen[1]
+    assert 0 < seen[0][0][0] < 1
+
+
+def _make_every_other_prediction_right(model, batch):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    with torch.no_grad():
+        predicted = model(**inputs).logits.argmax(dim=-1)[:, :-1]
+    targets = batch["labels"][:, 1:]
+    right = targets != -100
+    right[:, ::2] = False
+    targets[right] = predicted[right]
 
 
 def test_where_the_logits_do_not_fit_trls_own_way_is_taken(trainer_on, monkeypatch):
@@ -106,6 +127,7 @@ def test_where_the_logits_do_not_fit_trls_own_way_is_taken(trainer_on, monkeypat
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 
+@pytest.mark.filterwarnings("ignore:`label_smoothing_factor` is deprecated:FutureWarning")
 @pytest.mark.parametrize("changes", (dict(loss_type="dft"), dict(label_smoothing_factor=0.1)))
 def test_other_losses_are_trls(changes, trainer_on):
     trainer = trainer_on(rows(), **changes)

@@ -47,6 +47,11 @@ class Objective:
         """Where the model lives."""
         return next(self.model.parameters()).device
 
+    @property
+    def is_rounded(self) -> bool:
+        """Whether losses are too coarse to be told apart rank by rank: a backbone below float32."""
+        return next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+
     def loss_sum(self, batch: Batch) -> Tensor:
         """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import fields
 
+import torch
 from rich.table import Table
 
 from loralloc.allocation.config import AllocationConfig
@@ -34,7 +35,9 @@ def show(run: Run) -> None:
     rows.add_row("parameters", f"{trainable:,} trainable of {everything:,}")
     rows.add_row("steps", f"{total}, {epoch} an epoch")
     rows.add_row("rounds", "after steps " + ", ".join(map(str, run.allocation.steps)))
-    rows.add_row("scoring a round", _scoring_cost(run.settings.allocation, sum(start.values())))
+    config = run.settings.allocation
+    rounded = next(run.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    rows.add_row("scoring a round", _scoring_cost(config, sum(start.values()), rounded))
     out.print(rows)
 
 
@@ -62,12 +65,12 @@ def _settings_table(run: Run) -> Table:
     return table
 
 
-def _scoring_cost(config: AllocationConfig, num_ranks: int) -> str:
+def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> str:
     """In forward passes over the scoring batch; a backward pass through frozen weights is one."""
     paper = 2 * num_ranks
     if config.score == "ablation":
         return f"about {num_ranks:,} forward passes (the paper's 2R: {paper:,})"
-    if config.score == "gradient":
+    if config.score == "gradient" or rounded:
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
     most = 4 + config.verify_ranks
     return f"about 6 to {most} forward passes (the paper's 2R: {paper:,})"

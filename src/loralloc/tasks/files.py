@@ -29,9 +29,7 @@ def read_table(path: Path) -> Dataset:
     try:
         return reader(path)
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8."
-        ) from error
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8.") from error
 
 
 def _read_json(path: Path) -> Dataset:

@@ -34,6 +34,7 @@ from loralloc.training import settings as settings_module
 from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.checkpoint import last_checkpoint
 from loralloc.training.classification import classification_trainer
+from loralloc.training.lora_step import fuse
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
 from loralloc.training.settings import Settings
 from loralloc.training.sft import sft_trainer
@@ -100,6 +101,7 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
         model = load_model(name, head=head, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
         trainer = sft_trainer(adapted, tokenizer, settings.training, splits, task)
+    fuse(adapted)
     callback = attach(trainer, settings.allocation, on_round=on_round)
     return Run(
         settings=settings,

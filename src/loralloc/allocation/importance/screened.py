@@ -37,13 +37,15 @@ def score(
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: What the round may prune; it places the cut.
         most: Ranks that may be verified at most. Where more are in doubt, no exact score is put
-            in and `settled` is False: this is so in bfloat16 near convergence, where the losses
-            that ablation takes the difference of are rounded more coarsely than they differ,
+            in and `settled` is False. So it is on a backbone below float32, where ablation takes
+            the difference of losses that are rounded more coarsely than one rank changes them,
             while a gradient's error stays relative to its size.
     """
     first_order = gradient.score(objective, weights_b, limits)
     if not first_order.is_finite():
         return first_order
+    if objective.is_rounded:
+        return dataclasses.replace(first_order, settled=False)
     scores, error = first_order, 0.0
     verified: set[tuple[str, int]] = set()
     while True:

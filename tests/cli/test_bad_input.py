@@ -1,0 +1,196 @@
+"""Bad input gets one sentence, exit code 2, and loses nothing (the list of the project's issue)."""
+
+import pytest
+
+from loralloc.cli import main
+
+PROMPT = {"prompt": "the film is", "completion": " good"}
+
+
+@pytest.fixture
+def refused(train, output, tmp_path):
+    """The sentence that a run is refused with, once it is known that nothing was written."""
+
+    def refused(*flags, **changes) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        sentence = train(*flags, **changes).sentence
+        assert sorted(tmp_path.rglob("*")) == before
+        return sentence
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("targets", "nearest"),
+    [(["q_porj", "v_proj"], "'q_proj'"), (["q_porj"], "'q_proj'"), (["up_prj"], "'up_proj'")],
+)
+def test_target_modules_that_match_nothing(targets, nearest, refused):
+    sentence = refused("--lora_target_modules", *targets)
+    assert f"names {targets[0]!r}, which matches no module" in sentence
+    assert "did you mean" in sentence and nearest in sentence
+
+
+def test_a_budget_smaller_than_min_rank_allows(refused):
+    sentence = refused(min_rank=3)
+    assert "The budget is 28 ranks" in sentence
+    assert "`min_rank` of 3 on 14 modules needs 42" in sentence
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(num_rounds=8), "so only 3 of 8 rounds could take place before the last step"),
+        (dict(warmup_epochs=5), "so no round could take place before the last step"),
+        (dict(max_steps=3), "so no round could take place before the last step"),
+    ],
+)
+def test_rounds_after_the_last_step(changes, words, refused):
+    assert words in refused(**changes)
+
+
+def test_no_rounds_at_all(refused):
+    assert "`num_rounds` is 0; it must be a whole number of at least 1" in refused(num_rounds=0)
+
+
+def test_more_scoring_examples_than_the_development_set_has(refused):
+    sentence = refused(scoring_examples=9)
+    assert "`scoring_examples` is 9, but the development set has 8 examples" in sentence
+
+
+def test_missing_columns(refused, data, write_rows):
+    write_rows(data / "train.jsonl", [{"question": "a", "answer": "b"}] * 24)
+    sentence = refused()
+    assert "has the columns question, answer" in sentence
+    assert "prompt + completion; messages; instruction + output; text" in sentence
+
+
+def test_missing_columns_of_a_task(refused):
+    sentence = refused(task="sst2")
+    assert "The task sst2 reads the columns sentence, label" in sentence
+    assert "has prompt, completion" in sentence
+
+
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_an_empty_split(split, refused, data):
+    (data / f"{split}.jsonl").write_text("")
+    assert f"The {split} split is empty" in refused()
+
+
+@pytest.mark.parametrize("split", ("train", "validation"))
+def test_prompts_that_leave_no_supervised_token(split, refused, data, write_rows):
+    long = {"prompt": "film " * 40, "completion": " good"}
+    count = 24 if split == "train" else 8
+    write_rows(data / f"{split}.jsonl", [PROMPT] * 3 + [long] * 2 + [PROMPT] * (count - 5))
+    sentence = refused(max_length=16)
+    assert f"2 of {count} examples of {data / split}.jsonl have no supervised token" in sentence
+    assert "the first in row 4" in sentence
+
+
+def test_an_unknown_option_in_yaml(refused, tmp_path):
+    (tmp_path / "run.yaml").write_text("lora_rr: 4\n")
+    sentence = refused("--config", tmp_path / "run.yaml")
+    assert "Unknown option 'lora_rr' in" in sentence and "did you mean lora_r" in sentence
+
+
+def test_an_unknown_option_in_the_allocation_block(refused, tmp_path):
+    (tmp_path / "run.yaml").write_text("allocation:\n  num_runds: 4\n")
+    sentence = refused("--config", tmp_path / "run.yaml")
+    assert "'num_runds' in the block `allocation:`" in sentence
+    assert "did you mean num_rounds" in sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lora_r: [4", "is not valid YAML"),
+        ("lora_r: four", "lora_r"),
+        ("packing: perhaps", "packing"),
+        ("learning_rate: [1]", "learning_rate"),
+        ("allocation:\n  seed: x", "`seed` is 'x'"),
+        ("eval_strategy: no", "eval_strategy"),
+    ],
+)
+def test_yaml_that_cannot_be_used(text, words, refused, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    assert words in refused("--config", tmp_path / "run.yaml")
+
+
+def test_a_configuration_that_is_not_there(refused, tmp_path):
+    assert "There is no file" in refused("--config", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--lora_rr", "4"], "Unknown option 'lora_rr' among the flags; did you mean lora_r"),
+        (["--num_runds", "4"], "did you mean num_rounds"),
+        (["--lora_r", "four"], "invalid int value: 'four'"),
+        (["--ranks_per_round", "["], "ranks_per_round"),
+        (["--max_rank", "none"], "`max_rank` is 'none'"),
+        (["--budget", "rank"], "Did you mean 'ranks'"),
+    ],
+)
+def test_flags_that_cannot_be_used(flags, words, refused):
+    assert words in refused(*flags)
+
+
+@pytest.mark.parametrize("name", ("meta-llama/Llama-2-7b-hf", "smollm2"))
+def test_a_hub_model_offline(name, refused):
+    sentence = refused(model_name_or_path=name)
+    assert f"There is no folder {name!r} here" in sentence
+    assert "'smollm2-135m', 'minilm-l6'" in sentence
+
+
+def test_a_folder_without_a_model(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert f"{tmp_path / 'empty'} could not be loaded" in refused(
+        model_name_or_path=tmp_path / "empty"
+    )
+
+
+@pytest.mark.parametrize("name", ("no/such/file.jsonl", "./nowhere"))
+def test_data_that_is_not_there(name, refused):
+    assert f"There is no file or folder '{name}'" in refused(dataset_name=name)
+
+
+def test_no_data_named(refused):
+    sentence = refused(dataset_name=None)
+    assert "No data is named; give `--dataset_name`" in sentence
+
+
+def test_an_unknown_task(refused):
+    assert "There is no task 'sst' (did you mean 'sst2'?)" in refused(task="sst")
+
+
+def test_an_unknown_metric_or_missing_strategy_is_transformers_own_sentence(refused):
+    sentence = refused(load_best_model_at_end="true", eval_strategy="no")
+    assert "load_best_model_at_end" in sentence
+
+
+def test_an_output_folder_that_is_a_file(train, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    assert "out" in train().sentence
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_column_of_labels_that_is_missing(refused, bert_folder):
+    sentence = refused(model_name_or_path=bert_folder, label_column="verdict")
+    assert "verdict" in sentence and "prompt, completion" in sentence
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fly"],
+        [],
+        ["train", "--resume", "--overwrite"],
+        ["generate", "run"],
+        ["demo", "--what"],
+    ],
+)
+def test_wrong_usage(words, capfd):
+    with pytest.raises(SystemExit) as end:
+        main(words)
+    assert end.value.code == 2
+    err = capfd.readouterr().err
+    assert "error: " in err and "Traceback" not in err

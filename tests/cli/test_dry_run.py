@@ -1,0 +1,93 @@
+"""`loralloc train --dry-run` says what would happen, and does nothing."""
+
+import re
+
+import pytest
+
+
+@pytest.fixture
+def rows_of(train):
+    """The lines of a dry run by their first word or words."""
+
+    def rows(*flags, **changes):
+        answer = train("--dry-run", *flags, **changes)
+        assert (answer.code, answer.err) == (0, "")
+        lines = [re.split(r"\s{2,}", line.strip()) for line in answer.out.splitlines()]
+        return {line[0]: line[1:] for line in lines if len(line) > 1}
+
+    return rows
+
+
+def test_settings_come_with_their_source(rows_of, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("lora_alpha: 4\nlearning_rate: 1e-3\nallocation:\n  grace_rounds: 1\n")
+    rows = rows_of("--config", path, "--lora_r", "4", learning_rate="2e-3")
+    assert rows["lora_r"] == ["4", "flag"]
+    assert rows["learning_rate"] == ["0.002", "flag"]
+    assert rows["lora_alpha"] == ["4", f"file {path}"]
+    assert rows["allocation.grace_rounds"] == ["1", f"file {path}"]
+    assert rows["allocation.num_rounds"] == ["2", "flag"]
+    assert rows["allocation.score"] == ["screened", "loralloc default"]
+    assert rows["allocation.seed"] == ["42 (the run's)", "loralloc default"]
+    assert rows["weight_decay" if "weight_decay" in rows else "lora_dropout"][1]
+    assert rows["lora_target_modules"][1] == "every linear of a block"
+
+
+def test_the_type_that_was_detected_is_shown(rows_of):
+    assert re.fullmatch(r"(bfloat16|float32) \(detected\)", rows_of(dtype=None)["dtype"][0])
+
+
+def test_the_plan(rows_of):
+    rows = rows_of()
+    assert rows["data"] == ["train 24, validation 8 examples (lm head)"]
+    assert rows["adapted modules"][0].startswith("14: q_proj x2, k_proj x2, v_proj x2, o_proj x2")
+    assert rows["ranks"] == ["28, 7 moved a round"]
+    assert re.match(r"2,048 trainable of [\d,]+", rows["parameters"][0])
+    assert rows["steps"] == ["12, 6 an epoch"]
+    assert rows["rounds"] == ["after steps 3, 6"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "cost"),
+    [
+        (dict(score="gradient"), "about 4 forward passes"),
+        (dict(score="ablation"), "about 28 forward passes"),
+        (dict(score="screened", verify_ranks=10), "to 14 forward passes"),
+    ],
+)
+def test_the_cost_of_scoring_against_the_papers(changes, cost, rows_of):
+    (shown,) = rows_of(**changes)["scoring a round"]
+    assert cost in shown
+    assert "the paper's 2R: 56" in shown
+
+
+def test_a_round_never_costs_more_than_verifying_every_rank(rows_of):
+    (shown,) = rows_of()["scoring a round"]
+    most = int(re.search(r"(\d+) forward passes", shown).group(1))
+    assert most <= 4 + 28
+
+
+def test_nothing_is_written(train, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    assert train("--dry-run").code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_that_holds_a_run_may_be_planned_for(train, output):
+    output.mkdir()
+    (output / "settings.json").write_text("{}")
+    assert train("--dry-run").code == 0
+
+
+def test_a_classification_run(rows_of, data, write_rows, bert_folder):
+    for split, count in (("train", 24), ("validation", 8)):
+        rows = [{"sentence": "the film is good", "label": number % 2} for number in range(count)]
+        write_rows(data / f"{split}.jsonl", rows)
+    rows = rows_of(task="sst2", model_name_or_path=bert_folder)
+    assert rows["data"] == ["train 24, validation 8 examples (classification head)"]
+    assert rows["adapted modules"][0].startswith("12: query x2, key x2, value x2")
+
+
+@pytest.mark.parametrize("changes", (dict(num_rounds=9), dict(scoring_examples=99)))
+def test_what_training_would_refuse_is_refused(changes, train, output):
+    assert train("--dry-run", **changes).sentence
