@@ -105,7 +105,6 @@ def test_dora_is_refused():
     ],
     ids=["lora_bias", "kasa", "monteclora", "mica", "pissa", "olora"],
 )
-@pytest.mark.xfail(reason="accepted, and then the function or the saved adapter is wrong")
 def test_other_forms_of_lora_are_refused(options):
     model = tiny.adapted(tiny.llama(), **options)
     with pytest.raises(TypeError, match=next(iter(options))):

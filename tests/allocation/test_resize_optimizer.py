@@ -230,7 +230,6 @@ def test_a_parameter_that_the_optimiser_does_not_know_is_refused():
         resize(model, PLAN, optimizer=stranger)
 
 
-@pytest.mark.xfail(reason="seen half-way: A is swapped before B is missed")
 def test_a_refusal_changes_neither_model_nor_optimiser():
     model = tiny.adapted(tiny.llama())
     only_a = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_A" in n])

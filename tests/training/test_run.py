@@ -362,7 +362,16 @@ def test_the_best_checkpoint_is_loaded(kind, settings_for, bert_folder):
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--packing", "true", "--eval_packing", "false", "--num_train_epochs", "9", "--recovery_epochs", "1"],
+        [
+            "--packing",
+            "true",
+            "--eval_packing",
+            "false",
+            "--num_train_epochs",
+            "9",
+            "--recovery_epochs",
+            "1",
+        ],
         ["--gradient_checkpointing", "true"],
         ["--gradient_accumulation_steps", "2"],
         ["--use_rslora", "true"],

@@ -42,7 +42,8 @@ class Allocator:
         model: A PEFT model with a plain LoRA adapter, not wrapped for several processes.
         config: The options; its schedule is not read here.
         batches: The scoring batch B_val in micro-batches, as the model's forward takes them, with
-            labels. No larger than training's batches, so that memory does not rise.
+            labels. Memory does not rise where they are no larger than training's; one example
+            each under gradient checkpointing, which rests in evaluation mode.
         adapter_name: PEFT's name of the adapter.
         record: Rounds of an earlier part of the same run, whose ranks the model already has.
 
@@ -65,6 +66,14 @@ class Allocator:
         self.adapter_name = adapter_name
         self._objective = Objective(model, batches)
         layers = lora_layers(model, adapter_name)
+        frozen = [
+            name for name, b in weights_b(layers, adapter_name).items() if not b.requires_grad
+        ]
+        if frozen:
+            raise ValueError(
+                f"The LoRA weights of {frozen[0]} do not train, so ranks cannot be measured; load "
+                "the adapter with `is_trainable=True`, or make it the active one."
+            )
         start = ranks(layers, adapter_name)
         self.record = record or Record(config=dataclasses.asdict(config), initial_ranks=start)
         self._check_ranks(start)
@@ -140,7 +149,8 @@ class Allocator:
     def _limits(self, births: Mapping[str, Sequence[int]], number: int) -> Limits:
         grace = self.config.grace_rounds
         return Limits(
-            num_pruned=self.num_pruned,
+            # Where budget was lost round after round, a last rank still stays.
+            num_pruned=min(self.num_pruned, sum(map(len, births.values())) - 1),
             min_rank=self.config.min_rank,
             max_rank=self.config.max_rank,
             protected={

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
@@ -44,7 +45,8 @@ class AllocationConfig:
     the cut by ablation."""
 
     verify_ranks: int = 64
-    """Most ranks a round may check by ablation when `score` is "screened"; at least 0."""
+    """Most ranks a round may check by ablation when `score` is "screened"; fewer than 16 are too
+    few to trust, so that then none is checked."""
 
     min_rank: int = 0
     """Rank below which no module is pruned; 0 lets a module leave the adapter, as in the
@@ -79,7 +81,8 @@ class AllocationConfig:
             _at_least("ranks_per_round", self.ranks_per_round, 1)
         for name in ("warmup_epochs", "recovery_epochs"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` is {value!r}; it must be a number of epochs above 0.")
         if self.max_rank is not None:
             _at_least("max_rank", self.max_rank, max(1, self.min_rank))

@@ -10,9 +10,13 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of `init_lora_weights` that leave the backbone as it is."""
+
 
 def base_model(model: nn.Module) -> nn.Module:
     """The model that was adapted, whose module names PEFT's patterns are matched against."""
+    model = getattr(model, "_orig_mod", model)  # under torch.compile
     return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
@@ -40,17 +44,26 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
         TypeError: The adapter has a part that rank allocation is not defined for.
     """
     config = lora_config(model, adapter_name)
-    variants = ("use_dora", "alora_invocation_tokens", "target_parameters", "megatron_config")
-    for option in variants:
+    if config.init_lora_weights not in PLAIN_INITS:
+        raise TypeError(
+            f"The adapter has `init_lora_weights={config.init_lora_weights!r}`, which changes the "
+            "backbone by the ranks it begins with: with other ranks the saved adapter would open "
+            "wrong; leave the option out."
+        )
+    for option in ("use_dora", "use_bdlora", "lora_bias", "target_parameters", "megatron_config"):
         if getattr(config, option, None):
-            raise TypeError(
-                f"The adapter uses `{option}`, for which ranks cannot be allocated: scoring and "
-                "resizing are defined for plain LoRA, B (A x); leave the option out."
-            )
+            raise _not_plain(f"`{option}`")
     layers = {}
     for name, module in base_model(model).named_modules():
         if not isinstance(module, LoraLayer):
             continue
+        if adapter_name in module.lora_variant:
+            raise _not_plain(type(module.lora_variant[adapter_name]).__name__)
+        if module.merged:
+            raise ValueError(
+                f"The adapter is merged into {name}; call `model.unmerge_adapter()` before its "
+                "ranks are measured or changed."
+            )
         has_linear = adapter_name in module.lora_A and isinstance(
             module.lora_A[adapter_name], nn.Linear
         )
@@ -63,6 +76,13 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
         if has_linear:
             layers[name] = module
     return layers
+
+
+def _not_plain(what: str) -> TypeError:
+    return TypeError(
+        f"The adapter uses {what}, for which ranks cannot be allocated: scoring and resizing are "
+        "defined for plain LoRA, B (A x); leave it out."
+    )
 
 
 def weight_a(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:

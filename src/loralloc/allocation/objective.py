@@ -84,8 +84,13 @@ class Objective:
 
     def _num_targets(self, batch: Batch) -> int:
         """Positions (causal), labels (otherwise) or examples (spans) that loss is taken on."""
-        if "labels" not in batch:
+        if "start_positions" in batch:
             return len(batch["start_positions"])
+        if "labels" not in batch:
+            raise ValueError(
+                f"A scoring batch has no `labels`, only {', '.join(batch)}; importance is measured "
+                "on labelled held-out examples."
+            )
         labels = batch["labels"]
         if self.is_causal:
             return int((labels[:, 1:] != IGNORED).sum())

@@ -37,7 +37,7 @@ class Scores:
     """Ranks whose two terms were measured by ablation; others are first order."""
 
     settled: bool = True
-    """Whether the ranks to prune are those that ablation of all ranks would choose."""
+    """Whether ablation settled which ranks to prune, as far as the errors seen can tell."""
 
     @property
     def importance(self) -> dict[str, Tensor]:

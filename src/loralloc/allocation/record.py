@@ -44,7 +44,7 @@ class Round:
     """Ranks whose terms are exact where the score is "screened" or "ablation"."""
 
     settled: bool
-    """Whether the pruned ranks are surely those that ablation would choose ("screened")."""
+    """Whether ablation settled which ranks to prune; False for first-order scores alone."""
 
     pruned: Mapping[str, list[int]]
     """Indices of the ranks that went, by module."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -57,13 +57,12 @@ def resize(
     """
     layers = lora_layers(model, adapter_name)
     plan = to if isinstance(to, Plan) else _plan_by_norm(layers, to, adapter_name)
-    if not any(plan.rank_after(name) for name in plan.kept):
-        raise ValueError("Every module would be left with rank 0; keep at least one rank.")
     bare = _bare_optimizer(optimizer)
-    if bare is not None:
-        check_optimizer_state(bare)
-    for name in [name for name in plan.kept if plan.pruned.get(name) or plan.added[name]]:
-        layer, kept, added = layers[name], plan.kept[name], plan.added[name]
+    _check(layers, plan, bare, adapter_name)
+    for name, kept in plan.kept.items():
+        layer, added = layers[name], plan.added[name]
+        if not added and len(kept) == layer.r[adapter_name]:
+            continue
         old_a, old_b = weight_a(layer, adapter_name), weight_b(layer, adapter_name)
         new_a = _resized(old_a, kept, _kaiming_rows(added, old_a, generator), dim=0)
         new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
@@ -114,34 +113,61 @@ def check_optimizer_state(optimizer: Optimizer) -> None:
                 )
 
 
-def _plan_by_norm(
-    layers: Mapping[str, LoraLayer], to: Mapping[str, int] | int, adapter_name: str
-) -> Plan:
-    """A plan that reaches the ranks and keeps the largest |B_i| |A_i|."""
-    target = dict.fromkeys(layers, to) if isinstance(to, int) else dict(to)
-    unknown = [name for name in target if name not in layers]
+def _check(
+    layers: Mapping[str, LoraLayer], plan: Plan, optimizer: Optimizer | None, adapter_name: str
+) -> None:
+    """Refuse what cannot be carried out, before anything is changed."""
+    _check_names(layers, plan.kept)
+    after = {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
+    for name, kept in plan.kept.items():
+        if len(set(kept)) < len(kept) or not all(0 <= i < after[name] for i in kept):
+            raise ValueError(
+                f"The plan keeps the ranks {list(kept)} of {name}, which has {after[name]}; "
+                "indices go from 0 and come once each."
+            )
+        after[name] = plan.rank_after(name)
+    if not any(after.values()):
+        raise ValueError("Every module would be left with rank 0; keep at least one rank.")
+    if optimizer is None:
+        return
+    check_optimizer_state(optimizer)
+    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name in plan.kept:
+        for weight in (weight_a(layers[name], adapter_name), weight_b(layers[name], adapter_name)):
+            if weight.requires_grad and id(weight) not in known:
+                raise ValueError(
+                    f"A trainable LoRA weight of {name} is not in the optimiser, so its resized "
+                    "form would never train; pass the optimiser that trains this adapter."
+                )
+
+
+def _check_names(layers: Mapping[str, LoraLayer], names: Iterable[str]) -> None:
+    unknown = [name for name in names if name not in layers]
     if unknown:
         raise ValueError(
             f"{unknown[0]!r} is not an adapted module; names look like {next(iter(layers))!r}."
         )
+
+
+def _plan_by_norm(
+    layers: Mapping[str, LoraLayer], to: Mapping[str, int] | int, adapter_name: str
+) -> Plan:
+    """A plan that reaches the ranks and keeps the largest |B_i| |A_i|."""
+    target = dict(to) if isinstance(to, Mapping) else dict.fromkeys(layers, to)
+    _check_names(layers, target)
     kept, added, pruned = {}, {}, {}
-    for name, layer in layers.items():
-        rank = _rank(layer, adapter_name)
-        wanted = target.get(name, rank)
-        if wanted < 0:
-            raise ValueError(f"The rank of {name} is {wanted}; it must be 0 or more.")
+    for name, wanted in target.items():
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
+            raise ValueError(f"The rank of {name} is {wanted!r}; it must be a whole number from 0.")
+        layer = layers[name]
+        rank = int(layer.r[adapter_name])
         a, b = weight_a(layer, adapter_name).detach(), weight_b(layer, adapter_name).detach()
         order = torch.argsort(a.norm(dim=1) * b.norm(dim=0), descending=True, stable=True)
         kept[name] = tuple(sorted(order[:wanted].tolist()))
         added[name] = max(0, wanted - rank)
-        gone = tuple(sorted(order[wanted:].tolist()))
-        if gone:
-            pruned[name] = gone
+        if wanted < rank:
+            pruned[name] = tuple(sorted(order[wanted:].tolist()))
     return Plan(kept=kept, added=added, pruned=pruned)
-
-
-def _rank(layer: LoraLayer, adapter_name: str) -> int:
-    return int(layer.r[adapter_name])
 
 
 def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -149,7 +175,7 @@ def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None
 
     Drawn on the CPU in float32, so that every device and process draws the same.
     """
-    rows = torch.empty(num_rows, like.shape[1])
+    rows = torch.empty(num_rows, like.shape[1], dtype=torch.float32, device="cpu")
     bound = 1 / math.sqrt(like.shape[1])
     rows.uniform_(-bound, bound, generator=generator)
     return rows.to(like)
@@ -194,11 +220,6 @@ def _swap_in_optimizer(
                     for key, value in state.items()
                 }
             return
-    if old.requires_grad:
-        raise ValueError(
-            f"A trainable LoRA parameter of shape {tuple(old.shape)} is not in the optimiser, so "
-            "its resized form would never train; pass the optimiser that trains this adapter."
-        )
 
 
 def _resized_state(value: Any, old: Tensor, kept: tuple[int, ...], added: int, dim: int) -> Any:

@@ -73,4 +73,4 @@ def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> st
     if config.score == "gradient" or rounded:
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
     most = 4 + config.verify_ranks
-    return f"about 6 to {most} forward passes (the paper's 2R: {paper:,})"
+    return f"about 20 to {most} forward passes (the paper's 2R: {paper:,})"

@@ -59,7 +59,10 @@ def _sweep(
     columns: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float]:
     """S with one column of B put in from `columns`, for each wanted rank; and S as it stands."""
-    losses = {name: torch.full((b.shape[1],), torch.nan) for name, b in weights_b.items()}
+    losses = {
+        name: torch.full((b.shape[1],), torch.nan, dtype=torch.float64)
+        for name, b in weights_b.items()
+    }
     for name, indices in wanted.items():
         losses[name][list(indices)] = 0.0
     plain_loss = 0.0

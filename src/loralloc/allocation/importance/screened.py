@@ -2,7 +2,7 @@
 
 The first-order scores decide for all ranks that are clearly above or below the cut. Where the
 measured error of the first order leaves doubt, eq. 6 is computed exactly, so that the pruned set is
-the one that ablation of all ranks would choose.
+the one that ablation of all ranks would choose, as far as the errors seen can tell.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SAFETY = 2.0
 PROBE = 2
 """Ranks nearest the cut that are verified first, to see whether verifying can settle anything."""
 
-ENOUGH = 8
+ENOUGH = 16
 """Ranks nearest the cut that are verified before the error seen on them is trusted."""
 
 
@@ -36,16 +36,14 @@ def score(
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: What the round may prune; it places the cut.
-        most: Ranks that may be verified at most. Where more are in doubt, no exact score is put
-            in and `settled` is False. So it is on a backbone below float32, where ablation takes
-            the difference of losses that are rounded more coarsely than one rank changes them,
-            while a gradient's error stays relative to its size.
+        most: Ranks that may be verified at most. Where more are in doubt, or this is less than
+            `ENOUGH`, the first-order scores decide alone. So they do on a backbone below
+            float32, where ablation takes the difference of losses that are rounded more coarsely
+            than one rank changes them, while a gradient's error stays relative to its size.
     """
     first_order = gradient.score(objective, weights_b, limits)
-    if not first_order.is_finite():
+    if objective.is_rounded or most < ENOUGH or not first_order.is_finite():
         return first_order
-    if objective.is_rounded:
-        return dataclasses.replace(first_order, settled=False)
     scores, error = first_order, 0.0
     verified: set[tuple[str, int]] = set()
     while True:
@@ -55,13 +53,15 @@ def score(
             rank for rank in nearest if rank not in verified and distance[rank] <= SAFETY * error
         ]
         if verified and len(verified) + len(doubtful) > most:
-            return dataclasses.replace(first_order, settled=False)
+            return first_order
         enough = (ENOUGH if verified else PROBE) - len(verified)
         if len(doubtful) < enough or not verified:
             doubtful = [rank for rank in nearest if rank not in verified][: max(enough, 0)]
         doubtful = doubtful[: most - len(verified)]
         if not doubtful:
-            return dataclasses.replace(scores, verified=_by_module(weights_b, verified))
+            return dataclasses.replace(
+                scores, verified=_by_module(weights_b, verified), settled=True
+            )
         exact = ablation.measure(objective, weights_b, _by_module(weights_b, doubtful))
         scores = _put_in(scores, exact, doubtful)
         verified.update(doubtful)
