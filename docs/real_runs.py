@@ -30,14 +30,13 @@ RUNS = {
     ),
     "sst2-smollm2": (
         "--task sst2 --dataset_name {data}/sst2 --model_name_or_path smollm2-135m "
-        "--max_steps 240 --learning_rate 5e-4 --num_rounds 4 --warmup_epochs 0.25 "
-        "--recovery_epochs 0.08 --eval_on_start true --eval_strategy steps --eval_steps 240"
+        "--max_steps 120 --learning_rate 5e-4 --num_rounds 4 --warmup_epochs 0.12 "
+        "--recovery_epochs 0.04 --eval_on_start true --eval_strategy steps --eval_steps 120"
     ),
     "e2e-smollm2": (
         "--task e2e --dataset_name {data}/e2e_nlg --model_name_or_path smollm2-135m "
-        "--max_steps 160 --per_device_train_batch_size 8 --learning_rate 1e-3 --num_rounds 4 "
-        "--warmup_epochs 0.08 --recovery_epochs 0.03 --eval_on_start true "
-        "--eval_strategy steps --eval_steps 160"
+        "--max_steps 80 --per_device_train_batch_size 8 --learning_rate 1e-3 --num_rounds 4 "
+        "--warmup_epochs 0.04 --recovery_epochs 0.0134 --eval_strategy steps --eval_steps 80"
     ),
 }
 

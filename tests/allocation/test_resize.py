@@ -281,7 +281,7 @@ def test_an_unknown_module_is_refused():
 
 
 def test_a_negative_rank_is_refused():
-    words = r"rank of model\.layers\.0\.self_attn\.q_proj is -1; it must be 0 or more"
+    words = r"rank of model\.layers\.0\.self_attn\.q_proj is -1; it must be a whole number from 0"
     assert_refused(tiny.adapted(tiny.llama()), {FIRST: -1}, ValueError, words)
 
 

@@ -226,7 +226,7 @@ def test_a_stale_state_is_found():
 def test_a_parameter_that_the_optimiser_does_not_know_is_refused():
     model = tiny.adapted(tiny.llama())
     stranger = tiny.optimizer_for(tiny.adapted(tiny.llama()))
-    with pytest.raises(ValueError, match=r"shape \(4, 48\) is not in the optimiser.*never train"):
+    with pytest.raises(ValueError, match=r"is not in the optimiser.*never train"):
         resize(model, PLAN, optimizer=stranger)
 
 

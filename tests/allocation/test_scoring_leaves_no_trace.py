@@ -14,7 +14,7 @@ from loralloc.allocation.policy import Limits
 SCORES = {
     "ablation": ablation.score,
     "gradient": gradient.score,
-    "screened": functools.partial(screened.score, most=8),
+    "screened": functools.partial(screened.score, most=16),
 }
 every_score = pytest.mark.parametrize("score", list(SCORES.values()), ids=list(SCORES))
 

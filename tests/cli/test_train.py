@@ -89,6 +89,7 @@ def test_overwrite_replaces_the_run(train, output):
     answer = train("--overwrite", num_rounds=1)
     assert answer.code == 0
     assert len(Record.load(output).rounds) == 1
+    assert (output / "metrics.jsonl").read_text().count('"round"') == 1
     assert (output / "notes.txt").read_text() == "mine"
     assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-12"]
 

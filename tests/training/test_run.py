@@ -23,6 +23,7 @@ from loralloc.training import run as runs
 from loralloc.training.checkpoint import last_checkpoint
 from loralloc.training.restore import saved_ranks
 from loralloc.training.settings import resolve
+from loralloc.training.sft import ROW
 from loralloc.training.trained import load_trained
 
 OPTIONS = {
@@ -388,29 +389,27 @@ def test_options_of_trl_and_of_the_allocation_go_together(flags, settings_for):
     assert len(prepared.allocation.record.rounds) == 2
 
 
-def test_a_development_set_is_held_out_where_there_is_none(tmp_path, write_rows, settings_for):
+@pytest.fixture
+def held_out(tmp_path, write_rows, settings_for):
+    """The rows of 30 that are trained on, and the six held out."""
     path = write_rows(tmp_path / "all.jsonl", prompts(30))
-    settings = settings_for(prompts, "--dataset_name", path, "--validation_examples", "6")
-    splits = [runs.prepare(settings).splits for _ in range(2)]
-    parts = [[row["prompt"] for row in splits[0][n].dataset] for n in ("train", "validation")]
-    assert [len(part) for part in parts] == [24, 6]
-    assert len({*parts[0], *parts[1]}) == 30
-    assert [row["prompt"] for row in splits[1]["validation"].dataset] == parts[1]
+
+    def rows(*flags):
+        size = ["--validation_examples", "6"]
+        trainer = runs.prepare(settings_for(prompts, "--dataset_name", path, *size, *flags)).trainer
+        return set(trainer.train_dataset[ROW]), set(trainer.eval_dataset[ROW])
+
+    return rows
 
 
-def test_the_held_out_set_does_not_depend_on_the_runs_seed(tmp_path, write_rows, settings_for):
-    path = write_rows(tmp_path / "all.jsonl", prompts(30))
-    held_out = [
-        runs.prepare(
-            settings_for(
-                prompts, "--dataset_name", path, "--validation_examples", "6", "--seed", seed
-            )
-        )
-        .splits["validation"]
-        .dataset["prompt"]
-        for seed in "12"
-    ]
-    assert list(held_out[0]) == list(held_out[1])
+def test_a_development_set_is_held_out_where_there_is_none(held_out):
+    train, validation = held_out()
+    assert (len(train), len(validation)) == (24, 6)
+    assert train | validation == set(range(1, 31))
+
+
+def test_the_held_out_set_does_not_depend_on_the_runs_seed(held_out):
+    assert held_out("--seed", "1") == held_out("--seed", "2")
 
 
 def test_named_splits_are_taken(tmp_path, write_rows, settings_for):
@@ -435,7 +434,7 @@ def test_several_data_sets_are_mixed_as_in_trl(tmp_path, write_rows, settings_fo
     del base["dataset_name"]
     settings = resolve(["--validation_examples", "8"], config=path, base=base)
     prepared = whole_run(settings)
-    assert len(prepared.splits["train"].dataset) == 32
+    assert len(prepared.trainer.train_dataset) == 32
 
 
 @pytest.mark.parametrize(

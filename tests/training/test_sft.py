@@ -33,13 +33,17 @@ def trainer_on(tmp_path, llama_folder):
             gradient_checkpointing=False,
         )
         splits = {
-            name: Split(name=name, dataset=Dataset.from_list(part), source=f"{name}.jsonl")
+            name: Split(name=name, dataset=numbered(part), source=f"{name}.jsonl")
             for name, part in (("train", rows), ("validation", validation or rows))
         }
         tokenizer = AutoTokenizer.from_pretrained(llama_folder)
-        return sft.sft_trainer(model, tokenizer, SFTConfig(**{**usual, **changes}), splits, None)
+        return sft.sft_trainer(model, tokenizer, SFTConfig(**{**usual, **changes}), splits)
 
     return build
+
+
+def numbered(rows):
+    return Dataset.from_list([{**row, sft.ROW: number} for number, row in enumerate(rows, start=1)])
 
 
 def rows(count=8):

@@ -14,6 +14,13 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the backbone as it is."""
 
 
+NOT_PLAIN = (
+    *("use_dora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config"),
+    *("kasa_config", "monteclora_config", "target_parameters", "megatron_config"),
+)
+"""Options of PEFT's `LoraConfig` that make an adapter more than B (A x)."""
+
+
 def base_model(model: nn.Module) -> nn.Module:
     """The model that was adapted, whose module names PEFT's patterns are matched against."""
     model = getattr(model, "_orig_mod", model)  # under torch.compile
@@ -50,7 +57,7 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
             "backbone by the ranks it begins with: with other ranks the saved adapter would open "
             "wrong; leave the option out."
         )
-    for option in ("use_dora", "use_bdlora", "lora_bias", "target_parameters", "megatron_config"):
+    for option in NOT_PLAIN:
         if getattr(config, option, None):
             raise _not_plain(f"`{option}`")
     layers = {}

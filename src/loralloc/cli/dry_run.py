@@ -22,7 +22,8 @@ def show(run: Run) -> None:
     kinds = Counter(name.rpartition(".")[2] for name in start)
     trainable, everything = run.model.get_nb_trainable_parameters()
     epoch, total = planned_steps(run.trainer)
-    sizes = ", ".join(f"{name} {len(split.dataset):,}" for name, split in run.splits.items())
+    used = {"train": run.trainer.train_dataset, "validation": run.trainer.eval_dataset}
+    sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in used.items())
     rows = Table(box=None, show_header=False, pad_edge=False)
     rows.add_column(style="bold")
     rows.add_column(overflow="fold")

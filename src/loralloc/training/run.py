@@ -27,6 +27,7 @@ from loralloc.allocation.record import FILE_NAME as RECORD_NAME
 from loralloc.allocation.record import Round
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
+from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split, load_splits
 from loralloc.tasks.task import Task
 from loralloc.training import card
@@ -37,7 +38,7 @@ from loralloc.training.classification import classification_trainer
 from loralloc.training.lora_step import fuse
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
 from loralloc.training.settings import Settings
-from loralloc.training.sft import sft_trainer
+from loralloc.training.sft import ROW, sft_trainer
 from loralloc.training.targets import resolve_targets
 
 METRICS_NAME = "metrics.jsonl"
@@ -55,7 +56,7 @@ class Run:
     trainer: Trainer
     allocation: AllocationCallback
     splits: dict[str, Split]
-    """The rows as loaded, with the development set that was held out where there was none."""
+    """The rows as loaded."""
 
     task: Task | None
     head: Head
@@ -73,7 +74,7 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
     if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
         raise ValueError("`use_peft` is false, but loralloc trains LoRA adapters; leave it out.")
     task = get_task(settings.run.task) if settings.run.task else None
-    splits = _with_validation(_load_splits(settings, task), settings)
+    splits = _load_splits(settings, task)
     name, model_options = settings.model.model_name_or_path, _model_options(settings)
     revision = {k: model_options[k] for k in ("revision", "trust_remote_code")}
     head = _choose_head(settings, task, name, revision)
@@ -81,11 +82,12 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
     set_seed(settings.training.seed)  # before the adapter's weights are drawn
     if head == "classification":
         labelled, labels = to_classification(
-            splits,
+            _used(splits),
             task,
             text_column=settings.run.text_column,
             label_column=settings.run.label_column,
         )
+        data = _with_validation(labelled, settings)
         # Its head trains in float32, and so does the small backbone below it.
         model_options["dtype"] = model_options["dtype"] or torch.float32
         names: dict[str, Any] = {
@@ -95,12 +97,13 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
         model = load_model(name, head=head, num_labels=len(labels), **names, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS))
         trainer: Trainer = classification_trainer(
-            adapted, tokenizer, settings.training, labelled, max_length=settings.training.max_length
+            adapted, tokenizer, settings.training, data, max_length=settings.training.max_length
         )
     else:
+        data = _with_validation(_numbered(to_sft(_used(splits), task)), settings)
         model = load_model(name, head=head, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
-        trainer = sft_trainer(adapted, tokenizer, settings.training, splits, task)
+        trainer = sft_trainer(adapted, tokenizer, settings.training, data)
     fuse(adapted)
     callback = attach(trainer, settings.allocation, on_round=on_round)
     return Run(
@@ -225,13 +228,28 @@ def _load_splits(settings: Settings, task: Task | None) -> dict[str, Split]:
 _SPLIT_FIELDS = {"train": "dataset_train_split", "validation": "dataset_test_split"}
 
 
-def _with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
-    """Hold a development set out of the training data where the data has none."""
+def _used(splits: dict[str, Split]) -> dict[str, Split]:
+    """The splits that training reads: a test split's labels may be hidden."""
     if "train" not in splits:
         raise ValueError(
             f"There is no train split, only {', '.join(splits)}; name one with "
             "`--dataset_train_split`."
         )
+    return {name: splits[name] for name in ("train", "validation") if name in splits}
+
+
+def _numbered(splits: dict[str, Split]) -> dict[str, Split]:
+    """Each example with the number of its row, for what is to be said about it later."""
+    return {
+        name: dataclasses.replace(
+            split, dataset=split.dataset.add_column(ROW, list(range(1, len(split.dataset) + 1)))
+        )
+        for name, split in splits.items()
+    }
+
+
+def _with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
+    """Hold a development set out of the training data where the data has none."""
     if "validation" in splits:
         return splits
     train, size = splits["train"], settings.run.validation_examples

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from loralloc.allocation.objective import IGNORED, supervised_logits
-from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
-from loralloc.tasks.task import Task
 from loralloc.training.checkpoint import SafeCheckpoints
 
 MOST_LOGITS = 2**27
@@ -62,42 +61,36 @@ def sft_trainer(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     args: SFTConfig,
-    splits: dict[str, Split],
-    task: Task | None,
+    splits: Mapping[str, Split],
 ) -> SupervisedSFTTrainer:
-    """A trainer for prompt and completion, messages, Alpaca's columns or plain text.
+    """A trainer for train and validation splits in TRL's columns.
 
     Raises:
-        ValueError: Columns are missing, a row breaks its contract, or an example is left without
-            a supervised token by truncation.
+        ValueError: An example is left without a supervised token by truncation.
     """
-    data = to_sft({name: splits[name] for name in ("train", "validation")}, task)
-    numbered = {
-        name: split.dataset.add_column(ROW, list(range(1, len(split.dataset) + 1)))
-        for name, split in data.items()
-    }
     trainer = SupervisedSFTTrainer(
         model=model,
         args=args,
-        train_dataset=numbered["train"],
-        eval_dataset=numbered["validation"],
+        train_dataset=splits["train"].dataset,
+        eval_dataset=splits["validation"].dataset,
         processing_class=tokenizer,
     )
     for name, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
-        _refuse_unsupervised(data[name], prepared, args)
+        _refuse_unsupervised(splits[name], prepared, args)
     return trainer
 
 
 def _refuse_unsupervised(split: Split, prepared: Dataset, args: SFTConfig) -> None:
     """TRL drops examples without a supervised token; say which, and stop."""
-    if ROW not in prepared.column_names:
-        return  # packed: rows are cut and joined, none is dropped
+    if ROW not in split.dataset.column_names or ROW not in prepared.column_names:
+        return  # a mixture, or packed: rows are cut and joined, none is dropped
     left = set(prepared[ROW])
-    dropped = [row for row in range(1, len(split.dataset) + 1) if row not in left]
+    dropped = [(row, index) for index, row in enumerate(split.dataset[ROW]) if row not in left]
     if dropped:
-        start = str(split.dataset[dropped[0] - 1])[:60]
+        row, index = min(dropped)
+        start = str(split.dataset[index])[:60]
         raise ValueError(
             f"{len(dropped)} of {len(split.dataset)} examples of {split.source} have no supervised "
-            f"token left within `max_length` of {args.max_length}, the first in row {dropped[0]} "
+            f"token left within `max_length` of {args.max_length}, the first in row {row} "
             f"({start}...); raise `max_length`, shorten the prompts or leave these rows out."
         )
