@@ -331,7 +331,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, settings_for, bert_fol
     assert losses(resumed.trainer) == pytest.approx(losses(whole.trainer), abs=1e-6)
     weights = [load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "out")]
     torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=1e-6)
-    # Steps 6 to 8 were done twice; the metrics have each once, or say so in order.
+    # Steps 6 to 8 were done twice; the metrics have each once.
     logged = [entry["step"] for entry in read_metrics(tmp_path / "out") if "loss" in entry]
     assert logged == sorted(set(logged))
 
