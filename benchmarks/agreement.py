@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = {task: args.data / folder for task, folder in FOLDERS.items()}
     if not all(folder.is_dir() for folder in tasks.values()):
         tasks = {"demo": Path("demo")}
-    steps, sample, modules = (20, 12, 4) if args.quick else (120, 48, 12)
+    steps, sample, modules = (10, 6, 2) if args.quick else (40, 24, 4)
     results = {
         task: measure(task, data, steps=steps, sample_size=sample, num_modules=modules)
         for task, data in tasks.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,16 +20,16 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import get_dataset, get_quantization_config
+from trl import get_quantization_config
 
 from loralloc.allocation.record import FILE_NAME as RECORD_NAME
 from loralloc.allocation.record import Round
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.columns import to_sft
-from loralloc.tasks.source import Split, load_splits
+from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
-from loralloc.training import card
+from loralloc.training import card, data
 from loralloc.training import settings as settings_module
 from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.checkpoint import last_checkpoint
@@ -38,12 +37,10 @@ from loralloc.training.classification import classification_trainer
 from loralloc.training.lora_step import fuse
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
 from loralloc.training.settings import Settings
-from loralloc.training.sft import ROW, sft_trainer
+from loralloc.training.sft import sft_trainer
 from loralloc.training.targets import resolve_targets
 
 METRICS_NAME = "metrics.jsonl"
-HOLD_OUT_SEED = 0
-"""Seed of a development set held out from training data: the split's own, not the run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +71,7 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
     if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
         raise ValueError("`use_peft` is false, but loralloc trains LoRA adapters; leave it out.")
     task = get_task(settings.run.task) if settings.run.task else None
-    splits = _load_splits(settings, task)
+    splits = data.load(settings, task)
     name, model_options = settings.model.model_name_or_path, _model_options(settings)
     revision = {k: model_options[k] for k in ("revision", "trust_remote_code")}
     head = _choose_head(settings, task, name, revision)
@@ -82,12 +79,12 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
     set_seed(settings.training.seed)  # before the adapter's weights are drawn
     if head == "classification":
         labelled, labels = to_classification(
-            _used(splits),
+            data.used(splits),
             task,
             text_column=settings.run.text_column,
             label_column=settings.run.label_column,
         )
-        data = _with_validation(labelled, settings)
+        ready = data.with_validation(labelled, settings)
         # Its head trains in float32, and so does the small backbone below it.
         model_options["dtype"] = model_options["dtype"] or torch.float32
         names: dict[str, Any] = {
@@ -97,13 +94,13 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
         model = load_model(name, head=head, num_labels=len(labels), **names, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS))
         trainer: Trainer = classification_trainer(
-            adapted, tokenizer, settings.training, data, max_length=settings.training.max_length
+            adapted, tokenizer, settings.training, ready, max_length=settings.training.max_length
         )
     else:
-        data = _with_validation(_numbered(to_sft(_used(splits), task)), settings)
+        ready = data.with_validation(data.numbered(to_sft(data.used(splits), task)), settings)
         model = load_model(name, head=head, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
-        trainer = sft_trainer(adapted, tokenizer, settings.training, data)
+        trainer = sft_trainer(adapted, tokenizer, settings.training, ready)
     fuse(adapted)
     callback = attach(trainer, settings.allocation, on_round=on_round)
     return Run(
@@ -197,77 +194,6 @@ class MetricsWriter(TrainerCallback):
         line = json.dumps({"step": state.global_step, **(logs or {})}, default=float)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
-
-
-def _load_splits(settings: Settings, task: Task | None) -> dict[str, Split]:
-    script, run = settings.script, settings.run
-    if settings.mixture.datasets:
-        loaded = get_dataset(settings.mixture)
-        return {
-            name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
-            for name, rows in loaded.items()
-        }
-    name = script.dataset_name or (
-        "demo" if run.task == "demo" else task.hub_name if task else None
-    )
-    if name is None:
-        raise ValueError(
-            "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
-        )
-    names = None
-    chosen = {"train": script.dataset_train_split, "validation": script.dataset_test_split}
-    given = {k: v for k, v in chosen.items() if settings.sources.get(_SPLIT_FIELDS[k])}
-    if given:
-        names = {"train": script.dataset_train_split, **given}
-    config = script.dataset_config or (
-        task.hub_config if task and not script.dataset_name else None
-    )
-    return load_splits(name, config=config, split_names=names)
-
-
-_SPLIT_FIELDS = {"train": "dataset_train_split", "validation": "dataset_test_split"}
-
-
-def _used(splits: dict[str, Split]) -> dict[str, Split]:
-    """The splits that training reads: a test split's labels may be hidden."""
-    if "train" not in splits:
-        raise ValueError(
-            f"There is no train split, only {', '.join(splits)}; name one with "
-            "`--dataset_train_split`."
-        )
-    return {name: splits[name] for name in ("train", "validation") if name in splits}
-
-
-def _numbered(splits: dict[str, Split]) -> dict[str, Split]:
-    """Each example with the number of its row, for what is to be said about it later."""
-    return {
-        name: dataclasses.replace(
-            split, dataset=split.dataset.add_column(ROW, list(range(1, len(split.dataset) + 1)))
-        )
-        for name, split in splits.items()
-    }
-
-
-def _with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
-    """Hold a development set out of the training data where the data has none."""
-    if "validation" in splits:
-        return splits
-    train, size = splits["train"], settings.run.validation_examples
-    if size >= len(train.dataset):
-        raise ValueError(
-            f"{train.source} has {len(train.dataset)} rows and no validation split, and "
-            f"`validation_examples` would hold out {size}; lower it or add a validation file."
-        )
-    parts = train.dataset.train_test_split(test_size=size, seed=HOLD_OUT_SEED)
-    return {
-        **splits,
-        "train": dataclasses.replace(train, dataset=parts["train"]),
-        "validation": Split(
-            name="validation",
-            dataset=parts["test"],
-            source=f"{size} rows held out of {train.source}",
-        ),
-    }
 
 
 def _choose_head(

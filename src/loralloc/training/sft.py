@@ -14,12 +14,10 @@ from trl import SFTConfig, SFTTrainer
 from loralloc.allocation.objective import IGNORED, supervised_logits
 from loralloc.tasks.source import Split
 from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.data import ROW
 
 MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32; beyond, TRL's chunks bound the memory."""
-
-ROW = "source_row"
-"""Column that remembers each example's row while TRL prepares the data."""
 
 
 class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):

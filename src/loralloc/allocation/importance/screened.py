@@ -48,23 +48,21 @@ def score(
     verified: set[tuple[str, int]] = set()
     while True:
         distance = distances_to_cut(scores.importance, limits)
-        nearest = sorted(distance, key=distance.__getitem__)
-        doubtful = [
-            rank for rank in nearest if rank not in verified and distance[rank] <= SAFETY * error
+        nearest = [
+            rank for rank in sorted(distance, key=distance.__getitem__) if rank not in verified
         ]
-        if verified and len(verified) + len(doubtful) > most:
+        num_doubtful = sum(distance[rank] <= SAFETY * error for rank in nearest) if verified else 0
+        if len(verified) + num_doubtful > most:
             return first_order
-        enough = (ENOUGH if verified else PROBE) - len(verified)
-        if len(doubtful) < enough or not verified:
-            doubtful = [rank for rank in nearest if rank not in verified][: max(enough, 0)]
-        doubtful = doubtful[: most - len(verified)]
-        if not doubtful:
+        num_missing = (ENOUGH if verified else PROBE) - len(verified)
+        chosen = nearest[: max(num_doubtful, num_missing, 0)]
+        if not chosen:
             return dataclasses.replace(
                 scores, verified=_by_module(weights_b, verified), settled=True
             )
-        exact = ablation.measure(objective, weights_b, _by_module(weights_b, doubtful))
-        scores = _put_in(scores, exact, doubtful)
-        verified.update(doubtful)
+        exact = ablation.measure(objective, weights_b, _by_module(weights_b, chosen))
+        scores = _put_in(scores, exact, chosen)
+        verified.update(chosen)
         error = max(
             abs(float(scores.importance[name][index] - first_order.importance[name][index]))
             for name, index in verified
