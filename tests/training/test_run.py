@@ -21,9 +21,9 @@ from transformers import (
 from loralloc.allocation.record import Record
 from loralloc.training import run as runs
 from loralloc.training.checkpoint import last_checkpoint
+from loralloc.training.data import ROW
 from loralloc.training.restore import saved_ranks
 from loralloc.training.settings import resolve
-from loralloc.training.sft import ROW
 from loralloc.training.trained import load_trained
 
 OPTIONS = {

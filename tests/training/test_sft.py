@@ -9,6 +9,7 @@ from trl import SFTConfig, SFTTrainer
 
 from loralloc.tasks.source import Split
 from loralloc.training import sft
+from loralloc.training.data import ROW
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def trainer_on(tmp_path, llama_folder):
 
 
 def numbered(rows):
-    return Dataset.from_list([{**row, sft.ROW: number} for number, row in enumerate(rows, start=1)])
+    return Dataset.from_list([{**row, ROW: number} for number, row in enumerate(rows, start=1)])
 
 
 def rows(count=8):
