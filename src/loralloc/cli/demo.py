@@ -80,7 +80,8 @@ def run(args: argparse.Namespace) -> int:
     progress.introduce(prepared)
     before = _measure(prepared, "before training")
     progress.take_over(prepared.trainer)
-    runs.train(prepared)
+    with progress.shown():
+        runs.train(prepared)
     after = _measure(prepared, "after training")
     out.print(_comparison(before, after))
     out.print(_sentences(before, after))

@@ -73,5 +73,5 @@ def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> st
         return f"about {num_ranks:,} forward passes (the paper's 2R: {paper:,})"
     if config.score == "gradient" or rounded:
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
-    most = 4 + config.verify_ranks
+    most = 4 + min(config.verify_ranks, num_ranks)
     return f"about 20 to {most} forward passes (the paper's 2R: {paper:,})"

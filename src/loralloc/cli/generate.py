@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
         num_beams=args.num_beams,
     )
     for answer in answers:
-        console().print(answer, markup=False, highlight=False)
+        console().print(answer, markup=False, highlight=False, emoji=False, soft_wrap=True)
     return 0

@@ -6,7 +6,8 @@ import logging
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -82,6 +83,14 @@ class Progress:
             trainer.remove_callback(callback)
         trainer.add_callback(_BarCallback(self))
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """The bar while a trainer trains, taken away whatever ends it."""
+        try:
+            yield
+        finally:
+            self.bar.stop()
+
     def show_round(self, entry: Round) -> None:
         """One line a round: pruned from, given to, churn, seconds."""
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
@@ -100,7 +109,8 @@ class Progress:
             parts.append(f"churn {entry.churn:.0%}")
         if not entry.settled:
             parts.append("first order")
-        self.console.print(" | ".join([*parts, f"{entry.seconds:.1f} s"]), highlight=False)
+        line = " | ".join([*parts, f"{entry.seconds:.1f} s"])
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 class _BarCallback(TrainerCallback):

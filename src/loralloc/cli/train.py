@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         runs.clear(folder)
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
-    runs.train(prepared, checkpoint=checkpoint)
+    with progress.shown():
+        runs.train(prepared, checkpoint=checkpoint)
     console().print(f"\nadapter: [bold]{folder}[/]\nits ranks: loralloc ranks {folder}")
     if prepared.head == "lm":
         console().print(f"try it: loralloc generate {folder} --prompt ...")

@@ -38,6 +38,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Fig
             f"There are {len(predictions)} predictions and references for {len(references)}; "
             "give references for every prediction."
         )
+    if not predictions:
+        raise ValueError("There are no predictions, so BLEU is not defined; give at least one.")
     bare = [i for i, texts in enumerate(references) if not texts]
     if bare:
         raise ValueError(f"Example {bare[0] + 1} has no reference; BLEU needs at least one each.")

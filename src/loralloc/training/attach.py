@@ -23,7 +23,7 @@ from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import round_steps
 from loralloc.training import scoring_batch
-from loralloc.training.restore import restore_shapes
+from loralloc.training.restore import check_scaling, restore_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,8 @@ def attach(
         >>> trainer.train()  # doctest: +SKIP
     """
     config = config or AllocationConfig()
+    if any(isinstance(c, AllocationCallback) for c in trainer.callback_handler.callbacks):
+        raise ValueError("The trainer already has an allocation; attach one configuration once.")
     if config.seed is None:
         config = dataclasses.replace(config, seed=trainer.args.seed)
     callback = AllocationCallback(trainer, config, scoring_dataset, on_round)
@@ -132,9 +134,12 @@ class AllocationCallback(TrainerCallback):
         entry = self._allocator.step(
             kwargs["optimizer"], step=state.global_step, epoch=float(state.epoch or 0.0)
         )
-        if not self._has_rounds_ahead:
-            _forget_best(state)
+        _forget_best(state)
+        for callback in self._early_stopping():
+            callback.early_stopping_patience_counter = 0
+        should_log = control.should_log
         self._report(entry)
+        control.should_log = should_log  # logging the round is not logging the step
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -142,11 +147,15 @@ class AllocationCallback(TrainerCallback):
         """Keep early stopping off until the last round is over."""
         if not self._has_rounds_ahead:
             return
-        for callback in self._trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback):
-                if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
-                    control.should_training_stop = False
-                callback.early_stopping_patience_counter = 0
+        for callback in self._early_stopping():
+            if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
+                control.should_training_stop = False
+            # One below zero: a callback that comes after this one counts this evaluation too.
+            callback.early_stopping_patience_counter = -1
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        callbacks = self._trainer.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -222,8 +231,10 @@ class AllocationCallback(TrainerCallback):
 
     def _restore(self, checkpoint: str) -> None:
         record = Record.load(checkpoint)
-        restore_shapes(self._trainer.model, checkpoint)
-        self._allocator = Allocator(self._trainer.model, self._config, self._batches, record=record)
+        model = self._trainer.model
+        check_scaling(model, checkpoint)
+        restore_shapes(model, checkpoint, optimizer=self._trainer.optimizer)
+        self._allocator = Allocator(model, self._config, self._batches, record=record)
 
 
 def planned_steps(trainer: Trainer) -> tuple[int, int]:
@@ -258,7 +269,10 @@ def _check_way_of_running(trainer: Trainer) -> None:
 
 
 def _forget_best(state: TrainerState) -> None:
-    """Only checkpoints after the last round are eligible as the best one."""
+    """Only checkpoints after the last round are eligible as the best one.
+
+    Called at every round: where a run is stopped early, the best one still has the ranks of now.
+    """
     state.best_metric = None
     state.best_model_checkpoint = None
     state.best_global_step = 0

@@ -80,7 +80,8 @@ def _read(checkpoint: str) -> Any:
             "from a checkpoint that loralloc wrote."
         )
     values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-    return _put_tensors(values, load_file(folder / TENSORS))
+    tensors = load_file(folder / TENSORS)
+    return {name: _put_tensors(value, tensors) for name, value in values.items()}
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -144,4 +145,9 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         # Trainer writes its state last.
         if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
     ]
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return max(whole, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps taken before a checkpoint, from its name."""
+    return int(checkpoint.name.rpartition("-")[2])

@@ -27,6 +27,11 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
         ValueError: No data is named, or it cannot be loaded; one sentence.
     """
     script, run = settings.script, settings.run
+    if script.dataset_streaming:
+        raise ValueError(
+            "`dataset_streaming` is true, but rounds are placed by epochs, which a stream does not "
+            "have; leave it out."
+        )
     if settings.mixture.datasets:
         loaded = get_dataset(settings.mixture)
         return {
@@ -48,7 +53,19 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
     config = script.dataset_config or (
         task.hub_config if task and not script.dataset_name else None
     )
-    return load_splits(name, config=config, split_names=names)
+    splits = load_splits(name, config=config, split_names=names)
+    field = settings.training.dataset_text_field
+    return splits if task or field == "text" else _with_text(splits, field)
+
+
+def _with_text(splits: dict[str, Split], field: str) -> dict[str, Split]:
+    """TRL's `dataset_text_field` under the one name that is read from here on."""
+    return {
+        name: dataclasses.replace(split, dataset=split.dataset.rename_column(field, "text"))
+        if field in split.dataset.column_names and "text" not in split.dataset.column_names
+        else split
+        for name, split in splits.items()
+    }
 
 
 def used(splits: dict[str, Split]) -> dict[str, Split]:
@@ -76,6 +93,11 @@ def with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, S
     if "validation" in splits:
         return splits
     train, size = splits["train"], settings.run.validation_examples
+    if size < 1:
+        raise ValueError(
+            f"`validation_examples` is {size}, but ranks are measured on held-out examples; give "
+            "at least 1, or add a validation file."
+        )
     if size >= len(train.dataset):
         raise ValueError(
             f"{train.source} has {len(train.dataset)} rows and no validation split, and "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 Head = Literal["lm", "classification"]
 
@@ -104,7 +104,7 @@ def load_model(
     num_labels: int | None = None,
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> PreTrainedModel:
+) -> Any:
     """A backbone with its head.
 
     Args:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from peft import LoraConfig
 from safetensors import safe_open
 from torch import nn
+from torch.optim import Optimizer
 
-from loralloc.allocation.layers import lora_layers, ranks
+from loralloc.allocation.layers import lora_config, lora_layers, ranks
 from loralloc.allocation.resize import resize
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -32,12 +34,31 @@ def saved_ranks(folder: str | Path) -> dict[str, int]:
         }
 
 
-def restore_shapes(model: nn.Module, folder: str | Path) -> None:
+def check_scaling(model: nn.Module, folder: str | Path) -> None:
+    """Refuse to go on from an adapter whose scaling this model's adapter does not share.
+
+    Raises:
+        ValueError: The rank at the start, alpha or rsLoRA differ.
+    """
+    saved, now = LoraConfig.from_pretrained(str(folder)), lora_config(model)
+    for option in ("r", "lora_alpha", "use_rslora"):
+        before, after = getattr(saved, option), getattr(now, option)
+        if before != after:
+            raise ValueError(
+                f"The run in {folder} began with `{option}` of {before}, and now it is {after}, "
+                "which would change the scaling of every rank; resume with the value it began with."
+            )
+
+
+def restore_shapes(
+    model: nn.Module, folder: str | Path, *, optimizer: Optimizer | None = None
+) -> None:
     """Resize a model's adapter to the ranks of a saved one; its weights are still to be loaded.
 
     Args:
         model: A PEFT model with a LoRA adapter on at least the modules of the saved one.
         folder: Where the adapter was saved.
+        optimizer: The optimiser that trains the adapter, where there is one already.
 
     Raises:
         ValueError: The saved adapter has a module that the model's adapter lacks.
@@ -50,4 +71,4 @@ def restore_shapes(model: nn.Module, folder: str | Path) -> None:
             f"The adapter in {folder} has a module that this model's adapter lacks ({missing[0]}); "
             "build the model anew with the options of the saved run."
         )
-    resize(model, {name: target.get(name, 0) for name in now})
+    resize(model, {name: target.get(name, 0) for name in now}, optimizer=optimizer)

@@ -32,10 +32,11 @@ from loralloc.tasks.task import Task
 from loralloc.training import card, data
 from loralloc.training import settings as settings_module
 from loralloc.training.attach import AllocationCallback, attach
-from loralloc.training.checkpoint import last_checkpoint
+from loralloc.training.checkpoint import last_checkpoint, step_of
 from loralloc.training.classification import classification_trainer
 from loralloc.training.lora_step import fuse
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
+from loralloc.training.restore import check_scaling
 from loralloc.training.settings import Settings
 from loralloc.training.sft import sft_trainer
 from loralloc.training.targets import resolve_targets
@@ -68,6 +69,17 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
         ValueError: Settings, data and model do not fit together; one sentence.
         TypeError: The adapter or the way of running has no rank allocation.
     """
+    folder = settings.output_dir
+    existed = folder.exists()
+    try:
+        return _prepare(settings, on_round)
+    finally:
+        # Trainer makes its output folder when it is built.
+        if not existed and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Run:
     if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
         raise ValueError("`use_peft` is false, but loralloc trains LoRA adapters; leave it out.")
     task = get_task(settings.run.task) if settings.run.task else None
@@ -91,8 +103,17 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-        model = load_model(name, head=head, num_labels=len(labels), **names, **model_options)
-        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS))
+        model, loading = load_model(
+            name,
+            head=head,
+            num_labels=len(labels),
+            output_loading_info=True,
+            **names,
+            **model_options,
+        )
+        # What the files lack is drawn at random: it is to be trained and saved with the adapter.
+        fresh = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
+        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS, fresh))
         trainer: Trainer = classification_trainer(
             adapted, tokenizer, settings.training, ready, max_length=settings.training.max_length
         )
@@ -123,6 +144,9 @@ def train(run: Run, *, checkpoint: Path | None = None) -> None:
         checkpoint: Where to go on from, as `last_checkpoint` gives it.
     """
     folder = run.settings.output_dir
+    if checkpoint:
+        check_scaling(run.model, checkpoint)
+        _forget_metrics(folder / METRICS_NAME, after=step_of(checkpoint))
     run.settings.save()
     run.trainer.add_callback(MetricsWriter(folder / METRICS_NAME))
     run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -136,6 +160,14 @@ def train(run: Run, *, checkpoint: Path | None = None) -> None:
         record=run.allocation.record,
         log=run.trainer.state.log_history,
     )
+
+
+def _forget_metrics(path: Path, *, after: int) -> None:
+    """Drop the entries of steps that a resumed run takes again."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["step"] <= after]
+        path.write_text("".join(kept), encoding="utf-8")
 
 
 def holds_run(folder: Path) -> bool:
@@ -231,14 +263,17 @@ def _model_options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def _lora_config(settings: Settings, model: Any, task_type: TaskType) -> LoraConfig:
+def _lora_config(
+    settings: Settings, model: Any, task_type: TaskType, fresh: Sequence[str] = ()
+) -> LoraConfig:
     wanted = settings.model
+    saved = [*(wanted.lora_modules_to_save or ()), *fresh]
     return LoraConfig(
         r=wanted.lora_r,
         lora_alpha=wanted.lora_alpha,
         lora_dropout=wanted.lora_dropout,
         target_modules=resolve_targets(model, wanted.lora_target_modules),
-        modules_to_save=wanted.lora_modules_to_save,
+        modules_to_save=saved or None,
         use_rslora=wanted.use_rslora,
         use_dora=wanted.use_dora,
         task_type=task_type,

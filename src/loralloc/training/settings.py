@@ -151,6 +151,12 @@ def resolve(
         sources.update(dict.fromkeys(values, source))
     if given["output_dir"] is None:
         given["output_dir"] = _default_output_dir(given)
+    follows = given["eval_strategy"] != "no" and sources["save_strategy"] == "loralloc default"
+    if given.get("load_best_model_at_end") and follows:
+        # Trainer wants a checkpoint at every evaluation then.
+        given["save_strategy"] = given["eval_strategy"]
+        if "eval_steps" in given and "save_steps" not in given:
+            given["save_steps"], sources["save_steps"] = given["eval_steps"], "as eval_steps"
     return _build(parser, given, sources)
 
 
@@ -211,7 +217,10 @@ def _read_yaml(path: Path, types: Mapping[str, argparse.Action]) -> dict[str, An
             raise ValueError(_unknown(name, types, f"in {path}"))
         # YAML reads 1e-4 as text; argparse's own type makes it a number.
         convert = types[name].type
-        values[name] = convert(value) if callable(convert) and isinstance(value, str) else value
+        try:
+            values[name] = convert(value) if callable(convert) and isinstance(value, str) else value
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"`{name}` in {path} cannot be {value!r}: {error}.") from error
     allocation = {f.name for f in fields(AllocationConfig)}
     for name, value in block.items():
         if name not in allocation:
@@ -238,7 +247,7 @@ def _read_flags(flags: Sequence[str], parser: HfArgumentParser) -> dict[str, Any
             raise ValueError(
                 _unknown(name, {f"{BLOCK}.{n}" for n in allocation}, "among the flags")
             )
-        if not attached and not queue:
+        if not attached and (not queue or queue[0].startswith("--")):
             raise ValueError(f"The flag {flag} needs a value.")
         values[f"{BLOCK}.{bare}"] = _scalar(attached or queue.pop(0))
     try:
@@ -257,8 +266,10 @@ def _scalar(value: Any) -> Any:
         return value
     try:
         return float(value) if "e" in value.lower() else yaml.safe_load(value)
-    except (ValueError, yaml.YAMLError):
+    except ValueError:
         return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
 
 
 def _unknown(name: str, known: Any, where: str) -> str:

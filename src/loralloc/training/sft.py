@@ -36,8 +36,10 @@ class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         logits, targets = supervised_logits(model, inputs)
         total = functional.cross_entropy(logits.float(), targets, reduction="sum")
-        if mode == "train" and "attention_mask" in inputs:
-            self._total_train_tokens += int(inputs["attention_mask"].sum())
+        if mode == "train":
+            mask = inputs.get("attention_mask")  # None where sequences are packed into one row
+            num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._total_train_tokens += num_tokens
         correct = (logits.detach().argmax(dim=-1) == targets).float().mean()
         self._metrics[mode]["mean_token_accuracy"].append(float(correct))
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
@@ -66,6 +68,7 @@ def sft_trainer(
     Raises:
         ValueError: An example is left without a supervised token by truncation.
     """
+    args.dataset_text_field = "text"  # the data is read under this name, whatever its own was
     trainer = SupervisedSFTTrainer(
         model=model,
         args=args,

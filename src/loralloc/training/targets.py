@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 
@@ -53,6 +54,8 @@ def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None) -> lis
     """
     if wanted is None:
         return block_linears(model)
+    if isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
+        wanted = [wanted]  # TRL's ModelConfig makes a string of a list of one
     if isinstance(wanted, str) or list(wanted) == ["all-linear"]:
         return wanted if isinstance(wanted, str) else "all-linear"
     names = linear_names(model)
