@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite:
         runs.clear(args.output_dir)
     progress.introduce(prepared)
-    before = _measure(prepared, "before training")
     progress.take_over(prepared.trainer)
+    before = _measure(prepared, "before training")
     with progress.shown():
         runs.train(prepared)
     after = _measure(prepared, "after training")
