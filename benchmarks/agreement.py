@@ -46,16 +46,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print a table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--quick", action="store_true", help="fewer steps and ranks")
+    parser.add_argument("--quick", action="store_true", help="fewer steps, examples and ranks")
     parser.add_argument("--json", type=Path, help="where to write the results")
     args = parser.parse_args(argv)
     quiet_libraries()
     tasks = {task: args.data / folder for task, folder in FOLDERS.items()}
     if not all(folder.is_dir() for folder in tasks.values()):
         tasks = {"demo": Path("demo")}
-    steps, sample, modules = (10, 6, 2) if args.quick else (40, 24, 4)
+    steps, examples, sample, modules = (10, 8, 24, 4) if args.quick else (120, 32, 48, 8)
     results = {
-        task: measure(task, data, steps=steps, sample_size=sample, num_modules=modules)
+        task: measure(
+            task, data, steps=steps, num_examples=examples, sample_size=sample, num_modules=modules
+        )
         for task, data in tasks.items()
     }
     Console().print(table(results))
@@ -73,7 +75,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(
-    task: str, data: Path, *, steps: int, sample_size: int, num_modules: int
+    task: str,
+    data: Path,
+    *,
+    steps: int,
+    num_examples: int,
+    sample_size: int,
+    num_modules: int,
 ) -> dict[str, Any]:
     """All scores on one task's held-out batch after a few steps of training."""
     with tempfile.TemporaryDirectory() as folder:
@@ -87,7 +95,9 @@ def measure(
         run = runs.prepare(settings)
     _train(run, steps)
     run.model.eval()
-    batches = scoring_batch.draw(run.trainer, run.trainer.eval_dataset, num_examples=32, seed=0)
+    batches = scoring_batch.draw(
+        run.trainer, run.trainer.eval_dataset, num_examples=num_examples, seed=0
+    )
     objective = Objective(run.model, batches)
     weights = weights_b(lora_layers(run.model))
     limits = Limits(num_pruned=NUM_PRUNED)
@@ -108,7 +118,8 @@ def measure(
     exact = ablation.score(objective, part, limits)
     quick = screened.score(objective, part, limits)
     return {
-        "steps": steps,
+        "training_steps": steps,
+        "scoring_examples": num_examples,
         "ranks": sum(b.shape[1] for b in weights.values()),
         "sampled": sample_size,
         "supervised_tokens": objective.num_targets,
