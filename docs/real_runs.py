@@ -138,6 +138,8 @@ def page(data: dict[str, Any], agreement: dict[str, Any] | None) -> str:
         ]
     if agreement:
         lines += agreement_section(agreement)
+    if (RESULTS / "literal.json").is_file():
+        lines += literal_section(json.loads((RESULTS / "literal.json").read_text("utf-8")))
     return "\n".join(lines) + "\n"
 
 
@@ -172,6 +174,26 @@ def agreement_section(agreement: dict[str, Any]) -> list[str]:
         "`pool` is the part of the model on which `screened` and `ablation` scored every rank and",
         "their pruned sets were compared; the Spearman correlation is that of `gradient` with",
         "`ablation` over the sampled ranks.",
+    ]
+
+
+def literal_section(literal: dict[str, Any]) -> list[str]:
+    """How far prefix sharing is from whole forward passes with gates."""
+    quick = " --quick" if literal["quick"] else ""
+    return [
+        "",
+        "## Prefix-shared against literal",
+        "",
+        f"`python benchmarks/agreement.py --data DATA --literal --json docs/results/literal.json{quick}`:",
+        "eq. 6 with explicit gates and whole forward passes, on PEFT's own forward.",
+        "",
+        "| task | ranks compared | largest importance | largest difference |",
+        "|---|---:|---:|---:|",
+        *(
+            f"| {task} | {r['compared']} | {r['largest_importance']:.3g} | "
+            f"{r['largest_difference_prefix_literal']:.3g} |"
+            for task, r in literal["results"].items()
+        ),
     ]
 
 
