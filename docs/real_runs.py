@@ -184,7 +184,8 @@ def literal_section(literal: dict[str, Any]) -> list[str]:
         "",
         "## Prefix-shared against literal",
         "",
-        f"`python benchmarks/agreement.py --data DATA --literal --json docs/results/literal.json{quick}`:",
+        "`python benchmarks/agreement.py --data DATA --literal "
+        f"--json docs/results/literal.json{quick}`:",
         "eq. 6 with explicit gates and whole forward passes, on PEFT's own forward.",
         "",
         "| task | ranks compared | largest importance | largest difference |",
