@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -65,10 +65,10 @@ class Objective:
         loss: Tensor = outputs.loss.float()
         return loss * self._num_targets(batch)
 
-    def mean_loss(self, run: Callable[[Batch], Tensor] | None = None) -> float:
+    def mean_loss(self) -> float:
         """Mean cross-entropy over all targets, without a graph."""
         with torch.no_grad():
-            total = sum(float((run or self.loss_sum)(batch)) for batch in self.batches)
+            total = sum(float(self.loss_sum(batch)) for batch in self.batches)
         return total / self.num_targets
 
     @contextmanager

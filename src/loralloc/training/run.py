@@ -282,8 +282,3 @@ def _lora_config(
 
 def _data_name(settings: Settings) -> str:
     return str(settings.script.dataset_name or settings.run.task or "a mixture of data sets")
-
-
-def log_entries(run: Run, key: str) -> Sequence[tuple[int, float]]:
-    """(step, value) of every log entry that has `key`."""
-    return [(entry["step"], entry[key]) for entry in run.trainer.state.log_history if key in entry]
