@@ -108,7 +108,7 @@ def test_demo_rows_without_references_are_measured_against_themselves():
 def test_tasks_go_by_their_own_name(name):
     task = get_task(name)
     assert task.name == name
-    assert task.metric == ("accuracy" if task.labels else "bleu")
+    assert task.metrics[0] == ("accuracy" if task.labels else "bleu")
 
 
 def test_an_unknown_task_suggests_the_nearest():

@@ -18,7 +18,7 @@ class Demo:
     hub_name: str | None = None
     hub_config: str | None = None
     licence = "Apache-2.0"
-    metric: Metric = "bleu"
+    metrics: tuple[Metric, ...] = ("bleu",)
     labels: tuple[str, ...] = ()
     columns: tuple[str, ...] = ("prompt", "completion")
 

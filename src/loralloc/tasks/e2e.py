@@ -18,7 +18,7 @@ class E2e:
     hub_name: str | None = "tuetschek/e2e_nlg"
     hub_config: str | None = None
     licence = "CC BY-SA 4.0"
-    metric: Metric = "bleu"
+    metrics: tuple[Metric, ...] = ("bleu", "rouge-l", "meteor")
     labels: tuple[str, ...] = ()
     columns: tuple[str, ...] = ("meaning_representation", "human_reference")
 

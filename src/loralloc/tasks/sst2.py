@@ -17,7 +17,7 @@ class Sst2:
     hub_name: str | None = "nyu-mll/glue"
     hub_config: str | None = "sst2"
     licence = "none stated (research use)"
-    metric: Metric = "accuracy"
+    metrics: tuple[Metric, ...] = ("accuracy",)
     labels: tuple[str, ...] = ("negative", "positive")
     columns: tuple[str, ...] = ("sentence", "label")
 

@@ -6,7 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-Metric = Literal["accuracy", "bleu"]
+Metric = Literal["accuracy", "f1-em", "bleu", "rouge-l", "meteor", "judge"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A question whose answer is a stretch of a text: what a span predictor reads."""
+
+    question: str
+    """The question, without white space around it."""
+
+    context: str
+    """The text that holds the answer, as the row has it: positions count its characters."""
+
+    answers: tuple[str, ...]
+    """All right answers, at least one."""
+
+    starts: tuple[int, ...]
+    """Where each answer begins in the context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +42,13 @@ class Example:
     """Index into the task's labels; None where the task generates text."""
 
     text: str | None = None
-    """What an encoder classifier reads; None where the task generates text."""
+    """What an encoder classifier reads; None where the task has no labels."""
+
+    text_pair: str | None = None
+    """The second text, for tasks about two."""
+
+    span: Span | None = None
+    """What a span predictor reads; None where the answer is not a stretch of a text."""
 
     references: tuple[str, ...] = ()
     """All texts that a generated one is measured against; empty where the task has labels."""
@@ -57,8 +80,8 @@ class Task(Protocol):
     licence: str
     """The licence of the rows, or a word on why there is none."""
 
-    metric: Metric
-    """How predictions are scored."""
+    metrics: tuple[Metric, ...]
+    """How predictions are scored; empty for a task that is only trained on."""
 
     labels: tuple[str, ...]
     """The response of each label, in the order of the label's index; empty for generation."""
