@@ -128,7 +128,8 @@ def test_where_the_logits_do_not_fit_trls_own_way_is_taken(trainer_on, monkeypat
     batch = next(iter(trainer.get_train_dataloader()))
     expected = trainer.compute_loss(trainer.model, dict(batch))
     monkeypatch.setattr(sft, "MOST_LOGITS", 1)
-    monkeypatch.setattr(sft, "supervised_logits", None)
+    trainer._supervised_loss._passes_on = False  # a head that is not computed in chunks
+    monkeypatch.setattr(sft.SupervisedLoss, "__call__", None)
     torch.testing.assert_close(trainer.compute_loss(trainer.model, dict(batch)), expected)
 
 

@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loralloc.allocation.layers import base_model
-
-IGNORED = -100
-"""Label of a position that no loss is taken on, everywhere in Transformers."""
+from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 
 Batch = Mapping[str, Any]
 """Arguments of the model's forward, with the labels."""
@@ -34,6 +32,7 @@ class Objective:
     def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
         self.model = model
         self.is_causal = is_causal_lm(model)
+        self._supervised = SupervisedLoss(model)
         self.batches = [b for b in batches if self._num_targets(b)]
         self.num_targets = sum(self._num_targets(batch) for batch in self.batches)
         if self.num_targets == 0:
@@ -56,8 +55,7 @@ class Objective:
         """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.is_causal:
-            logits, targets = supervised_logits(self.model, inputs)
-            return F.cross_entropy(logits.float(), targets, reduction="sum")
+            return self._supervised(inputs).total
         labels = inputs.get("labels")
         outputs: Any = self.model(**inputs)
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
@@ -95,36 +93,6 @@ class Objective:
         if self.is_causal:
             return int((labels[:, 1:] != IGNORED).sum())
         return int((labels != IGNORED).sum())
-
-
-def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a causal language model with its head at supervised positions only.
-
-    A hook on the head's input selects them, so that nothing need be known about the model.
-
-    Args:
-        model: The model, adapted or not.
-        inputs: Arguments of its forward on the model's device; `labels` as Transformers has them,
-            one for each input position and not yet shifted.
-
-    Returns:
-        Logits of shape (num_supervised, vocabulary) and targets of shape (num_supervised,).
-    """
-    inputs = dict(inputs)
-    targets = inputs.pop("labels")[:, 1:]
-    supervised = targets != IGNORED
-
-    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden = args[0]  # (batch, length, hidden) -> (1, num_supervised, hidden)
-        return (hidden[:, :-1][supervised].unsqueeze(0), *args[1:])
-
-    base: Any = base_model(model)
-    handle = base.get_output_embeddings().register_forward_pre_hook(select)
-    try:
-        logits = model(**{**inputs, "use_cache": False}).logits
-    finally:
-        handle.remove()
-    return logits[0], targets[supervised]
 
 
 def is_causal_lm(model: nn.Module) -> bool:

@@ -2,54 +2,59 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from datasets import Dataset
-from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from loralloc.allocation.objective import IGNORED, supervised_logits
+from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 from loralloc.tasks.source import Split
 from loralloc.training.checkpoint import SafeCheckpoints
 from loralloc.training.data import ROW
 
+
 MOST_LOGITS = 2**27
-"""Logits held at once, half a gigabyte in float32; beyond, TRL's chunks bound the memory."""
+"""Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
 
 
 class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):
     """TRL's trainer with checkpoints that hold no pickles and a head that works where loss is.
 
-    TRL's fused head bounds memory by recomputing in chunks, in float32; on a CPU that is half of
-    a small model's step. Where the logits at supervised positions fit, they are computed once.
+    TRL's fused head bounds memory by computing its chunks twice, in float32; on a CPU that is half
+    of a small model's step. It is still the way of batches whose logits could not be held.
     """
+
+    @functools.cached_property
+    def _supervised_loss(self) -> SupervisedLoss:
+        return SupervisedLoss(self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy at supervised positions; TRL's own way for all that is not plain."""
-        mode = "train" if self.model.training else "eval"
         if return_outputs or not self._is_plain(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        logits, targets = supervised_logits(model, inputs)
-        total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+        mode = "train" if self.model.training else "eval"
+        loss = self._supervised_loss(inputs)
         if mode == "train":
             mask = inputs.get("attention_mask")  # None where sequences are packed into one row
             num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
             self._total_train_tokens += num_tokens
-        correct = (logits.detach().argmax(dim=-1) == targets).float().mean()
-        self._metrics[mode]["mean_token_accuracy"].append(float(correct))
+        self._metrics[mode]["mean_token_accuracy"].append(float(loss.correct) / loss.num_targets)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
-        return total / torch.as_tensor(count).clamp(min=1)
+        count = loss.num_targets if num_items_in_batch is None else num_items_in_batch
+        return loss.total / torch.as_tensor(count).clamp(min=1)
 
     def _is_plain(self, inputs: Any) -> bool:
-        num_logits = int((inputs["labels"] != IGNORED).sum()) * self.model.config.vocab_size
+        num_targets = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        fits = num_targets * self.model.config.vocab_size <= MOST_LOGITS
         return (
-            0 < num_logits <= MOST_LOGITS
+            num_targets > 0
+            and (fits or self._supervised_loss.is_bounded)
             and self.args.loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None

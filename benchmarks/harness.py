@@ -1,0 +1,122 @@
+"""What every benchmark shares: real batches, contestants by turns, a table and JSON.
+
+Only ratios within one run mean anything: machines differ, and this one differs from minute to
+minute. So contestants take turns, every repeat is kept, and a ratio is the median over the turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from loralloc.cli.progress import quiet_libraries  # noqa: E402
+from loralloc.training import run as runs  # noqa: E402
+from loralloc.training.settings import resolve  # noqa: E402
+
+FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
+PACKAGES = ("torch", "transformers", "peft", "trl")
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    made = argparse.ArgumentParser(description=description)
+    made.add_argument(
+        "--data",
+        type=Path,
+        default=ROOT.parent / "shared" / "data",
+        help="folder with sst2/ and e2e_nlg/; without it the embedded demo set is used",
+    )
+    made.add_argument("--quick", action="store_true", help="under 3 minutes on two cores")
+    made.add_argument("--json", type=Path, help="where to write the results")
+    quiet_libraries()
+    return made
+
+
+def data_sets(folder: Path) -> dict[str, str]:
+    """Task -> data of SST-2 and E2E, or of the demo where the folder does not hold both."""
+    found = {task: folder / name for task, name in FOLDERS.items()}
+    if all(path.is_dir() for path in found.values()):
+        return {task: str(path) for task, path in found.items()}
+    return {"demo": "demo"}
+
+
+def prepare(task: str, data: str, *flags: str, model: str = "smollm2-135m") -> runs.Run:
+    """A run as `loralloc train` makes it, ready to be trained."""
+    with tempfile.TemporaryDirectory() as folder:
+        named = ("--task", task, "--dataset_name", data, "--model_name_or_path", model)
+        return runs.prepare(resolve([*named, "--output_dir", folder, *flags]))
+
+
+def by_turns(
+    contestants: Mapping[str, Callable[[], Any]], *, repeats: int, warmup: int = 1
+) -> dict[str, list[float]]:
+    """Seconds of every repeat of every contestant, one after the other in each turn."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(-warmup, repeats):
+        for name, contestant in contestants.items():
+            _, taken = timed(contestant)
+            if turn >= 0:
+                seconds[name].append(taken)
+    return seconds
+
+
+def timed(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function returns, and the seconds it took."""
+    _synchronize()
+    begin = time.perf_counter()
+    result = function()
+    _synchronize()
+    return result, time.perf_counter() - begin
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median over the turns of one contestant's seconds over another's."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were taken on."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in PACKAGES},
+    }
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a table, numbers to four digits."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row))
+    Console().print(table)
+
+
+def write(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Write the JSON of a benchmark, where one was asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), **result}, indent=1) + "\n")
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,124 @@
+"""The loss of a causal language model with its head at supervised positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loralloc.allocation.layers import base_model
+from loralloc.kernels.cross_entropy import linear_cross_entropy
+
+IGNORED = -100
+"""Label of a position that no loss is taken on, everywhere in Transformers."""
+
+
+class Supervised(NamedTuple):
+    """The loss at the supervised positions of a batch."""
+
+    total: Tensor
+    """Cross-entropy summed over them, a float32 scalar with its graph."""
+
+    num_targets: int
+    """How many they are."""
+
+    correct: Tensor
+    """How many of their targets have the highest logit."""
+
+
+class SupervisedLoss:
+    """Cross-entropy of a causal language model at supervised positions.
+
+    The logits of a small model with a large vocabulary cost as much as its blocks, and most of
+    them are of prompts, which no loss is taken on. A head that is frozen and linear, and whose
+    logits the model passes on as they are, is computed together with the loss, a few positions
+    at a time; any other runs once for all supervised positions.
+
+    Args:
+        model: The model, adapted or not.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._passes_on: bool | None = None  # not known before the first batch
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether memory for logits is bounded; not known to be before the first batch."""
+        return bool(self._passes_on)
+
+    def __call__(self, inputs: Mapping[str, Any]) -> Supervised:
+        """Run the model.
+
+        Args:
+            inputs: Arguments of its forward on the model's device; `labels` as Transformers has
+                them, one for each input position and not yet shifted.
+        """
+        base: Any = base_model(self._model)
+        head = base.get_output_embeddings()
+        if self._passes_on is False or not _is_frozen_linear(head):
+            return _from_logits(*supervised_logits(self._model, inputs))
+        # One row of logits, once, shows whether the model scales or caps them behind its head.
+        hidden, logits, targets = _run(self._model, inputs, rows=int(self._passes_on is None))
+        if self._passes_on is None:
+            with torch.no_grad():
+                self._passes_on = torch.equal(logits, head(hidden[:1]))
+            if not self._passes_on:
+                return self(inputs)
+        total, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
+        return Supervised(total, len(targets), correct)
+
+
+def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Run a causal language model with its head at supervised positions only.
+
+    Args:
+        model: The model, adapted or not.
+        inputs: As `SupervisedLoss` takes them.
+
+    Returns:
+        Logits of shape (tokens, vocabulary) and targets of shape (tokens,).
+    """
+    _, logits, targets = _run(model, inputs)
+    return logits, targets
+
+
+def _run(
+    model: nn.Module, inputs: Mapping[str, Any], *, rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states, logits and targets at supervised positions; logits of the first rows only.
+
+    A hook on the head's input selects the positions, so nothing need be known about the model.
+    """
+    arguments = {**inputs, "use_cache": False}
+    targets = arguments.pop("labels")[:, 1:]
+    supervised = targets != IGNORED
+    kept: list[Tensor] = []
+
+    def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        kept.append(args[0][:, :-1][supervised])  # (batch, length, hidden) -> (tokens, hidden)
+        return (kept[0][:rows].unsqueeze(0), *args[1:])
+
+    base: Any = base_model(model)
+    handle = base.get_output_embeddings().register_forward_pre_hook(select)
+    try:
+        logits = model(**arguments).logits
+    finally:
+        handle.remove()
+    return kept[0], logits[0], targets[supervised]
+
+
+def _from_logits(logits: Tensor, targets: Tensor) -> Supervised:
+    total = functional.cross_entropy(logits.float(), targets, reduction="sum")
+    correct = (logits.detach().argmax(dim=-1) == targets).sum()
+    return Supervised(total, len(targets), correct)
+
+
+def _is_frozen_linear(head: nn.Module) -> bool:
+    """Whether the head is W h + b with a frozen W, and nothing acts on it from outside."""
+    is_hooked = bool(head._forward_hooks or head._forward_pre_hooks or "forward" in vars(head))
+    trains = any(parameter.requires_grad for parameter in head.parameters())
+    return type(head) is nn.Linear and not is_hooked and not trains

@@ -1,0 +1,79 @@
+"""A frozen language-model head and its cross-entropy as one function, a few rows at a time.
+
+The gradient of the hidden states is taken in the forward pass, where the logits are at hand: they
+are computed once and never kept, so memory is bounded by one chunk whatever the batch.
+
+    forward     z = h W^T + b        loss = sum logsumexp(z) - z[target]
+    backward    dh = (softmax(z) - onehot(target)) W
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from loralloc.kernels.linear import linear
+
+MOST_LOGITS = {"cpu": 2**22}
+"""Logits held at once by kind of device: 16 MiB in float32 on a CPU, which its heap gives back to
+the next chunk; larger ones are mapped and faulted in anew every time."""
+
+MOST_LOGITS_ELSEWHERE = 2**27
+"""Half a GiB: large products keep a GPU busy."""
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of hidden W^T + bias, in float32 arithmetic on logits of the hidden's dtype.
+
+    Args:
+        hidden: Shape (tokens, in_features); may need a gradient.
+        weight: Shape (vocabulary, in_features), frozen.
+        targets: Shape (tokens,), each within the vocabulary.
+        bias: Shape (vocabulary,), frozen.
+
+    Returns:
+        The sum over tokens, a float32 scalar with its graph, and how many targets have the
+        highest logit of their row.
+    """
+    function: Any = _LinearCrossEntropy
+    loss, correct = function.apply(hidden, weight, bias, targets)
+    return loss, correct
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        most = MOST_LOGITS.get(hidden.device.type, MOST_LOGITS_ELSEWHERE)
+        rows = max(1, most // len(weight))
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        correct = hidden.new_zeros((), dtype=torch.int64)
+        for start in range(0, len(hidden), rows):
+            h, chosen = hidden[start : start + rows], targets[start : start + rows, None]
+            z = linear(h, weight, bias).float()  # (rows, vocabulary)
+            right, highest = z.gather(1, chosen), z.amax(1, keepdim=True)
+            z.sub_(highest).exp_()
+            norm = z.sum(1, keepdim=True)
+            loss += (norm.log() + highest - right).sum()
+            correct += (right >= highest).sum()
+            if grad is not None:
+                z.div_(norm)
+                z.scatter_add_(1, chosen, z.new_full(chosen.shape, -1.0))
+                grad[start : start + rows] = linear(z.to(h.dtype), weight.t())
+        ctx.mark_non_differentiable(correct)
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return loss, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (grad,) = ctx.saved_tensors
+        return grad * dloss.to(grad.dtype), None, None, None
