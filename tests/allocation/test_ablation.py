@@ -20,11 +20,11 @@ def assert_equals_paper(scores, paper):
     close = dict(rtol=0, atol=4e-7 * max(1.0, abs(paper.s_base), abs(paper.s_full)))
     assert scores.s_full == pytest.approx(paper.s_full, abs=close["atol"])
     assert scores.s_base == pytest.approx(paper.s_base, abs=close["atol"])
-    assert list(scores.without) == list(scores.only) == list(paper.s_without)
+    assert list(scores.terms["without"]) == list(scores.terms["only"]) == list(paper.s_without)
     for name in paper.s_without:
         without, only = paper.s_full - paper.s_without[name], paper.s_only[name] - paper.s_base
-        torch.testing.assert_close(scores.without[name].float(), without, **close)
-        torch.testing.assert_close(scores.only[name].float(), only, **close)
+        torch.testing.assert_close(scores.terms["without"][name].float(), without, **close)
+        torch.testing.assert_close(scores.terms["only"][name].float(), only, **close)
 
 
 @pytest.mark.parametrize("build", tiny.MODELS)
@@ -72,8 +72,8 @@ def test_a_rank_that_does_nothing_has_no_importance():
     with torch.no_grad():
         weights_b(layers)[name][:, 1] = 0
     scores = measured(model, tiny.micro_batches(tiny.batch_for(model), 4))
-    assert abs(float(scores.without[name][1])) < 1e-6
-    assert abs(float(scores.only[name][1])) < 1e-6
+    assert abs(float(scores.terms["without"][name][1])) < 1e-6
+    assert abs(float(scores.terms["only"][name][1])) < 1e-6
 
 
 def test_only_the_wanted_ranks_are_measured():
@@ -84,8 +84,10 @@ def test_only_the_wanted_ranks_are_measured():
     everything = ablation.score(objective, weights, ANY)
     some = ablation.measure(objective, weights, {name: (0, 2)})
     assert some.verified == {name: (0, 2)}
-    assert torch.equal(some.without[name][[0, 2]], everything.without[name][[0, 2]])
-    assert torch.equal(some.only[name][[0, 2]], everything.only[name][[0, 2]])
+    assert torch.equal(
+        some.terms["without"][name][[0, 2]], everything.terms["without"][name][[0, 2]]
+    )
+    assert torch.equal(some.terms["only"][name][[0, 2]], everything.terms["only"][name][[0, 2]])
     assert sum(int(term.isfinite().sum()) for term in some.importance.values()) == 2
 
 

@@ -38,7 +38,7 @@ def test_the_defaults_are_the_papers():
         (
             "score",
             "ablate",
-            "`score` is 'ablate'; use one of 'screened', 'gradient', 'ablation'. "
+            "`score` is 'ablate'; use one of 'screened', 'gradient', 'ablation', 'shapley'. "
             "Did you mean 'ablation'?",
         ),
         ("budget", 7, "`budget` is 7; use one of 'ranks', 'parameters'."),

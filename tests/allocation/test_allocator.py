@@ -48,7 +48,11 @@ def test_the_record_says_what_the_model_is():
         for name, rank in entry.ranks_before.items():
             change = entry.added.get(name, 0) - len(entry.pruned.get(name, []))
             assert entry.ranks_after[name] == rank + change
-            assert len(entry.without.get(name, [])) == len(entry.only.get(name, [])) == rank
+            assert (
+                len(entry.terms["without"].get(name, []))
+                == len(entry.terms["only"].get(name, []))
+                == rank
+            )
     assert [(e.round, e.step, e.epoch) for e in record.rounds] == [
         (1, 3, 0.0),
         (2, 4, 0.5),
@@ -61,9 +65,9 @@ def test_the_ranks_pruned_are_those_of_lowest_importance():
     entry = allocate(tiny.adapted(tiny.llama()), num_rounds=1, score="ablation").record.rounds[0]
     importance = {
         (name, index): without + only
-        for name in entry.without
+        for name in entry.terms["without"]
         for index, (without, only) in enumerate(
-            zip(entry.without[name], entry.only[name], strict=True)
+            zip(entry.terms["without"][name], entry.terms["only"][name], strict=True)
         )
     }
     lowest = sorted(importance, key=importance.__getitem__)[:7]
@@ -79,7 +83,9 @@ def test_the_function_changes_only_by_what_is_pruned():
     again = allocator.step(tiny.optimizer_for(model), step=1)
     # New ranks do nothing, so S(M) moves by about the sum of S(M) - S(M without r) of three ranks.
     gone = allocator.record.rounds[0]
-    lost = sum(gone.without[name][i] for name, indices in gone.pruned.items() for i in indices)
+    lost = sum(
+        gone.terms["without"][name][i] for name, indices in gone.pruned.items() for i in indices
+    )
     assert again.s_full == pytest.approx(s_full - lost, abs=0.1 * abs(s_full - again.s_full) + 1e-4)
 
 
@@ -171,7 +177,7 @@ def test_churn_is_the_share_of_new_ranks_that_go_in_the_next_round():
 def newest_are_least_important(objective, weights_b, limits):
     only = {name: -torch.arange(b.shape[1], dtype=torch.float32) for name, b in weights_b.items()}
     without = {name: torch.zeros_like(term) for name, term in only.items()}
-    return Scores(without=without, only=only, s_full=0.0, s_base=0.0)
+    return Scores(terms={"without": without, "only": only}, s_full=0.0, s_base=0.0)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +249,7 @@ def test_the_same_seed_gives_the_same_ranks_scores_and_weights(score):
 def test_another_seed_gives_other_new_ranks():
     (first, _), (second, _) = run_of(1), run_of(2)
     assert first["rounds"][0]["pruned"] == second["rounds"][0]["pruned"]
-    assert first["rounds"][2]["only"] != second["rounds"][2]["only"]
+    assert first["rounds"][2]["terms"]["only"] != second["rounds"][2]["terms"]["only"]
 
 
 def test_two_rounds_of_one_run_draw_different_new_ranks():

@@ -12,7 +12,7 @@ NAMES = ("a", "b", "c", "d", "e")
 def scores_of(importance: dict[str, list[float]]) -> Scores:
     only = {name: torch.tensor(values, dtype=torch.float64) for name, values in importance.items()}
     without = {name: torch.zeros_like(values) for name, values in only.items()}
-    return Scores(without=without, only=only, s_full=0.0, s_base=0.0)
+    return Scores(terms={"without": without, "only": only}, s_full=0.0, s_base=0.0)
 
 
 def plan_of(importance, **limits):
@@ -49,7 +49,10 @@ def test_a_module_that_lost_a_rank_receives_none_even_with_the_highest_mean():
 def test_both_terms_of_importance_count():
     without = {"a": torch.tensor([0.0, 3.0]), "b": torch.tensor([2.0, 2.0])}
     only = {"a": torch.tensor([3.0, -2.0]), "b": torch.tensor([0.0, 0.0])}
-    decided = plan(Scores(without=without, only=only, s_full=0.0, s_base=0.0), Limits(num_pruned=1))
+    decided = plan(
+        Scores(terms={"without": without, "only": only}, s_full=0.0, s_base=0.0),
+        Limits(num_pruned=1),
+    )
     assert decided.pruned == {"a": (1,)}  # 0 + 3, 3 - 2, 2 + 0, 2 + 0
 
 

@@ -14,8 +14,10 @@ def a_round(number, *, pruned, added, before, after):
         score="screened",
         s_full=-1.25,
         s_base=-2.5,
-        without={name: [0.1] * rank for name, rank in before.items()},
-        only={name: [-0.25] * rank for name, rank in before.items()},
+        terms={
+            "without": {name: [0.1] * rank for name, rank in before.items()},
+            "only": {name: [-0.25] * rank for name, rank in before.items()},
+        },
         verified={"a": [0]},
         settled=True,
         pruned=pruned,

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from loralloc.allocation.importance import ablation, gradient, screened
+from loralloc.allocation.importance import ablation, gradient, screened, shapley
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits
@@ -15,7 +15,11 @@ SCORES = {
     "ablation": ablation.score,
     "gradient": gradient.score,
     "screened": functools.partial(screened.score, most=16),
+    "shapley": shapley.score,
 }
+FORWARD_PASSES = {gradient.score: 2, shapley.score: 7}
+"""Of one micro-batch, where it is fewer than the failures below are placed at."""
+
 every_score = pytest.mark.parametrize("score", list(SCORES.values()), ids=list(SCORES))
 
 
@@ -75,7 +79,7 @@ def test_when_a_forward_pass_fails(score, calls_before):
 
     model.get_base_model().model.norm.register_forward_hook(fail_later)
     before = traces(model)
-    if score is gradient.score and calls_before >= 2:
+    if calls_before >= FORWARD_PASSES.get(score, 10):
         score(objective, weights_b(lora_layers(model)), Limits(num_pruned=3))
     else:
         with pytest.raises(Interruption):

@@ -62,7 +62,10 @@ def test_verified_ranks_are_exact_and_the_others_first_order():
     for name in weights:
         for index in range(4):
             source = exact if index in scores.verified.get(name, ()) else first_order
-            for term, expected in ((scores.without, source.without), (scores.only, source.only)):
+            for term, expected in (
+                (scores.terms["without"], source.terms["without"]),
+                (scores.terms["only"], source.terms["only"]),
+            ):
                 # Exact scores are float64, first-order ones float32.
                 assert float(term[name][index]) == pytest.approx(float(expected[name][index]))
 
@@ -84,8 +87,8 @@ def test_too_much_doubt_gives_first_order_alone():
     assert not scores.settled
     assert scores.verified == {}
     for name in weights:
-        assert torch.equal(scores.without[name], first_order.without[name])
-        assert torch.equal(scores.only[name], first_order.only[name])
+        assert torch.equal(scores.terms["without"][name], first_order.terms["without"][name])
+        assert torch.equal(scores.terms["only"][name], first_order.terms["only"][name])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loralloc.allocation.config import AllocationConfig
-from loralloc.allocation.importance import ablation, gradient, screened
+from loralloc.allocation.importance import ablation, gradient, screened, shapley
 from loralloc.allocation.layers import (
     lora_layers,
     modules_per_block,
@@ -122,8 +122,7 @@ class Allocator:
             score=self.config.score,
             s_full=scores.s_full,
             s_base=scores.s_base,
-            without=_rounded(scores.without),
-            only=_rounded(scores.only),
+            terms={name: _rounded(term) for name, term in scores.terms.items()},
             verified={name: list(indices) for name, indices in scores.verified.items()},
             settled=scores.settled,
             pruned={name: list(indices) for name, indices in decided.pruned.items()},
@@ -143,6 +142,7 @@ class Allocator:
             "gradient": gradient.score,
             "ablation": ablation.score,
             "screened": functools.partial(screened.score, most=self.config.verify_ranks),
+            "shapley": functools.partial(shapley.score, num_nodes=self.config.shapley_nodes),
         }
         return scores[self.config.score]
 
@@ -204,11 +204,7 @@ def _check_finite(scores: Scores, number: int, step: int) -> None:
     """Refuse a round that would be planned on numbers that mean nothing."""
     if scores.is_finite() and abs(scores.s_full) + abs(scores.s_base) < float("inf"):
         return
-    bad = [
-        name
-        for name in scores.without
-        if not bool((scores.without[name] + scores.only[name]).isfinite().all())
-    ]
+    bad = [name for name, x in scores.importance.items() if not bool(x.isfinite().all())]
     where = f" in {bad[0]} and {len(bad) - 1} more modules" if bad else ""
     raise ScoringError(
         f"Round {number} at step {step} was refused and the model left as it was: the loss on the "
@@ -228,6 +224,6 @@ def _churn(decided: Plan, births: Mapping[str, Sequence[int]], number: int) -> f
     return gone / young
 
 
-def _rounded(terms: Mapping[str, Tensor]) -> dict[str, list[float]]:
+def _rounded(term: Mapping[str, Tensor]) -> dict[str, list[float]]:
     """Seven significant digits: what float32 holds, without the digits of float64."""
-    return {name: [float(f"{x:.7g}") for x in term.tolist()] for name, term in terms.items()}
+    return {name: [float(f"{v:.7g}") for v in x.tolist()] for name, x in term.items()}

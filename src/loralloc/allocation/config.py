@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-SCORES = ("screened", "gradient", "ablation")
+SCORES = ("screened", "gradient", "ablation", "shapley")
 """Names of the importance scores, the default first."""
 
 BUDGETS = ("ranks", "parameters")
@@ -39,14 +39,17 @@ class AllocationConfig:
     scoring_examples: int = 32
     """Held-out examples that importance is measured on (B_val), drawn once. Source: the paper."""
 
-    score: Literal["screened", "gradient", "ablation"] = "screened"
+    score: Literal["screened", "gradient", "ablation", "shapley"] = "screened"
     """How importance is measured: "ablation" is eq. 6 exactly, "gradient" is eq. 6 to first order
     (two backward passes for all ranks), "screened" ranks by gradient and settles the ranks near
-    the cut by ablation."""
+    the cut by ablation, "shapley" divides the whole improvement among the ranks."""
 
     verify_ranks: int = 64
     """Most ranks a round may check by ablation when `score` is "screened"; fewer than 16 are too
     few to trust, so that then none is checked."""
+
+    shapley_nodes: int = 5
+    """Backward passes of a round when `score` is "shapley"; at least 1."""
 
     min_rank: int = 0
     """Rank below which no module is pruned; 0 lets a module leave the adapter, as in the
@@ -71,6 +74,7 @@ class AllocationConfig:
         _at_least("num_rounds", self.num_rounds, 1)
         _at_least("scoring_examples", self.scoring_examples, 1)
         _at_least("verify_ranks", self.verify_ranks, 0)
+        _at_least("shapley_nodes", self.shapley_nodes, 1)
         _at_least("min_rank", self.min_rank, 0)
         _at_least("grace_rounds", self.grace_rounds, 0)
         _one_of("score", self.score, SCORES)

@@ -16,16 +16,14 @@ from torch import Tensor
 class Scores:
     """What each rank contributes, measured on the scoring batch.
 
-    Both terms of eq. 6 of Liu et al. 2024 are kept apart. S is minus the mean cross-entropy, M the
-    model with its adapter, M_0 without. `only` leaves out the constant S(M_0) that all ranks
-    share, so exact and first-order scores have one scale.
+    The terms that a score adds up are kept apart, for they behave differently. Eq. 6 of Liu et al.
+    2024 has two: "without", S(M) - S(M without rank r), and "only", S(M with only rank r) -
+    S(M_0). S is minus the mean cross-entropy, M the model with its adapter, M_0 without. "only"
+    leaves out a constant that all ranks share, so exact and first-order scores have one scale.
     """
 
-    without: Mapping[str, Tensor]
-    """S(M) - S(M without rank r), a tensor of shape (num_ranks,) for each module."""
-
-    only: Mapping[str, Tensor]
-    """S(M with only rank r) - S(M_0), a tensor of shape (num_ranks,) for each module."""
+    terms: Mapping[str, Mapping[str, Tensor]]
+    """Each term by its name: a tensor of shape (num_ranks,) for each module."""
 
     s_full: float
     """S(M)."""
@@ -34,20 +32,20 @@ class Scores:
     """S(M_0)."""
 
     verified: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Ranks whose two terms were measured by ablation; others are first order."""
+    """Ranks whose terms were measured by ablation; others are first order."""
 
     settled: bool = True
     """Whether ablation settled which ranks to prune, as far as the errors seen can tell."""
 
     @property
     def importance(self) -> dict[str, Tensor]:
-        """IS(r), eq. 6 up to a constant: shape (num_ranks,) for each module."""
-        return {name: self.without[name] + self.only[name] for name in self.without}
+        """IS(r), the sum of the terms: shape (num_ranks,) for each module."""
+        first, *others = self.terms.values()
+        return {name: sum((t[name] for t in others), start=first[name]) for name in first}
 
     def is_finite(self) -> bool:
         """Whether every number is finite."""
-        terms = (*self.without.values(), *self.only.values())
-        return all(bool(term.isfinite().all()) for term in terms)
+        return all(bool(x.isfinite().all()) for term in self.terms.values() for x in term.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,11 +34,9 @@ class Round:
     s_base: float
     """S(M_0), the same with all ranks switched off."""
 
-    without: Mapping[str, list[float]]
-    """S(M) - S(M without rank r), by module and rank."""
-
-    only: Mapping[str, list[float]]
-    """S(M with only rank r) - S(M_0), by module and rank."""
+    terms: Mapping[str, Mapping[str, list[float]]]
+    """What the score adds up, by name, module and rank. Of eq. 6: "without", S(M) - S(M without
+    rank r), and "only", S(M with only rank r) - S(M_0)."""
 
     verified: Mapping[str, list[int]]
     """Ranks whose terms are exact where the score is "screened" or "ablation"."""

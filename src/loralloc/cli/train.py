@@ -25,7 +25,7 @@ the flags used most (defaults in brackets):
   --warmup_epochs E             epochs before the first round [1]
   --recovery_epochs E           epochs between rounds [0.25]
   --ranks_per_round N           a number, `block` or `model` [block]
-  --score NAME                  screened, gradient or ablation [screened]
+  --score NAME                  screened, gradient, ablation or shapley [screened]
   --budget UNIT                 ranks or parameters [ranks]
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag;

@@ -207,7 +207,10 @@ class _LoraLinears(torch.autograd.Function):
         flat, h, sa, *rest = ctx.saved_tensors
         w, bt = rest[:n], rest[n:]
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dh, da, db = _update_gradients(flat, h, bt, flat_dys, ctx.scalings, ctx.dtypes)
+        dh, da, db = _update_gradients(
+            flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
+            *(h, bt, flat_dys, ctx.scalings, ctx.dtypes),
+        )
         dx = None
         if ctx.needs_input_grad[0]:
             parts = [
@@ -235,7 +238,10 @@ class _LoraUpdate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         flat, h, sa, bt = ctx.saved_tensors
         flat_dy = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
-        dh, (da,), (db,) = _update_gradients(flat, h, [bt], [flat_dy], [ctx.s], ctx.dtypes)
+        dh, (da,), (db,) = _update_gradients(
+            flat if ctx.needs_input_grad[2] else None,
+            *(h, [bt], [flat_dy], [ctx.s], ctx.dtypes),
+        )
         dx = (dh.t() @ sa).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, dy, da, db, None
 
@@ -251,19 +257,21 @@ def _parts(stacked: Tensor, bt: Sequence[Tensor], *, dim: int) -> tuple[Tensor, 
 
 
 def _update_gradients(
-    x: Tensor,
+    x: Tensor | None,
     h: Tensor,
     bt: Sequence[Tensor],
     dys: Sequence[Tensor | None],
     scalings: Sequence[float],
     dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """dh, of shape (R, tokens), and every dA and dB in the master weights' dtypes.
+
+    Without an x, for scoring, no dA.
 
     Products with few rows and many columns: on CPUs they run up to three times as fast as their
     transposes.
     """
-    dh = x.new_zeros(h.shape[::-1]) if None in dys else x.new_empty(h.shape[::-1])
+    dh = h.new_zeros(h.shape[::-1]) if None in dys else h.new_empty(h.shape[::-1])
     db: list[Tensor | None] = []
     for dy, bt_i, dh_i, h_i in zip(
         dys, bt, _parts(dh, bt, dim=0), _parts(h, bt, dim=1), strict=True
@@ -271,5 +279,7 @@ def _update_gradients(
         if dy is not None:
             torch.mm(bt_i, dy.t(), out=dh_i)
         db.append(None if dy is None else (h_i.t() @ dy).t().to(dtypes[1]))
+    if x is None:
+        return dh, [None] * len(bt), db
     da = _parts(dh @ x, bt, dim=0)
     return dh, [da_i.to(dtypes[0]) * s for da_i, s in zip(da, scalings, strict=True)], db

@@ -43,8 +43,10 @@ def measure(objective: Objective, weights_b: Mapping[str, Tensor], wanted: RankN
         with gates_at(weights_b, 0) as trained:
             s_on, s_base = _sweep(objective, weights_b, wanted, columns=trained)
     return Scores(
-        without={name: s_full - s for name, s in s_off.items()},
-        only={name: s - s_base for name, s in s_on.items()},
+        terms={
+            "without": {name: s_full - s for name, s in s_off.items()},
+            "only": {name: s - s_base for name, s in s_on.items()},
+        },
         s_full=s_full,
         s_base=s_base,
         verified={name: tuple(indices) for name, indices in wanted.items() if indices},

@@ -25,4 +25,6 @@ def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits)
     """
     without, s_full = derivative(objective, weights_b, 1)
     only, s_base = derivative(objective, weights_b, 0)
-    return Scores(without=without, only=only, s_full=s_full, s_base=s_base, settled=False)
+    return Scores(
+        terms={"without": without, "only": only}, s_full=s_full, s_base=s_base, settled=False
+    )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loralloc.allocation.objective import Objective
 
@@ -38,8 +38,8 @@ def derivative(
     """dS/dg of every rank with all gates at `t`, by one backward pass over the scoring batch.
 
     With B_r the trained column, dS/dg_r = -<B_r, dL/dB_r> where the gradient is taken at t * B:
-    it needs no gates in the model, and no gradient of A. Gradients are asked for by name, so none
-    is left in `.grad` and no hook of a distributed wrapper fires.
+    it needs no gates in the model, and no gradient of A or anything else that trains. Gradients are
+    asked for by name, so none is left in `.grad` and no hook of a distributed wrapper fires.
 
     Args:
         objective: The scoring batch and the model.
@@ -51,7 +51,12 @@ def derivative(
     """
     totals = {name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()}
     loss = 0.0
-    with objective.evaluating(), gates_at(weights_b, t) as trained, torch.enable_grad():
+    with (
+        objective.evaluating(),
+        _frozen_but(weights_b.values(), objective.model),
+        gates_at(weights_b, t) as trained,
+        torch.enable_grad(),
+    ):
         for batch in objective.batches:
             batch_loss = objective.loss_sum(batch) / objective.num_targets
             gradients = torch.autograd.grad(
@@ -61,3 +66,17 @@ def derivative(
             for name, gradient in zip(weights_b, gradients, strict=True):
                 totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
     return {name: total.cpu() for name, total in totals.items()}, -loss
+
+
+@contextmanager
+def _frozen_but(wanted: Collection[Tensor], model: nn.Module) -> Iterator[None]:
+    """No gradient inside for any parameter but the wanted ones."""
+    kept = {id(parameter) for parameter in wanted}
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)

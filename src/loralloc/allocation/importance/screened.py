@@ -121,10 +121,12 @@ def _by_module(
 
 
 def _put_in(scores: Scores, exact: Scores, chosen: Iterable[tuple[str, int]]) -> Scores:
-    """The scores with both terms of the chosen ranks replaced by the exact ones."""
-    without = {name: term.clone() for name, term in scores.without.items()}
-    only = {name: term.clone() for name, term in scores.only.items()}
+    """The scores with the terms of the chosen ranks replaced by the exact ones."""
+    terms = {
+        term: {name: x.clone() for name, x in by_module.items()}
+        for term, by_module in scores.terms.items()
+    }
     for name, index in chosen:
-        without[name][index] = exact.without[name][index]
-        only[name][index] = exact.only[name][index]
-    return dataclasses.replace(scores, without=without, only=only)
+        for term in terms:
+            terms[term][name][index] = exact.terms[term][name][index]
+    return dataclasses.replace(scores, terms=terms)

@@ -1,0 +1,44 @@
+"""The improvement divided among the ranks: Aumann-Shapley values along the adapter's path.
+
+Scale the whole adapter by t, from the base model to the trained one. The integral over t of dS/dg_r
+is what rank r contributes on the way, and the values of all ranks sum to S(M) - S(M_0). Eq. 6 to
+first order is twice the trapezoid of that integral on its two ends; here it is taken on
+Gauss-Legendre nodes (Aumann & Shapley 1974; along a path, Sundararajan et al. 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from loralloc.allocation.importance.path import derivative, gates_at
+from loralloc.allocation.objective import Objective
+from loralloc.allocation.policy import Limits, Scores
+
+
+def score(
+    objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits, *, num_nodes: int = 5
+) -> Scores:
+    """The share of every rank in S(M) - S(M_0).
+
+    Args:
+        objective: The scoring batch and the model.
+        weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
+        limits: Not read: this score does not depend on what will be pruned.
+        num_nodes: Points of the path where the derivative is taken, one backward pass each. The
+            sum is exact where S along the path is a polynomial of degree 2 * num_nodes or less.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(num_nodes)  # on (-1, 1)
+    share: dict[str, Tensor] = {}
+    for node, weight in zip(nodes, weights, strict=True):
+        at_node, _ = derivative(objective, weights_b, (1 + float(node)) / 2)
+        for name, slope in at_node.items():
+            part = slope * (float(weight) / 2)
+            share[name] = share[name] + part if name in share else part
+    with objective.evaluating():
+        s_full = -objective.mean_loss()
+        with gates_at(weights_b, 0):
+            s_base = -objective.mean_loss()
+    return Scores(terms={"share": share}, s_full=s_full, s_base=s_base, settled=False)
