@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loralloc.allocation.resize import resize as resize
     from loralloc.training.attach import AllocationCallback as AllocationCallback
     from loralloc.training.attach import attach as attach
+    from loralloc.training.supervised import use_supervised_loss as use_supervised_loss
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOMES = {
     "attach": "training.attach",
     "plan": "allocation.policy",
     "resize": "allocation.resize",
+    "use_supervised_loss": "training.supervised",
 }
 
 __all__ = [*_HOMES, "__version__"]

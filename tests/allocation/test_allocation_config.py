@@ -9,7 +9,7 @@ def test_the_defaults_are_the_papers():
     assert (config.warmup_epochs, config.recovery_epochs) == (1.0, 0.25)
     assert config.scoring_examples == 32
     assert (config.min_rank, config.max_rank, config.grace_rounds) == (0, None, 0)
-    assert (config.score, config.budget) == ("screened", "ranks")
+    assert (config.score, config.budget) == ("gradient", "ranks")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_defaults_are_the_papers():
         (
             "score",
             "ablate",
-            "`score` is 'ablate'; use one of 'screened', 'gradient', 'ablation', 'shapley'. "
+            "`score` is 'ablate'; use one of 'gradient', 'screened', 'ablation', 'shapley'. "
             "Did you mean 'ablation'?",
         ),
         ("budget", 7, "`budget` is 7; use one of 'ranks', 'parameters'."),

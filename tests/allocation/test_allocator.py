@@ -9,7 +9,7 @@ from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.policy import Scores
 from loralloc.allocation.record import Record
 
-every_score = pytest.mark.parametrize("score", ["screened", "gradient", "ablation"])
+every_score = pytest.mark.parametrize("score", ["gradient", "screened", "ablation", "shapley"])
 
 
 def allocate(model, *, num_rounds, steps_between=3, seed=0, **options):

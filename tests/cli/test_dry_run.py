@@ -27,7 +27,7 @@ def test_settings_come_with_their_source(rows_of, tmp_path):
     assert rows["lora_alpha"] == ["4", f"file {path}"]
     assert rows["allocation.grace_rounds"] == ["1", f"file {path}"]
     assert rows["allocation.num_rounds"] == ["2", "flag"]
-    assert rows["allocation.score"] == ["screened", "loralloc default"]
+    assert rows["allocation.score"] == ["gradient", "loralloc default"]
     assert rows["allocation.seed"] == ["42 (the run's)", "loralloc default"]
     assert rows["weight_decay" if "weight_decay" in rows else "lora_dropout"][1]
     assert rows["lora_target_modules"][1] == "every linear of a block"
@@ -45,6 +45,34 @@ def test_the_plan(rows_of):
     assert re.match(r"2,048 trainable of [\d,]+", rows["parameters"][0])
     assert rows["steps"] == ["12, 6 an epoch"]
     assert rows["rounds"] == ["after steps 3, 6"]
+
+
+def test_when_a_run_is_evaluated(rows_of):
+    rows = rows_of()
+    assert rows["evaluation"] == ["development loss after every epoch"]
+    assert "checkpoint kept" not in rows and "early stopping" not in rows
+
+
+def test_the_papers_protocol_is_told_in_words(rows_of):
+    rows = rows_of("--protocol", "paper", gradient_accumulation_steps=1)
+    why = "protocol paper: twice an epoch, not every 200: under 2,000 in all"
+    assert rows["eval_steps"] == ["3", why]
+    assert rows["early_stopping_patience"] == ["10", "protocol paper"]
+    assert rows["evaluation"] == [f"development loss every 3 steps and after the last ({why})"]
+    start = "step 6 (the last round)"
+    assert rows["checkpoint kept"] == [f"the one with the lowest development loss, from {start} on"]
+    assert rows["early stopping"] == [f"after 10 evaluations without a better one since {start}"]
+
+
+def test_another_measure_and_a_share_of_the_run(rows_of):
+    rows = rows_of(
+        eval_strategy="steps",
+        eval_steps=0.2,
+        load_best_model_at_end="true",
+        metric_for_best_model="mean_token_accuracy",
+    )
+    assert rows["evaluation"] == ["development loss every 3 steps and after the last (flag)"]
+    assert rows["checkpoint kept"][0].startswith("the one with the best mean_token_accuracy")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from loralloc.cli import env
-from loralloc.training import models
+from loralloc.training import machine
 
 
 def report(monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
@@ -36,12 +36,12 @@ def test_versions_and_machine_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         assert data[package] == version(package)
     assert data["python"] == ".".join(map(str, sys.version_info[:3]))
     assert data["torch_threads"] == torch.get_num_threads()
-    assert data["bf16_arithmetic_on_this_cpu"] is models.cpu_has_bf16()
+    assert data["bf16_arithmetic_on_this_cpu"] is machine.cpu_has_bf16()
     assert not [name for name, value in data.items() if "not known" in str(value)]
 
 
 def test_the_table_has_every_fact(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(machine, "cpu_has_bf16", lambda: True)
     monkeypatch.setattr(env, "_cpu_model", lambda: "[bold]Model T[/bold]")
     lines = report(monkeypatch).splitlines()
     assert next(line for line in lines if line.startswith("torch ")).split()[1] == version("torch")
@@ -73,13 +73,13 @@ def test_cores_are_counted_once_for_all_their_threads(
     ]
     listing = tmp_path / "cpuinfo"
     listing.write_text("\n".join(blocks), encoding="utf-8")
-    monkeypatch.setattr(env, "CPUINFO", listing)
+    monkeypatch.setattr(machine, "CPUINFO", listing)
     data = report_data(monkeypatch)
     assert (data["cpu"], data["physical_cores"]) == ("Sum: 2", 6)
 
 
 def test_without_linux_torch_is_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(env, "CPUINFO", tmp_path / "nothing")
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "nothing")
     monkeypatch.setattr("platform.processor", lambda: "arm")
     monkeypatch.setattr(
         torch.cpu, "get_capabilities", lambda: {"num_physical_cores": 10}, raising=False
@@ -140,3 +140,19 @@ assert not {"transformers", "peft", "trl", "datasets", "accelerate"} & set(sys.m
         [sys.executable, "-c", script], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_wordnet_is_told_with_its_version_or_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    folder = tmp_path / "wordnet"
+    folder.mkdir()
+    monkeypatch.setenv("WNSEARCHDIR", str(folder))
+    told = report_data(monkeypatch)["wordnet"]
+    assert "`apt install wordnet-base`" in told
+    assert told.endswith("METEOR is missing without it.")
+    for part in ("noun", "verb", "adj", "adv"):
+        for name in (f"index.{part}", f"data.{part}", f"{part}.exc"):
+            (folder / name).write_text("  1 WordNet 7.5 Copyright 2026 by nobody.\n", "utf-8")
+    assert report_data(monkeypatch)["wordnet"] == f"7.5 in {Path('~/wordnet')}"

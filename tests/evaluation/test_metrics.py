@@ -1,54 +1,94 @@
 import pytest
-import sacrebleu
+from wordnet_files import write_wordnet
 
-from loralloc.evaluation.metrics import bleu
+from loralloc.evaluation.answers import accuracy, f1_em
+from loralloc.evaluation.metrics import measure, score_example
+from loralloc.evaluation.overlap import bleu, meteor, rouge_l, sentence_bleu
+from loralloc.tasks.task import Example
 
-PREDICTIONS = [
-    "The Mill is a cheap pub in the riverside area.",
-    "You can eat Italian food at Aromi near the park.",
-    "Blue Spice is a family friendly coffee shop.",
+LABELS = ("no", "yes")
+CLASSIFIED = [
+    Example(prompt="Is it?", response=LABELS[label], label=label) for label in (1, 0, 1, 1)
 ]
+CHOSEN = ["Yes", "yes", "perhaps", "yes"]
 REFERENCES = [
-    ["The Mill is a cheap pub by the river.", "By the river there is a cheap pub, The Mill."],
-    ["Aromi near the park has Italian food.", "You can eat Italian at Aromi, near the park."],
-    ["Blue Spice is a coffee shop for families.", "A family friendly coffee shop is Blue Spice."],
+    ("The Mill is a cheap pub by the river.", "By the river there is a cheap pub, The Mill."),
+    ("Aromi near the park has Italian food.",),
+    ("The coffee shop Blue Spice is for families.", "A coffee shop for families is Blue Spice."),
 ]
+WRITTEN = [
+    Example(prompt=f"Write {i}", response=texts[0], references=texts)
+    for i, texts in enumerate(REFERENCES)
+]
+PREDICTIONS = ["The Mill is an inexpensive pub by a river.", "Aromi has Italian food.", "Spice"]
+GENERATION = ("f1-em", "bleu", "rouge-l", "meteor")
 
 
-def test_it_is_sacrebleus_corpus_bleu():
-    figure = bleu(PREDICTIONS, REFERENCES)
-    transposed = list(zip(*REFERENCES, strict=True))
-    assert figure.value == sacrebleu.corpus_bleu(PREDICTIONS, transposed).score
-    assert figure.name == "BLEU"
+@pytest.fixture(autouse=True)
+def wordnet_folder(tmp_path, monkeypatch):
+    folder = write_wordnet(tmp_path / "wordnet")
+    monkeypatch.setenv("WNSEARCHDIR", str(folder))
+    return folder
 
 
-def test_the_implementation_is_named_with_version_and_settings():
-    implementation = bleu(PREDICTIONS, REFERENCES).implementation
-    assert f"version:{sacrebleu.__version__}" in implementation
-    assert "tok:13a" in implementation
+def test_every_metric_of_a_task_is_measured_in_order():
+    assert measure(GENERATION, PREDICTIONS, WRITTEN, labels=()) == [
+        *f1_em(PREDICTIONS, REFERENCES),
+        bleu(PREDICTIONS, REFERENCES),
+        rouge_l(PREDICTIONS, REFERENCES),
+        meteor(PREDICTIONS, REFERENCES),
+    ]
+    responses = [example.response for example in CLASSIFIED]
+    assert measure(["accuracy"], CHOSEN, CLASSIFIED, labels=LABELS) == accuracy(
+        CHOSEN, responses, labels=LABELS
+    )
 
 
-def test_the_number_of_references_may_differ():
-    ragged = [REFERENCES[0], REFERENCES[1][:1], REFERENCES[2] * 2]
-    filled = [[*texts, *[texts[0]] * (4 - len(texts))] for texts in ragged]
-    transposed = list(zip(*filled, strict=True))
-    expected = sacrebleu.corpus_bleu(PREDICTIONS, transposed).score  # repeats change nothing
-    assert bleu(PREDICTIONS, ragged).value == pytest.approx(expected)
+def test_labels_count_that_no_example_has():
+    right, stray = measure(["accuracy"], ["no"], CLASSIFIED[:1], labels=LABELS)
+    assert (right.value, stray.value) == (0, 0)
 
 
-def test_its_ends():
-    assert bleu([texts[0] for texts in REFERENCES], REFERENCES).value == pytest.approx(100)
-    assert bleu(["zzz"] * 3, REFERENCES).value == pytest.approx(0, abs=1e-6)
+@pytest.mark.parametrize("metric", ("accuracy", "f1-em", "rouge-l", "meteor"))
+def test_the_figure_is_the_mean_of_the_scores(metric):
+    examples, predictions = (CLASSIFIED, CHOSEN) if metric == "accuracy" else (WRITTEN, PREDICTIONS)
+    scores = [score_example(metric, *pair) for pair in zip(predictions, examples, strict=True)]
+    figure = measure([metric], predictions, examples, labels=LABELS)[0]
+    assert figure.value == pytest.approx(sum(scores) / len(scores))
+    assert len(set(scores)) > 1
 
 
-@pytest.mark.parametrize(
-    ("predictions", "references", "words"),
-    [
-        (["a", "b"], [["a"]], "2 predictions and references for 1; give references for every"),
-        (["a", "b"], [["a"], []], "Example 2 has no reference; BLEU needs at least one each"),
-        ([], [], "prediction"),
-    ],
-)
-def test_what_cannot_be_measured_is_refused(predictions, references, words):
-    with pytest.raises(ValueError, match=words):
-        bleu(predictions, references)
+def test_bleu_of_one_example_is_sentence_bleu_against_all_references():
+    prediction = "By the river there is a pub, The Mill."
+    score = score_example("bleu", prediction, WRITTEN[0])
+    assert score == sentence_bleu(prediction, REFERENCES[0])
+    assert 0 < sentence_bleu(prediction, REFERENCES[0][:1]) < score < 100
+
+
+def test_without_wordnet_meteor_alone_is_missing(wordnet_folder):
+    (wordnet_folder / "noun.exc").unlink()
+    figures = measure(GENERATION, PREDICTIONS, WRITTEN, labels=())
+    assert [figure.name for figure in figures if figure.value is None] == ["METEOR"]
+    assert "noun.exc is missing" in figures[-1].missing
+    assert score_example("meteor", PREDICTIONS[0], WRITTEN[0]) is None
+
+
+def test_the_judge_is_another_command():
+    with pytest.raises(ValueError, match="run `loralloc judge`"):
+        measure(["judge"], PREDICTIONS, WRITTEN, labels=())
+    with pytest.raises(ValueError, match="run `loralloc judge`"):
+        score_example("judge", PREDICTIONS[0], WRITTEN[0])
+
+
+@pytest.mark.parametrize("metric", GENERATION)
+def test_an_example_without_references_is_refused(metric):
+    bare = Example(prompt="Write", response="A text.")
+    with pytest.raises(ValueError, match="Example 1 has no reference"):
+        score_example(metric, "A text.", bare)
+    with pytest.raises(ValueError, match="Example 4 has no reference"):
+        measure([metric], [*PREDICTIONS, "A text."], [*WRITTEN, bare], labels=())
+
+
+def test_accuracy_needs_the_labels():
+    with pytest.raises(ValueError, match="give the labels"):
+        measure(["accuracy"], CHOSEN, CLASSIFIED, labels=())

@@ -3,48 +3,51 @@
 import copy
 
 import pytest
+import tiny
 import torch
+from lora_steps import assert_equal_steps, fused_copy, loss_and_gradients
+from peft import LoraConfig
 from peft.tuners.lora import Linear
+from torch import nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from loralloc.kernels.lora import fuse, is_fused
-from tests import tiny
-
-CAUSAL = {"llama": tiny.llama, "gpt2": tiny.gpt2}
-
-
-def fused_copy(model):
-    fused = copy.deepcopy(model)
-    assert fuse(fused) > 0
-    return fused
+from loralloc.kernels.lora import fuse, is_fused, unfuse
 
 
-def loss_and_gradients(model):
-    with tiny.seeded(2):
-        loss = model(**tiny.causal_batch()).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+def qwen2():
+    """Biases in q, k and v only."""
+    options = dict(vocab_size=tiny.VOCABULARY, pad_token_id=tiny.PADDING)
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    model = tiny._build(Qwen2ForCausalLM, Qwen2Config(**options, **sizes, **heads))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model
 
 
-def assert_equal_steps(model, other, *, tolerance):
-    loss, gradients = loss_and_gradients(model)
-    other_loss, other_gradients = loss_and_gradients(other)
-    assert gradients.keys() == other_gradients.keys() and gradients
-    torch.testing.assert_close(other_loss, loss, rtol=tolerance, atol=tolerance)
-    for name, gradient in gradients.items():
-        difference = (other_gradients[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
-        assert difference < tolerance, name
-        assert other_gradients[name].dtype == gradient.dtype
+def adapted(build, **options):
+    if build is qwen2:
+        options = dict(target_modules=tiny.LLAMA_TARGETS, task_type="CAUSAL_LM", **options)
+    return tiny.with_trained_b(tiny.adapted(build(), **options))
 
 
-@pytest.mark.parametrize("build", CAUSAL.values(), ids=CAUSAL)
+MODELS = (*tiny.MODELS, qwen2, tiny.t5)
+
+
+@pytest.mark.parametrize("build", MODELS)
 def test_loss_and_gradients_equal_those_of_peft(build):
-    model = tiny.with_trained_b(tiny.adapted(build()))
-    assert_equal_steps(model, fused_copy(model), tolerance=1e-5)
+    model = adapted(build)
+    assert_equal_steps(model, fused_copy(model))
 
 
-@pytest.mark.parametrize("build", CAUSAL.values(), ids=CAUSAL)
+@pytest.mark.parametrize("build", (*tiny.MODELS, qwen2))
 def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(build):
-    model = tiny.with_trained_b(tiny.adapted(build().to(torch.bfloat16)))
+    model = adapted(build)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
     assert next(p for n, p in model.named_parameters() if "lora_A" in n).dtype == torch.float32
     truth, peft, fused = (
         torch.cat([g.flatten().float() for g in loss_and_gradients(m)[1].values()])
@@ -53,43 +56,50 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(build):
     assert (fused - truth).norm() < 1.5 * (peft - truth).norm() < 0.2 * truth.norm()
 
 
-def test_gradient_checkpointing_gives_the_same_gradients():
-    model = tiny.with_trained_b(tiny.adapted(tiny.llama()))
-    fused = tiny.checkpointing(fused_copy(model)).train()
-    assert_equal_steps(model.train(), fused, tolerance=1e-5)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_ranks_and_scalings_may_differ_between_siblings(use_rslora):
+    patterns = dict(
+        rank_pattern={"q_proj": 1, "v_proj": 7, "up_proj": 3},
+        alpha_pattern={"k_proj": 40, "gate_proj": 1},
+    )
+    model = adapted(tiny.llama, use_rslora=use_rslora, **patterns)
+    assert len({layer.scaling["default"] for layer in model.modules() if type(layer) is Linear}) > 3
+    assert_equal_steps(model, fused_copy(model))
 
 
-def test_dropout_runs_the_forward_of_peft():
-    model = tiny.with_trained_b(tiny.adapted(tiny.llama(), lora_dropout=0.5)).train()
-    assert_equal_steps(model, fused_copy(model), tolerance=1e-6)
-
-
-def test_autocast_runs_the_forward_of_peft():
-    model = tiny.with_trained_b(tiny.adapted(tiny.llama()))
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("build", [tiny.llama, tiny.t5, tiny.bert_classifier])
+def test_gradient_checkpointing_gives_the_same_gradients(build, use_reentrant):
+    model = adapted(build)
     fused = fused_copy(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        expected, got = (m(**tiny.causal_batch()).loss for m in (model, fused))
-    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    base = fused.get_base_model()
+    base.config.use_cache = False
+    enable = getattr(base, "activation_checkpointing_enable", base.gradient_checkpointing_enable)
+    enable({"use_reentrant": use_reentrant})
+    base.enable_input_require_grads()
+    assert_equal_steps(model.train(), fused.train())
 
 
-def test_switched_off_and_merged_adapters_run_the_forward_of_peft():
-    model = tiny.with_trained_b(tiny.adapted(tiny.llama()))
+def test_a_deep_copy_of_a_fused_model_trains_as_peft_does():
+    model = adapted(tiny.llama)
     fused = fused_copy(model)
-    batch = tiny.causal_batch()
-    with fused.disable_adapter(), torch.no_grad():
-        torch.testing.assert_close(fused(**batch).logits, tiny.llama()(**batch).logits)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            fused.merge_and_unload()(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5
-        )
+    twin, batch = copy.deepcopy(fused), tiny.causal_batch()
+    before = {name: parameter.clone() for name, parameter in fused.named_parameters()}
+    tiny.train(model, batch, num_steps=3)
+    tiny.train(twin, batch, num_steps=3)
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-3, atol=1e-4)
+        assert torch.equal(fused.get_parameter(name), before[name])  # the copy is one
 
 
-def test_trainable_base_weights_keep_their_gradient():
-    model = tiny.with_trained_b(tiny.adapted(tiny.llama()))
-    for name, parameter in model.named_parameters():
-        if name.endswith("q_proj.base_layer.weight"):
-            parameter.requires_grad_(True)
-    assert_equal_steps(model, fused_copy(model), tolerance=1e-5)
+def test_unfusing_gives_the_classes_of_peft_back():
+    model = adapted(tiny.llama)
+    fused = fused_copy(model)
+    unfuse(fused)
+    assert [type(m) for m in fused.modules()] == [type(m) for m in model.modules()]
+    assert not any("shared_input" in vars(module) for module in fused.modules())
+    assert_equal_steps(model, fused, tolerance=0)
+    assert fuse(fused) > 0
 
 
 def test_only_plain_layers_are_changed_and_they_stay_layers_of_peft():
@@ -97,3 +107,110 @@ def test_only_plain_layers_are_changed_and_they_stay_layers_of_peft():
     count = sum(type(module) is Linear for module in model.modules())
     assert fuse(model) == count and fuse(model) == 0
     assert all(isinstance(m, Linear) for m in model.modules() if is_fused(m))
+
+
+@pytest.mark.parametrize("trains", ["weight", "bias"])
+def test_trainable_base_weights_keep_their_gradient(trains):
+    model = adapted(tiny.bert_classifier)
+    for name, parameter in model.named_parameters():
+        if name.endswith(f"query.base_layer.{trains}"):
+            parameter.requires_grad_(True)
+    assert_equal_steps(model, fused_copy(model))
+
+
+def layers(bias=True):
+    """One LoRA linear layer of PEFT, 6 to 5 features, and its fused twin."""
+    with tiny.seeded(3):
+        base = nn.Linear(6, 5, bias=bias).requires_grad_(False)
+        peft = Linear(base, "default", LoraConfig(r=2, lora_alpha=3), r=2, lora_alpha=3)
+        nn.init.normal_(peft.lora_B["default"].weight)
+    fused = copy.deepcopy(peft)
+    assert fuse(nn.ModuleDict({"layer": fused})) == 1
+    return peft, fused
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6), (2, 2, 3, 6), (0, 6), (0, 3, 6)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_of_any_shape(shape, bias):
+    outputs, gradients = [], []
+    for layer in layers(bias):
+        x = torch.linspace(-1, 1, max(1, torch.Size(shape).numel())).requires_grad_()
+        output = layer((x * x)[: torch.Size(shape).numel()].view(shape))
+        output.square().sum().backward()
+        outputs.append(output)
+        gradients.append([x.grad, *(p.grad for p in layer.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*gradients)
+
+
+def test_an_input_that_is_not_contiguous():
+    peft, fused = layers()
+    x = torch.linspace(-1, 1, 24).view(6, 4).t()
+    torch.testing.assert_close(fused(x), peft(x))
+    x = torch.linspace(-1, 1, 6).expand(3, 6)
+    torch.testing.assert_close(fused(x), peft(x))
+
+
+def test_an_input_without_gradient_leaves_those_of_the_adapter():
+    peft, fused = layers()
+    x = torch.linspace(-1, 1, 12).view(2, 6)
+    for layer in (peft, fused):
+        layer(x).square().sum().backward()
+    for expected, got in zip(peft.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+    assert x.grad is None
+
+
+@pytest.mark.parametrize("base_trains", [False, True])
+def test_the_output_may_be_changed_in_place(base_trains):
+    gradients = []
+    for layer in layers():
+        layer.base_layer.weight.requires_grad_(base_trains)
+        output = layer(torch.ones(2, 3, 6))
+        output.mul_(2).clamp_(max=10)
+        output.sum().backward()
+        gradients.append([layer.lora_A["default"].weight.grad, layer.lora_B["default"].weight.grad])
+    torch.testing.assert_close(*gradients)
+
+
+def test_without_gradients_nothing_is_kept():
+    _, fused = layers()
+    with torch.no_grad():
+        assert fused(torch.ones(2, 6, requires_grad=True)).grad_fn is None
+
+
+def test_a_second_derivative_is_refused():
+    _, fused = layers()
+    x = torch.ones(2, 6, requires_grad=True)
+    (gradient,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("base_trains", [False, True], ids=["linear", "update"])
+def test_backward_keeps_the_input_and_small_matrices_only(base_trains):
+    num_tokens, width, out, rank = 40, 6, 5, 2
+    x = torch.randn(num_tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    kept = []
+    for layer in layers():
+        layer.base_layer.to(torch.bfloat16).weight.requires_grad_(base_trains)
+        kept.append(bytes_kept_for_backward(layer, x))
+    peft, fused = kept
+    assert fused == 2 * rank * (num_tokens + width + out)  # A x, A and B, two bytes a number
+    assert peft >= 4 * num_tokens * width  # PEFT: the input once more, in float32
+
+
+def bytes_kept_for_backward(layer, x):
+    """Without the input, the weights and the output, each storage counted once."""
+    own = {t.untyped_storage().data_ptr() for t in (x, *layer.parameters())}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(storages.values())

@@ -28,6 +28,15 @@ def test_a_task_gives_its_texts_and_labels():
     assert splits["test"].source == "test.jsonl"
 
 
+def test_a_task_about_two_texts_gives_both():
+    rows = [{"question": "is it wet", "passage": "It rained.", "label": 1}]
+    splits, names = to_classification({"train": split(*rows)}, get_task("boolq"))
+    assert names == ("no", "yes")
+    assert splits["train"].dataset.to_list() == [
+        {"text": "is it wet", "text_pair": "It rained.", "label": 1}
+    ]
+
+
 @pytest.mark.parametrize(
     ("labels", "names", "numbers"),
     [
@@ -64,6 +73,21 @@ def test_the_text_may_be_a_sentence_or_in_a_column_given_by_name():
     )
     assert names == ("1", "2")
     assert splits["train"].dataset.to_list()[0] == {"text": "yes", "label": 0}
+
+
+def test_the_second_text_is_in_a_column_given_by_name():
+    rows = [{"text": "no", "q": f"q{n}", "a": f"a{n}", "label": n} for n in (0, 1)]
+    both = {"train": split(*rows), "test": split(rows[1], name="test")}
+    splits, _ = to_classification(both, text_column="q", text_pair_column="a")
+    assert splits["train"].dataset.column_names == ["text", "text_pair", "label"]
+    assert splits["train"].dataset.to_list()[0] == {"text": "q0", "text_pair": "a0", "label": 0}
+    assert splits["test"].dataset.to_list() == [{"text": "q1", "text_pair": "a1", "label": 1}]
+
+
+def test_a_second_text_that_is_none_is_named():
+    rows = [{"text": "t", "pair": "p", "label": 0}, {"text": "t", "pair": None, "label": 1}]
+    message = refuses({"train": split(*rows)}, text_pair_column="pair")
+    assert message == "Row 2 of train.jsonl: field 'pair' must be text and is None."
 
 
 def test_text_comes_before_sentence():
@@ -139,6 +163,11 @@ def test_a_label_that_train_does_not_have_is_named(stranger):
             "classification reads body with label",
         ),
         ({"text": "b", "label": 0}, {"label_column": "y"}, "reads text or sentence with y"),
+        (
+            {"text": "b", "label": 0},
+            {"text_pair_column": "other"},
+            "reads text or sentence with other and label: name others with text_column, text_pair",
+        ),
     ],
 )
 def test_missing_columns_are_named_with_those_found(row, columns, words):
@@ -151,5 +180,6 @@ def test_a_task_is_refused_where_it_has_no_labels_or_is_told_its_columns():
     rows = split({"meaning_representation": "a[b]", "human_reference": "A b."})
     assert "e2e generates text and has no labels" in refuses({"train": rows}, get_task("e2e"))
     labelled = split({"sentence": "s", "label": 0})
-    message = refuses({"train": labelled}, get_task("sst2"), text_column="sentence")
-    assert "leave out text_column and label_column" in message
+    for column in ("text_column", "text_pair_column", "label_column"):
+        message = refuses({"train": labelled}, get_task("sst2"), **{column: "sentence"})
+        assert "leave out text_column, text_pair_column and label_column" in message

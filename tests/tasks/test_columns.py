@@ -118,6 +118,7 @@ GOOD = {"sentence": "fine", "label": 1}
 @pytest.mark.parametrize(
     ("rows", "task", "words"),
     [
+        ([{"question_id": 1, "turns": ["a", "b"]}], "mt_bench", "mt_bench has no responses to"),
         ([GOOD, GOOD | {"label": 3}], "sst2", "Row 2 of rows.jsonl: field 'label' must be one of"),
         (
             [GOOD, GOOD, GOOD | {"sentence": None}],

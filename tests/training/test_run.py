@@ -237,7 +237,8 @@ def test_the_card_says_how_to_load_the_adapter(finished):
     prepared, folder = finished
     card = (folder / "README.md").read_text()
     base = prepared.settings.model.model_name_or_path
-    assert f'.from_pretrained("{base}")' in card
+    labels = ", num_labels=2" if prepared.head == "classification" else ""
+    assert f'.from_pretrained("{base}"{labels})' in card
     auto = "CausalLM" if prepared.head == "lm" else "SequenceClassification"
     assert f"AutoModelFor{auto}" in card
     assert "Rounds: 2" in card

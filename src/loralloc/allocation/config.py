@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-SCORES = ("screened", "gradient", "ablation", "shapley")
+SCORES = ("gradient", "screened", "ablation", "shapley")
 """Names of the importance scores, the default first."""
 
 BUDGETS = ("ranks", "parameters")
@@ -39,9 +39,9 @@ class AllocationConfig:
     scoring_examples: int = 32
     """Held-out examples that importance is measured on (B_val), drawn once. Source: the paper."""
 
-    score: Literal["screened", "gradient", "ablation", "shapley"] = "screened"
-    """How importance is measured: "ablation" is eq. 6 exactly, "gradient" is eq. 6 to first order
-    (two backward passes for all ranks), "screened" ranks by gradient and settles the ranks near
+    score: Literal["gradient", "screened", "ablation", "shapley"] = "gradient"
+    """How importance is measured: "gradient" is eq. 6 to first order (two backward passes for all
+    ranks), "ablation" is eq. 6 exactly, "screened" ranks by gradient and settles the ranks near
     the cut by ablation, "shapley" divides the whole improvement among the ranks."""
 
     verify_ranks: int = 64
@@ -49,7 +49,8 @@ class AllocationConfig:
     few to trust, so that then none is checked."""
 
     shapley_nodes: int = 5
-    """Backward passes of a round when `score` is "shapley"; at least 1."""
+    """Backward passes of a round when `score` is "shapley", at least 1; they are doubled where the
+    shares would miss the whole by more than 1%."""
 
     min_rank: int = 0
     """Rank below which no module is pruned; 0 lets a module leave the adapter, as in the

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -50,24 +51,29 @@ class SupervisedLoss:
         """Whether memory for logits is bounded; not known to be before the first batch."""
         return bool(self._passes_on)
 
-    def __call__(self, inputs: Mapping[str, Any]) -> Supervised:
+    def __call__(
+        self, inputs: Mapping[str, Any], *, through: nn.Module | None = None
+    ) -> Supervised:
         """Run the model.
 
         Args:
             inputs: Arguments of its forward on the model's device; `labels` as Transformers has
                 them, one for each input position and not yet shifted.
+            through: A wrapper of the model whose forward is to be called, for several processes.
         """
+        run = functools.partial(_run, self._model, inputs, through=through)
         base: Any = base_model(self._model)
         head = base.get_output_embeddings()
         if self._passes_on is False or not _is_frozen_linear(head):
-            return _from_logits(*supervised_logits(self._model, inputs))
-        # One row of logits, once, shows whether the model scales or caps them behind its head.
-        hidden, logits, targets = _run(self._model, inputs, rows=int(self._passes_on is None))
+            _, logits, targets = run()
+            return _from_logits(logits, targets)
+        # Known numbers that the head puts out, once, show whether the model scales or caps them.
+        known = torch.linspace(-100, 100, len(head.weight)).to(head.weight)
+        hidden, logits, targets = run(instead_of_logits=known)
         if self._passes_on is None:
-            with torch.no_grad():
-                self._passes_on = torch.equal(logits, head(hidden[:1]))
+            self._passes_on = torch.equal(logits, known[None])
             if not self._passes_on:
-                return self(inputs)
+                return self(inputs, through=through)
         total, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
         return Supervised(total, len(targets), correct)
 
@@ -87,11 +93,16 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tens
 
 
 def _run(
-    model: nn.Module, inputs: Mapping[str, Any], *, rows: int | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    through: nn.Module | None = None,
+    instead_of_logits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, logits and targets at supervised positions; logits of the first rows only.
+    """Hidden states, logits and targets at supervised positions.
 
     A hook on the head's input selects the positions, so nothing need be known about the model.
+    Where something is given instead, the head computes nothing and the model goes on with that.
     """
     arguments = {**inputs, "use_cache": False}
     targets = arguments.pop("labels")[:, 1:]
@@ -100,14 +111,20 @@ def _run(
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         kept.append(args[0][:, :-1][supervised])  # (batch, length, hidden) -> (tokens, hidden)
-        return (kept[0][:rows].unsqueeze(0), *args[1:])
+        read = kept[0] if instead_of_logits is None else kept[0][:0]
+        return (read.unsqueeze(0), *args[1:])
+
+    def replace(*_: Any) -> Tensor | None:
+        return None if instead_of_logits is None else instead_of_logits[None, None]
 
     base: Any = base_model(model)
-    handle = base.get_output_embeddings().register_forward_pre_hook(select)
+    head = base.get_output_embeddings()
+    handles = [head.register_forward_pre_hook(select), head.register_forward_hook(replace)]
     try:
-        logits = model(**arguments).logits
+        logits = (through or model)(**arguments).logits
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return kept[0], logits[0], targets[supervised]
 
 

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 import torch
 from rich.table import Table
+from transformers import TrainerState
 
 from loralloc.allocation.config import AllocationConfig
 from loralloc.cli.console import console
@@ -36,6 +37,8 @@ def show(run: Run) -> None:
     rows.add_row("parameters", f"{trainable:,} trainable of {everything:,}")
     rows.add_row("steps", f"{total}, {epoch} an epoch")
     rows.add_row("rounds", "after steps " + ", ".join(map(str, run.allocation.steps)))
+    for name, words in _evaluation(run, total).items():
+        rows.add_row(name, words)
     config = run.settings.allocation
     rounded = next(run.model.parameters()).dtype in (torch.bfloat16, torch.float16)
     rows.add_row("scoring a round", _scoring_cost(config, sum(start.values()), rounded))
@@ -66,11 +69,37 @@ def _settings_table(run: Run) -> Table:
     return table
 
 
+def _evaluation(run: Run, total: int) -> dict[str, str]:
+    """When a run is evaluated, which checkpoint it ends with, and what ends it early."""
+    args, patience = run.trainer.args, run.settings.run.early_stopping_patience
+    words = {"evaluation": "none"}
+    if args.eval_strategy == "epoch":
+        words["evaluation"] = "development loss after every epoch"
+    elif args.eval_strategy == "steps":
+        state = TrainerState()
+        state.compute_steps(args, total)  # a number below 1 is a share of the run
+        why = run.settings.sources.get("eval_steps", "as logging_steps")
+        words["evaluation"] = (
+            f"development loss every {state.eval_steps} steps and after the last ({why})"
+        )
+    start = f"step {run.allocation.steps[-1]} (the last round)"
+    if args.load_best_model_at_end:
+        name = args.metric_for_best_model
+        best = "lowest development loss" if name == "loss" else f"best {name}"
+        words["checkpoint kept"] = f"the one with the {best}, from {start} on"
+    if patience:
+        words["early stopping"] = f"after {patience} evaluations without a better one since {start}"
+    return words
+
+
 def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> str:
     """In forward passes over the scoring batch; a backward pass through frozen weights is one."""
     paper = 2 * num_ranks
     if config.score == "ablation":
         return f"about {num_ranks:,} forward passes (the paper's 2R: {paper:,})"
+    if config.score == "shapley":
+        passes = 2 + 2 * config.shapley_nodes
+        return f"about {passes} forward passes or more (the paper's 2R: {paper:,})"
     if config.score == "gradient" or rounded:
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
     most = 4 + min(config.verify_ranks, num_ranks)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from loralloc import __version__
 from loralloc.cli.console import console
+from loralloc.training import machine
 
 PACKAGES = (
     "torch",
@@ -23,7 +23,6 @@ PACKAGES = (
     "safetensors",
 )
 OFFLINE_SWITCHES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-CPUINFO = Path("/proc/cpuinfo")
 
 Fact = str | int | bool | list[str] | None
 """A value of the report; None where it cannot be told."""
@@ -69,10 +68,10 @@ def facts() -> dict[str, Fact]:
     found.update({name: _version(name) for name in PACKAGES})
     found["CPU"] = _cpu_model()
     hardware: dict[str, Callable[[], Fact]] = {
-        "physical cores": _physical_cores,
+        "physical cores": machine.physical_cores,
         "torch threads": _torch_threads,
         "CPU capability": _cpu_capability,
-        "bf16 arithmetic on this CPU": _cpu_has_bf16,
+        "bf16 arithmetic on this CPU": machine.cpu_has_bf16,
         "GPUs": _gpus,
     }
     for name, ask in hardware.items():
@@ -80,6 +79,7 @@ def facts() -> dict[str, Fact]:
     found["Hub offline"] = _hub_is_offline()
     found["model cache"] = _attempt(_cache_dir)
     found["built-in models cached"] = _attempt(_cached_models)
+    found["WordNet"] = _attempt(_wordnet)
     return found
 
 
@@ -108,30 +108,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cpu_entries() -> list[dict[str, str]]:
-    """One mapping for each logical core that Linux lists; empty elsewhere."""
-    if not CPUINFO.is_file():
-        return []
-    blocks = CPUINFO.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
-    lines = [[line.partition(":") for line in block.splitlines()] for block in blocks]
-    return [{key.strip(): value.strip() for key, _, value in block} for block in lines]
-
-
 def _cpu_model() -> str | None:
-    names = [entry["model name"] for entry in _cpu_entries() if "model name" in entry]
+    names = [entry["model name"] for entry in machine.cpu_entries() if "model name" in entry]
     return names[0] if names else platform.processor() or None
-
-
-def _physical_cores() -> int | None:
-    entries = [entry for entry in _cpu_entries() if "core id" in entry]
-    if entries:
-        return len({(entry.get("physical id"), entry["core id"]) for entry in entries})
-    import torch
-
-    # Not in torch 2.6. Off Linux nothing else tells without a subprocess.
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    count = capabilities.get("num_physical_cores")
-    return None if count is None else int(count)
 
 
 def _torch_threads() -> int:
@@ -144,12 +123,6 @@ def _cpu_capability() -> str:
     import torch
 
     return torch.backends.cpu.get_cpu_capability()
-
-
-def _cpu_has_bf16() -> bool:
-    from loralloc.training.models import cpu_has_bf16
-
-    return cpu_has_bf16()
 
 
 def _gpus() -> list[str]:
@@ -173,7 +146,11 @@ def _cache_dir() -> str:
     """The folder with the home folder as "~": the report is for others to read."""
     from loralloc.training.models import cache_dir
 
-    folder, home = cache_dir(), Path.home()
+    return _without_home(cache_dir())
+
+
+def _without_home(folder: Path) -> str:
+    home = Path.home()
     return str(Path("~") / folder.relative_to(home) if folder.is_relative_to(home) else folder)
 
 
@@ -181,3 +158,14 @@ def _cached_models() -> list[str]:
     from loralloc.training.models import BUILT_IN, is_cached
 
     return [name for name in BUILT_IN if is_cached(name)]
+
+
+def _wordnet() -> str:
+    """The synonyms that METEOR needs: their version and folder, or how to install them."""
+    from loralloc.evaluation.wordnet import find_wordnet, read_version
+
+    try:
+        folder = find_wordnet()
+    except FileNotFoundError as error:
+        return f"{error} METEOR is missing without it."
+    return f"{read_version(folder)} in {_without_home(folder)}"

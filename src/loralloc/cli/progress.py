@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -65,8 +66,10 @@ class Progress:
         rounds, parameters = run.allocation.steps, run.model.get_nb_trainable_parameters()
         start = run.allocation.record.initial_ranks
         dtype = str(next(run.model.parameters()).dtype).removeprefix("torch.")
+        device = run.model.device.type
+        where = f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else device
         self.console.print(
-            f"{run.settings.model.model_name_or_path} in {dtype} on {run.model.device.type}: "
+            f"{run.settings.model.model_name_or_path} in {dtype} on {where}: "
             f"{sum(start.values()):,} ranks in {len(start)} modules, trainable params: "
             f"{parameters[0]:,} || all params: {parameters[1]:,}",
             highlight=False,
@@ -107,7 +110,7 @@ class Progress:
             parts.append(f"[yellow]{entry.lost} lost[/]")
         if entry.churn is not None:
             parts.append(f"churn {entry.churn:.0%}")
-        if not entry.settled:
+        if entry.score == "screened" and not entry.settled:
             parts.append("first order")
         line = " | ".join([*parts, f"{entry.seconds:.1f} s"])
         self.console.print(line, highlight=False, soft_wrap=True)

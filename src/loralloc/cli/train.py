@@ -25,7 +25,7 @@ the flags used most (defaults in brackets):
   --warmup_epochs E             epochs before the first round [1]
   --recovery_epochs E           epochs between rounds [0.25]
   --ranks_per_round N           a number, `block` or `model` [block]
-  --score NAME                  screened, gradient, ablation or shapley [screened]
+  --score NAME                  gradient, screened, ablation or shapley [gradient]
   --budget UNIT                 ranks or parameters [ranks]
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag;
@@ -70,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         _print_all_flags()
         return 0
     settings = _settings(args)
+    from loralloc.training import machine
     from loralloc.training import run as runs
+
+    machine.use_physical_cores()
 
     folder = settings.output_dir
     checkpoint = runs.checkpoint_to_resume(folder) if args.resume else None

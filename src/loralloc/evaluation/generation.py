@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from loralloc.allocation.layers import base_model
+from loralloc.evaluation.prompts import (
+    MAX_BATCH_TOKENS,
+    batches,
+    encode,
+    evaluating,
+    pad_left,
+    read,
+)
+
+BEAM_OPTIONS = {"length_penalty": 1.0, "early_stopping": False}
+"""How beams are compared: by the mean log-probability of their tokens, the end token's included,
+until no open beam can overtake a finished one (the defaults of Transformers)."""
 
 
 def generate(
@@ -17,54 +31,107 @@ def generate(
     max_new_tokens: int,
     num_beams: int = 1,
     batch_size: int = 32,
+    max_batch_tokens: int = MAX_BATCH_TOKENS,
+    share_prompts: bool = True,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Generate one response a prompt, greedily or with beams.
 
     Prompts of like length go together, padded on the left; a response ends at the tokenizer's end
-    token.
+    token. The checkpoint's own generation options (a repetition penalty, sampling) are left out.
 
     Args:
         model: A causal language model, adapted or not.
         tokenizer: Its tokenizer.
         prompts: What to respond to.
-        max_new_tokens: Most tokens of a response.
+        max_new_tokens: Most tokens of a response, the end token included.
         num_beams: Beams; 1 is greedy, the paper has 5.
-        batch_size: Prompts at once.
+        batch_size: Most prompts at once.
+        max_batch_tokens: Most positions at once, prompts and responses of all beams.
+        share_prompts: Read a prompt once for all of its beams; False for a model that must see a
+            whole prompt in one forward pass.
         on_batch: Called with the number of prompts done after each batch.
 
     Returns:
         Responses in the order of the prompts, without the white space around them.
+
+    Raises:
+        ValueError: If a prompt has no tokens, or leaves no room for a response in the model's
+            context.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    token_ids, _ = encode(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    groups = batches(
+        [len(ids) + max_new_tokens for ids in token_ids],
+        batch_size=batch_size,
+        copies=num_beams,
+        max_tokens=max_batch_tokens,
+    )
+    responses = [""] * len(prompts)
+    num_done = 0
+    for group in groups:
+        texts = respond(
+            model,
+            tokenizer,
+            [token_ids[i] for i in group],
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            share_prompts=share_prompts,
+        )
+        for i, text in zip(group, texts, strict=True):
+            responses[i] = text
+        num_done += len(group)
+        if on_batch:
+            on_batch(num_done)
+    return responses
+
+
+def respond(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    share_prompts: bool = True,
+) -> list[str]:
+    """Generate the responses of one batch of tokenised prompts; see `generate`."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            "The tokenizer has no end token, so no response could end; set its `eos_token`."
+        )
+    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end,
+        pad_token_id=padding,
+        **(BEAM_OPTIONS if num_beams > 1 else {}),
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    responses = [""] * len(prompts)
-    was_training = model.training
-    model.eval()
+    tokens, mask = (part.to(model.device) for part in pad_left(token_ids, padding))
+    inputs = {"input_ids": tokens, "attention_mask": mask}
+    with evaluating(model), _own_options_off(base_model(model)):
+        cache = None
+        if num_beams > 1 and share_prompts:
+            cache = read(model, tokens, mask, copies=num_beams)
+        if cache is not None:
+            inputs["past_key_values"] = cache
+        generated = model.generate(**inputs, generation_config=config)
+    answers = [_before(end, ids) for ids in generated[:, tokens.shape[1] :].tolist()]
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _before(end: int, ids: list[int]) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@contextmanager
+def _own_options_off(model: Any) -> Iterator[None]:
+    """Without the options in the checkpoint's file, which would fill in those not given here."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
     try:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            inputs = tokenizer(
-                [prompts[i] for i in chosen], return_tensors="pt", padding=True, padding_side="left"
-            ).to(model.device)
-            inputs.pop("token_type_ids", None)
-            with torch.inference_mode():
-                tokens = model.generate(**inputs, generation_config=config)
-            texts = tokenizer.batch_decode(
-                tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
-            for i, text in zip(chosen, texts, strict=True):
-                responses[i] = text.strip()
-            if on_batch:
-                on_batch(start + len(chosen))
+        yield
     finally:
-        model.train(was_training)
-    return responses
+        model.generation_config = own

@@ -28,6 +28,10 @@ LONGEST = 256
 """Keys up to which writing the scores out is faster; measured by benchmarks/attention.py."""
 
 
+HALF = (torch.bfloat16, torch.float16)
+"""What PyTorch's kernel is slow in."""
+
+
 def use_short_attention(model: Any) -> bool:
     """Let a model attend to short sequences in this way, where that is faster.
 
@@ -36,9 +40,11 @@ def use_short_attention(model: Any) -> bool:
         PyTorch's attention.
     """
     weight = next(model.parameters())
-    is_slow = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    is_slow = weight.device.type == "cpu" and weight.dtype in HALF
     if not is_slow or model.config._attn_implementation != "sdpa":
         return False
+    if not model._can_set_attn_implementation():
+        return False  # it calls PyTorch's attention by itself
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
@@ -62,9 +68,13 @@ def _attention(
     is_covered = (
         length > 1
         and num_keys <= LONGEST
+        and query.device.type == "cpu"
+        and query.dtype in HALF
+        and len(query) == len(key)
         and dropout == 0
         and position_bias is None
         and kwargs.get("cache") is None
+        and kwargs.get("softcap") is None
         and (attention_mask is None or attention_mask.dtype == torch.bool)
     )
     if not is_covered:

@@ -76,4 +76,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return grad * dloss.to(grad.dtype), None, None, None
+        return (grad.float() * dloss).to(grad.dtype), None, None, None

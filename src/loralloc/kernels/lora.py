@@ -33,13 +33,17 @@ SAME_INPUT = (
 )
 """Names of sibling modules that read one tensor, in the order in which they are called."""
 
+CROSS_ATTENTION = ("cross", "encdec", "encoder_attn")
+"""Parts of the names of modules whose queries and keys read two tensors."""
+
 
 def fuse(model: nn.Module) -> int:
     """Give every LoRA linear of a model the fused step, in place.
 
     The layers keep their parameters, names and everything else of PEFT's class, of which theirs
     becomes a subclass. Whatever the fused step does not cover (several or merged adapters,
-    variants such as DoRA, dropout, autocast, an adapter switched off) runs PEFT's own forward.
+    variants such as DoRA, dropout, autocast, hooks on A or B, an adapter switched off) runs
+    PEFT's own forward.
 
     Returns:
         How many layers were changed.
@@ -51,8 +55,9 @@ def fuse(model: nn.Module) -> int:
             layer.__class__ = _fused(cls)
             parent, _, own = name.rpartition(".")
             parents[parent][own] = layer
-    for children in parents.values():
-        for names in SAME_INPUT:
+    for parent, children in parents.items():
+        is_cross = any(part in parent.lower() for part in CROSS_ATTENTION)
+        for names in () if is_cross else SAME_INPUT:
             siblings = [children[name] for name in names if name in children]
             shared = SharedInput(siblings) if len(siblings) > 1 else None
             for layer in siblings:
@@ -83,6 +88,10 @@ class SharedInput:
         self._input: Tensor | None = None
         self._outputs: dict[LoraLayer, Tensor] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy of the model takes over: outputs belong to one forward pass."""
+        return {"_layers": self._layers, "_input": None, "_outputs": {}}
+
     def output(self, layer: LoraLayer, x: Tensor) -> Tensor:
         """The output of one of the layers."""
         if layer in self._outputs and self._input is x:
@@ -111,9 +120,7 @@ def _fused(cls: Any) -> Any:
             if args or kwargs or not _is_plain(self, x):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             if not _has_frozen_linear(self):
-                return cast(
-                    Tensor, _apply(_LoraUpdate, x, self.get_base_layer()(x), *_adapter(self))
-                )
+                return cast(Tensor, _apply(_LoraUpdate, x, self.base_layer(x), *_adapter(self)))
             if self.shared_input:
                 return self.shared_input.output(self, x)
             return _lora_linears(x, [self])[0]
@@ -145,6 +152,8 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
         name in layer.lora_A
         and name not in layer.lora_variant
         and not layer.lora_bias.get(name)
+        and not _is_hooked(layer.lora_A[name])
+        and not _is_hooked(layer.lora_B[name])
         and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
         and not torch.is_autocast_enabled(x.device.type)
     )
@@ -152,11 +161,23 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
 
 def _has_frozen_linear(layer: LoraLayer) -> bool:
     """Whether the base layer is an ordinary linear layer that does not train."""
-    base = layer.get_base_layer()
+    base: Any = layer.base_layer  # not get_base_layer(), which looks through other adapters
     return (
         type(base) is nn.Linear
         and type(base.weight) is nn.Parameter
         and not any(parameter.requires_grad for parameter in base.parameters())
+        and not _is_hooked(base)
+    )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether anything acts on a call of the module from outside."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
     )
 
 
@@ -167,7 +188,7 @@ def _adapter(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
 
 def _lora_linears(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Tensor, ...]:
     """The outputs of plain LoRA linears that read the same x."""
-    bases = [layer.get_base_layer() for layer in layers]
+    bases: list[Any] = [layer.base_layer for layer in layers]
     a, b, scalings = zip(*map(_adapter, layers), strict=True)
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
     outputs: tuple[Tensor, ...] = _apply(_LoraLinears, x, scalings, *weights, *biases, *a, *b)
@@ -194,7 +215,7 @@ class _LoraLinears(torch.autograd.Function):
         outputs = []
         for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt, dim=1), bt, strict=True):
             y = linear(flat, w_i, bias_i).addmm_(h_i, bt_i)
-            outputs.append(y.view(*x.shape[:-1], -1))
+            outputs.append(y.resize_(*x.shape[:-1], len(w_i)))  # views may not be changed in place
         ctx.save_for_backward(flat, h, sa, *w, *bt)
         ctx.scalings, ctx.shape, ctx.dtypes = scalings, x.shape, (a[0].dtype, b[0].dtype)
         ctx.set_materialize_grads(False)
@@ -231,7 +252,7 @@ class _LoraUpdate(torch.autograd.Function):
         y = torch.addmm(base.reshape(-1, base.shape[-1]), h.to(base.dtype), bt.to(base.dtype))
         ctx.save_for_backward(flat, h, sa, bt)
         ctx.s, ctx.shape, ctx.dtypes = s, x.shape, (a.dtype, b.dtype)
-        return y.view(base.shape)
+        return y.resize_(base.shape)
 
     @staticmethod
     @once_differentiable

@@ -1,4 +1,4 @@
-"""From rows to what a classifier reads: a text and the number of its label."""
+"""From rows to what a classifier reads: one text or two, and the number of the label."""
 
 from __future__ import annotations
 
@@ -21,24 +21,28 @@ def to_classification(
     task: Task | None = None,
     *,
     text_column: str | None = None,
+    text_pair_column: str | None = None,
     label_column: str | None = None,
 ) -> tuple[dict[str, Split], tuple[str, ...]]:
     """Give every split the columns `text` (str) and `label` (int); return the label names too.
 
-    With a task, the task decides. Without one the text is in `text_column` (otherwise the first
-    of `TEXT_COLUMNS` that is there) and the label in `label_column` (otherwise "label"). Label
-    names come from the data set's schema where it has them, otherwise from the train split (or
-    the first there is): its distinct labels, whole numbers or texts, in ascending order
-    (of value where every text is a whole number, as in a CSV file).
+    Rows about two texts have a column `text_pair` (str) as well. With a task, the task decides.
+    Without one the text is in `text_column` (otherwise the first of `TEXT_COLUMNS` that is
+    there), the second text in `text_pair_column` (otherwise there is none) and the label in
+    `label_column` (otherwise "label"). Label names come from the data set's schema where it has
+    them, otherwise from the train split (or the first there is): its distinct labels, whole
+    numbers or texts, in ascending order (of value where every text is a whole number, as in a
+    CSV file).
 
     Raises:
         ValueError: If columns are missing, the task has no labels, there are fewer than two, or
             a row has no text or a label that is not among them; one sentence.
     """
     if task is not None:
-        if text_column is not None or label_column is not None:
+        if any(name is not None for name in (text_column, text_pair_column, label_column)):
             raise ValueError(
-                f"The task {task.name} knows its columns: leave out text_column and label_column."
+                f"The task {task.name} knows its columns: leave out text_column, text_pair_column "
+                "and label_column."
             )
         if not task.labels:
             raise ValueError(f"The task {task.name} generates text and has no labels to predict.")
@@ -47,60 +51,70 @@ def to_classification(
 
     first = splits.get("train") or next(iter(splits.values()))
     label = label_column or LABEL_COLUMN
-    _text_column(first, text_column, label)
+    _text_columns(first, text_column, text_pair_column, label)
     values = _label_values(first, label)
     by_value = {value: index for index, value in enumerate(values)}
     names = _schema_names(first, label) or tuple(str(value) for value in values)
-    rows = {
-        name: _column_rows(split, _text_column(split, text_column, label), label, by_value)
-        for name, split in splits.items()
-    }
+    rows = {}
+    for name, split in splits.items():
+        texts = _text_columns(split, text_column, text_pair_column, label)
+        rows[name] = _column_rows(split, texts, label, by_value)
     return rows, names
 
 
 def _task_rows(split: Split, task: Task) -> Split:
     examples = to_examples(split, task)
-    return _with_columns(
-        split,
-        texts=[example.text for example in examples],
-        labels=[example.label for example in examples],
-    )
+    columns: dict[str, list[object]] = {
+        "text": [example.text for example in examples],
+        "text_pair": [example.text_pair for example in examples],
+        "label": [example.label for example in examples],
+    }
+    if not any(columns["text_pair"]):
+        del columns["text_pair"]
+    return _with_columns(split, columns)
 
 
-def _column_rows(split: Split, text: str, label: str, by_value: Mapping[int | str, int]) -> Split:
-    texts, labels = [], []
-    for number, row in enumerate(split.dataset.select_columns([text, label]), start=1):
+def _column_rows(
+    split: Split, texts: Sequence[str], label: str, by_value: Mapping[int | str, int]
+) -> Split:
+    columns: dict[str, list[object]] = {name: [] for name in ("text", "text_pair")[: len(texts)]}
+    columns["label"] = []
+    for number, row in enumerate(split.dataset.select_columns([*texts, label]), start=1):
         try:
-            if not isinstance(row[text], str):
-                raise RowError(text, f"must be text and is {row[text]!r:.60}")
+            for text in texts:
+                if not isinstance(row[text], str):
+                    raise RowError(text, f"must be text and is {row[text]!r:.60}")
             if not isinstance(row[label], int | str) or row[label] not in by_value:
                 known = ", ".join(repr(value) for value in by_value)
                 raise RowError(label, f"must be one of {known:.200} and is {row[label]!r:.60}")
         except RowError as error:
             raise row_error(split, number, error) from error
-        texts.append(row[text])
-        labels.append(by_value[row[label]])
-    return _with_columns(split, texts=texts, labels=labels)
+        values = (*(row[text] for text in texts), by_value[row[label]])
+        for column, value in zip(columns.values(), values, strict=True):
+            column.append(value)
+    return _with_columns(split, columns)
 
 
-def _with_columns(
-    split: Split, *, texts: Sequence[str | None], labels: Sequence[int | None]
-) -> Split:
+def _with_columns(split: Split, columns: Mapping[str, Sequence[object]]) -> Split:
     from datasets import Dataset
 
-    return replace(split, dataset=Dataset.from_dict({"text": texts, "label": labels}))
+    return replace(split, dataset=Dataset.from_dict(dict(columns)))
 
 
-def _text_column(split: Split, text_column: str | None, label: str) -> str:
-    """Return the column of the text, once it and that of the label are known to be there."""
+def _text_columns(
+    split: Split, text_column: str | None, text_pair_column: str | None, label: str
+) -> tuple[str, ...]:
+    """Return the columns of the texts, once they and that of the label are known to be there."""
     found = split.dataset.column_names
+    others = (text_pair_column,) if text_pair_column else ()
     candidates = (text_column,) if text_column else TEXT_COLUMNS
     for text in candidates:
-        if text in found and label in found:
-            return text
+        if {text, *others, label} <= set(found):
+            return (text, *others)
     raise ValueError(
         f"{split.source} has the columns {', '.join(found)}, and classification reads "
-        f"{' or '.join(candidates)} with {label}: name others with text_column and label_column."
+        f"{' or '.join(candidates)} with {' and '.join([*others, label])}: name others with "
+        "text_column, text_pair_column and label_column."
     )
 
 

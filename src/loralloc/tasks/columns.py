@@ -73,6 +73,8 @@ def _sft_rows(split: Split, task: Task | None) -> Dataset:
         examples = _examples(split, alpaca_example)
     else:
         examples = to_examples(split, task)
+        if not all(example.response for example in examples):
+            raise ValueError(f"The task {task.name} has no responses to train on, only prompts.")
     return Dataset.from_dict(
         {
             "prompt": [example.prompt for example in examples],

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loralloc.tasks.task import Example, Metric, RowError, text_field
+from loralloc.tasks.demo_grammar import SIZES
+from loralloc.tasks.task import Example, HubRule, Metric, text_field, texts_field
 
 
 class Demo:
@@ -17,6 +18,8 @@ class Demo:
     name = "demo"
     hub_name: str | None = None
     hub_config: str | None = None
+    hub_rule: HubRule = "official"
+    official_sizes: Mapping[str, int] = SIZES
     licence = "Apache-2.0"
     metrics: tuple[Metric, ...] = ("bleu",)
     labels: tuple[str, ...] = ()
@@ -25,12 +28,8 @@ class Demo:
     def example(self, row: Mapping[str, object]) -> Example:
         """See `Task.example`."""
         response = text_field(row, "completion")
-        references = row.get("references") or [response]
-        if not isinstance(references, list) or not all(isinstance(r, str) for r in references):
-            raise RowError("references", f"must be a list of texts and is {references!r:.60}")
-        return Example(
-            prompt=text_field(row, "prompt"), response=response, references=tuple(references)
-        )
+        references = texts_field(row, "references") if row.get("references") else (response,)
+        return Example(prompt=text_field(row, "prompt"), response=response, references=references)
 
 
 DEMO = Demo()

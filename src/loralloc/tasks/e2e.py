@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loralloc.tasks.task import Example, Metric, text_field
+from loralloc.tasks.task import Example, HubRule, Metric, text_field
 
 
 class E2e:
@@ -17,6 +17,8 @@ class E2e:
     name = "e2e"
     hub_name: str | None = "tuetschek/e2e_nlg"
     hub_config: str | None = None
+    hub_rule: HubRule = "official"
+    official_sizes: Mapping[str, int] = {"train": 42_061, "validation": 4_672, "test": 4_693}
     licence = "CC BY-SA 4.0"
     metrics: tuple[Metric, ...] = ("bleu", "rouge-l", "meteor")
     labels: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from loralloc.tasks.task import Example, Metric, label_field, text_field
+from loralloc.tasks.task import Example, HubRule, Metric, label_field, text_field
 
 
 class Sst2:
@@ -16,7 +16,9 @@ class Sst2:
     name = "sst2"
     hub_name: str | None = "nyu-mll/glue"
     hub_config: str | None = "sst2"
-    licence = "none stated (research use)"
+    hub_rule: HubRule = "train_1000"
+    official_sizes: Mapping[str, int] = {"train": 67_349, "validation": 872}
+    licence = "none (research use)"
     metrics: tuple[Metric, ...] = ("accuracy",)
     labels: tuple[str, ...] = ("negative", "positive")
     columns: tuple[str, ...] = ("sentence", "label")

@@ -8,6 +8,11 @@ from typing import Literal, Protocol
 
 Metric = Literal["accuracy", "f1-em", "bleu", "rouge-l", "meteor", "judge"]
 
+HubRule = Literal["official", "train_1000", "halve_validation"]
+"""How the splits of a task come from those of its Hub data set (Liu et al. 2024, Appendix B):
+as they are; 1,000 rows of train become the development set and the official one the test set;
+or the official development set is halved into the two."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Span:
@@ -36,7 +41,7 @@ class Example:
 
     response: str
     """What the loss is on and what a prediction is compared with, without white space around
-    it."""
+    it; empty where no answer is the right one (MT-Bench)."""
 
     label: int | None = None
     """Index into the task's labels; None where the task generates text."""
@@ -52,6 +57,14 @@ class Example:
 
     references: tuple[str, ...] = ()
     """All texts that a generated one is measured against; empty where the task has labels."""
+
+    turns: tuple[str, ...] = ()
+    """What the user says in each turn of a conversation; its first is the prompt. Empty where
+    the prompt is all there is."""
+
+    turn_references: tuple[str, ...] = ()
+    """A right answer to each turn, an empty text where a turn has none; empty where no turn has
+    one."""
 
     @property
     def completion(self) -> str:
@@ -72,10 +85,16 @@ class Task(Protocol):
     """The name on the command line, in lower case."""
 
     hub_name: str | None
-    """The data set on the Hub; None for rows that loralloc makes itself."""
+    """The data set on the Hub; None where it is not there, or loralloc makes the rows itself."""
 
     hub_config: str | None
     """The configuration of the Hub data set, where it has several."""
+
+    hub_rule: HubRule
+    """How the Hub's splits become train, validation and test; `splits.load_task` applies it."""
+
+    official_sizes: Mapping[str, int]
+    """Rows of each official split that is used, by its own name."""
 
     licence: str
     """The licence of the rows, or a word on why there is none."""
@@ -122,6 +141,24 @@ def text_field(row: Mapping[str, object], field: str) -> str:
     if not value.strip():
         raise RowError(field, "is empty")
     return value.strip()
+
+
+def texts_field(row: Mapping[str, object], field: str) -> tuple[str, ...]:
+    """Return a field that must hold a list of texts, each without the white space around it.
+
+    Raises:
+        RowError: If the field is missing, is not such a list, or is or holds nothing.
+    """
+    value = row.get(field)
+    if value is None:
+        raise RowError(field, "is missing")
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise RowError(field, f"must be a list of texts and is {value!r:.60}")
+    if not value:
+        raise RowError(field, "is empty")
+    if not all(text.strip() for text in value):
+        raise RowError(field, f"holds an empty text: {value!r:.60}")
+    return tuple(text.strip() for text in value)
 
 
 def label_field(row: Mapping[str, object], field: str, *, labels: tuple[str, ...]) -> int:

@@ -8,7 +8,11 @@ from typing import Any
 
 from loralloc.allocation.record import Record
 
-CLASSES = {"lm": "AutoModelForCausalLM", "classification": "AutoModelForSequenceClassification"}
+CLASSES = {
+    "lm": "AutoModelForCausalLM",
+    "classification": "AutoModelForSequenceClassification",
+    "span": "AutoModelForQuestionAnswering",
+}
 
 
 def write(
@@ -17,6 +21,7 @@ def write(
     base_model: str,
     data: str,
     head: str,
+    num_labels: int,
     record: Record,
     log: Sequence[Mapping[str, Any]],
 ) -> None:
@@ -25,6 +30,7 @@ def write(
     gained = {name: now[name] - start[name] for name in now if now[name] > start[name]}
     most = sorted(gained, key=lambda name: -gained[name])[:5]
     evaluations = [entry for entry in log if "eval_loss" in entry]
+    labels = f", num_labels={num_labels}" if num_labels else ""
     lines = [
         "---",
         "library_name: peft",
@@ -40,7 +46,7 @@ def write(
         "from peft import PeftModel",
         f"from transformers import {CLASSES[head]}",
         "",
-        f'base = {CLASSES[head]}.from_pretrained("{base_model}")',
+        f'base = {CLASSES[head]}.from_pretrained("{base_model}"{labels})',
         f'model = PeftModel.from_pretrained(base, "{folder.name}")',
         "```",
         "",

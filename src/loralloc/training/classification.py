@@ -1,4 +1,4 @@
-"""Classification with an encoder: one linear head on the pooled representation."""
+"""Classification of a text or a pair of texts: a linear head on the pooled representation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from transformers import (
+    BatchEncoding,
     DataCollatorWithPadding,
     EvalPrediction,
     PreTrainedTokenizerBase,
@@ -15,10 +16,12 @@ from transformers import (
 )
 
 from loralloc.tasks.source import Split
+from loralloc.training.bucketing import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.models import longest_input
 
 
-class SafeTrainer(SafeCheckpoints, Trainer):
+class SafeTrainer(LengthBuckets, SafeCheckpoints, Trainer):
     """The trainer of Transformers, with checkpoints that hold no pickles."""
 
 
@@ -30,14 +33,17 @@ def classification_trainer(
     *,
     max_length: int | None,
 ) -> SafeTrainer:
-    """A trainer for splits with the columns `text` and `label`."""
+    """A trainer for splits with the columns `text`, `label` and perhaps `text_pair`."""
+    max_length = longest_input(model, tokenizer, max_length)
 
-    def tokenize(rows: dict[str, list[Any]]) -> dict[str, Any]:
-        encoded = tokenizer(rows["text"], truncation=max_length is not None, max_length=max_length)
+    def tokenize(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+        encoded = encode(tokenizer, rows["text"], rows.get("text_pair"), max_length=max_length)
         return {**encoded, "labels": rows["label"]}
 
     data = {
-        name: splits[name].dataset.map(tokenize, batched=True, remove_columns=["text", "label"])
+        name: splits[name].dataset.map(
+            tokenize, batched=True, remove_columns=splits[name].dataset.column_names
+        )
         for name in ("train", "validation")
     }
     return SafeTrainer(
@@ -49,6 +55,17 @@ def classification_trainer(
         processing_class=tokenizer,
         compute_metrics=accuracy,
     )
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str | list[str],
+    text_pair: str | list[str] | None,
+    *,
+    max_length: int,
+) -> BatchEncoding:
+    """What the model reads of one example or of several; of a pair the longer text is cut first."""
+    return tokenizer(text, text_pair, truncation="longest_first", max_length=max_length)
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

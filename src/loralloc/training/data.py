@@ -7,6 +7,7 @@ import dataclasses
 from trl import get_dataset
 
 from loralloc.tasks.source import Split, load_splits
+from loralloc.tasks.splits import load_task
 from loralloc.tasks.task import Task
 from loralloc.training.settings import Settings
 
@@ -26,7 +27,7 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
     Raises:
         ValueError: No data is named, or it cannot be loaded; one sentence.
     """
-    script, run = settings.script, settings.run
+    script = settings.script
     if script.dataset_streaming:
         raise ValueError(
             "`dataset_streaming` is true, but rounds are placed by epochs, which a stream does not "
@@ -38,24 +39,21 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
             name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
             for name, rows in loaded.items()
         }
-    name = script.dataset_name or (
-        "demo" if run.task == "demo" else task.hub_name if task else None
-    )
-    if name is None:
-        raise ValueError(
-            "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
-        )
     names = None
     chosen = {"train": script.dataset_train_split, "validation": script.dataset_test_split}
     given = {k: v for k, v in chosen.items() if settings.sources.get(SPLIT_FIELDS[k])}
     if given:
         names = {"train": script.dataset_train_split, **given}
-    config = script.dataset_config or (
-        task.hub_config if task and not script.dataset_name else None
-    )
-    splits = load_splits(name, config=config, split_names=names)
+    config = script.dataset_config
+    if task:
+        return load_task(task, script.dataset_name, config=config, split_names=names)
+    if script.dataset_name is None:
+        raise ValueError(
+            "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
+        )
+    splits = load_splits(script.dataset_name, config=config, split_names=names)
     field = settings.training.dataset_text_field
-    return splits if task or field == "text" else _with_text(splits, field)
+    return splits if field == "text" else _with_text(splits, field)
 
 
 def _with_text(splits: dict[str, Split], field: str) -> dict[str, Split]:

@@ -13,11 +13,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from loralloc.training.machine import fastest_dtype
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-Head = Literal["lm", "classification"]
+Head = Literal["lm", "classification", "span"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +111,8 @@ def load_model(
 
     Args:
         name_or_path: A built-in name, a local folder or a Hub name.
-        head: A causal language model, or a sequence classifier with one linear layer.
+        head: A causal language model, a sequence classifier with one linear layer, or a span
+            predictor with two.
         num_labels: Labels of the classifier.
         dtype: Type of the frozen weights; None for what this machine computes fastest.
         options: Passed to `from_pretrained`.
@@ -117,11 +120,17 @@ def load_model(
     Raises:
         ValueError: There is no such model here.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+    )
 
     options["dtype"] = dtype or fastest_dtype()
     if head == "lm":
         return _from_pretrained(AutoModelForCausalLM, name_or_path, options)
+    if head == "span":
+        return _from_pretrained(AutoModelForQuestionAnswering, name_or_path, options)
     options["num_labels"] = num_labels
     return _from_pretrained(AutoModelForSequenceClassification, name_or_path, options)
 
@@ -137,24 +146,15 @@ def is_encoder(name_or_path: str, **options: Any) -> bool:
     )
 
 
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 where the device has arithmetic for it, else float32."""
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if cpu_has_bf16() else torch.float32
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16)."""
-    import torch
-
-    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
-        return True
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and " bf16 " in cpuinfo.read_text(errors="ignore")
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int:
+    """Most tokens to give an encoder at once: what it has positions for, or fewer if wanted."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits: list[int] = [tokenizer.model_max_length, positions or sys.maxsize]
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and module.padding_idx is not None:
+            # RoBERTa counts positions from behind that of its padding.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    return min(limits if wanted is None else [*limits, wanted])
 
 
 def _from_pretrained(loader: Any, name_or_path: str, options: dict[str, Any]) -> Any:

@@ -24,24 +24,31 @@ from trl import get_quantization_config
 
 from loralloc.allocation.record import FILE_NAME as RECORD_NAME
 from loralloc.allocation.record import Round
+from loralloc.kernels.attention import use_short_attention
+from loralloc.kernels.lora import fuse
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
-from loralloc.training import card, data
+from loralloc.training import card, data, protocol
 from loralloc.training import settings as settings_module
 from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.checkpoint import last_checkpoint, step_of
 from loralloc.training.classification import classification_trainer
-from loralloc.training.lora_step import fuse
+from loralloc.training.heads import choose_head
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
 from loralloc.training.restore import check_scaling
 from loralloc.training.settings import Settings
 from loralloc.training.sft import sft_trainer
+from loralloc.training.spans import span_rows, span_trainer
 from loralloc.training.targets import resolve_targets
+from loralloc.training.trained import LABELS_NAME, save_labels
 
 METRICS_NAME = "metrics.jsonl"
+
+PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT trains and saves with an adapter for classification or question answering."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +93,8 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
     splits = data.load(settings, task)
     name, model_options = settings.model.model_name_or_path, _model_options(settings)
     revision = {k: model_options[k] for k in ("revision", "trust_remote_code")}
-    head = _choose_head(settings, task, name, revision)
+    encoder = is_encoder(name, **revision)
+    head = choose_head(settings.run, task, model=name, is_encoder=encoder)
     tokenizer = load_tokenizer(name, **revision)
     set_seed(settings.training.seed)  # before the adapter's weights are drawn
     if head == "classification":
@@ -94,35 +102,43 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
             data.used(splits),
             task,
             text_column=settings.run.text_column,
+            text_pair_column=settings.run.text_pair_column,
             label_column=settings.run.label_column,
         )
         ready = data.with_validation(labelled, settings)
-        # Its head trains in float32, and so does the small backbone below it.
-        model_options["dtype"] = model_options["dtype"] or torch.float32
-        names: dict[str, Any] = {
+        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
+        names = {
+            "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-        model, loading = load_model(
-            name,
-            head=head,
-            num_labels=len(labels),
-            output_loading_info=True,
-            **names,
-            **model_options,
-        )
-        # What the files lack is drawn at random: it is to be trained and saved with the adapter.
-        fresh = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
-        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.SEQ_CLS, fresh))
+        adapted = _adapted_encoder(settings, head, TaskType.SEQ_CLS, {**model_options, **names})
         trainer: Trainer = classification_trainer(
             adapted, tokenizer, settings.training, ready, max_length=settings.training.max_length
         )
+    elif head == "span":
+        assert task is not None, "choose_head wants a task for spans"
+        rows = data.numbered(span_rows(data.used(splits), task))
+        ready = data.with_validation(rows, settings)
+        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
+        adapted = _adapted_encoder(settings, head, TaskType.QUESTION_ANS, model_options)
+        trainer = span_trainer(
+            adapted,
+            tokenizer,
+            settings.training,
+            ready,
+            max_length=settings.training.max_length,
+            stride=settings.run.stride,
+        )
     else:
         ready = data.with_validation(data.numbered(to_sft(data.used(splits), task)), settings)
+        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
         model = load_model(name, head=head, **model_options)
         adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
         trainer = sft_trainer(adapted, tokenizer, settings.training, ready)
     fuse(adapted)
+    use_short_attention(adapted.get_base_model())
+    settings = protocol.follow(trainer, settings)
     callback = attach(trainer, settings.allocation, on_round=on_round)
     return Run(
         settings=settings,
@@ -152,11 +168,15 @@ def train(run: Run, *, checkpoint: Path | None = None) -> None:
     run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run.model.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
+    labels = run.model.config.id2label if run.head == "classification" else {}
+    if labels:
+        save_labels(folder, labels)
     card.write(
         folder,
         base_model=str(run.settings.model.model_name_or_path),
         data=_data_name(run.settings),
         head=run.head,
+        num_labels=len(labels),
         record=run.allocation.record,
         log=run.trainer.state.log_history,
     )
@@ -184,6 +204,7 @@ def clear(folder: Path) -> None:
         settings_module.FILE_NAME,
         RECORD_NAME,
         METRICS_NAME,
+        LABELS_NAME,
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -228,19 +249,18 @@ class MetricsWriter(TrainerCallback):
             file.write(line + "\n")
 
 
-def _choose_head(
-    settings: Settings, task: Task | None, name: str, revision: dict[str, Any]
-) -> Head:
-    chosen = settings.run.head
-    encoder = is_encoder(name, **revision)
-    if chosen == "auto":
-        return "classification" if encoder else "lm"
-    if chosen == "lm" and encoder:
-        raise ValueError(
-            f"{name} is an encoder and cannot generate; use `--head classification` or a causal "
-            "language model."
-        )
-    return "classification" if chosen == "classification" else "lm"
+def _adapted_encoder(
+    settings: Settings, head: Head, task_type: TaskType, options: dict[str, Any]
+) -> PeftModel:
+    """An encoder whose head, drawn at random, is trained and saved with the adapter."""
+    # The head trains in float32, and so does the small backbone below it.
+    options["dtype"] = options["dtype"] or torch.float32
+    name = settings.model.model_name_or_path
+    model, loading = load_model(name, head=head, output_loading_info=True, **options)
+    missing = {key.rpartition(".")[0] for key in loading["missing_keys"]}
+    # PEFT saves these as a whole by itself; a part of one named as well would be saved twice.
+    fresh = sorted(name for name in missing if name.partition(".")[0] not in PEFT_HEADS)
+    return get_peft_model(model, _lora_config(settings, model, task_type, fresh))
 
 
 def _model_options(settings: Settings) -> dict[str, Any]:

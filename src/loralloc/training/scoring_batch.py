@@ -13,9 +13,10 @@ from loralloc.allocation.objective import Batch
 def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> list[Batch]:
     """Draw held-out examples once and collate them as the trainer does, in micro-batches.
 
-    Micro-batches are no larger than training's, so that scoring holds no more memory than a step;
-    examples of like length go together, which saves padding. Scoring runs in evaluation mode,
-    where activation checkpointing rests, so with it a micro-batch is one example.
+    Micro-batches are half as large as training's, so that scoring holds less memory than a step
+    even where held-out examples are longer; examples of like length go together, which saves
+    padding. Scoring runs in evaluation mode, where activation checkpointing rests, so with it a
+    micro-batch is one example.
 
     Args:
         trainer: Its collator, columns and batch size are used.
@@ -51,7 +52,7 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
     examples = sorted((dataset[index] for index in chosen), key=_length)
     args = trainer.args
     checkpointing = args.gradient_checkpointing or getattr(args, "activation_checkpointing", False)
-    size = 1 if checkpointing else args.per_device_train_batch_size
+    size = 1 if checkpointing else max(1, args.per_device_train_batch_size // 2)
     return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
 
 

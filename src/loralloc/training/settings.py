@@ -20,6 +20,10 @@ from loralloc.allocation.config import AllocationConfig
 
 FILE_NAME = "settings.json"
 BLOCK = "allocation"
+DEFAULT = "loralloc default"
+"""Source of a value that nobody gave."""
+FOLLOWING = "as eval_steps"
+"""Source of `save_steps` where checkpoints have to follow the evaluations."""
 
 
 @dataclass
@@ -30,19 +34,37 @@ class RunArguments:
         default=None,
         metadata={"help": "Task that turns rows into prompts and labels; see `loralloc.tasks`."},
     )
-    head: Literal["auto", "lm", "classification"] = field(
+    head: Literal["auto", "lm", "classification", "span"] = field(
         default="auto",
-        metadata={"help": "Language-model head, or classification; auto: by the model."},
+        metadata={"help": "Head of the model; auto: by the model and the task."},
     )
     text_column: str | None = field(
         default=None, metadata={"help": "Column with the text to classify, without a task."}
     )
+    text_pair_column: str | None = field(
+        default=None, metadata={"help": "Column with the second text of a pair, without a task."}
+    )
     label_column: str | None = field(
         default=None, metadata={"help": "Column with the label, without a task."}
+    )
+    stride: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens that neighbouring windows of a long context share, with a span head; "
+            "a quarter of `max_length` by default."
+        },
     )
     validation_examples: int = field(
         default=100,
         metadata={"help": "Training examples held out where the data has no validation split."},
+    )
+    protocol: Literal["paper"] | None = field(
+        default=None,
+        metadata={"help": "paper: train, evaluate and stop as in its Appendix E; see the guide."},
+    )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Evaluations without a better one after which training stops."},
     )
 
 
@@ -59,6 +81,7 @@ DEFAULTS: dict[str, Any] = {
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 16,
+    "train_sampling_strategy": "group_by_length",
     "gradient_checkpointing": False,
     "bf16": False,
     "eval_strategy": "epoch",
@@ -94,6 +117,16 @@ class Settings:
     def output_dir(self) -> Path:
         """The run folder."""
         return Path(self.training.output_dir)
+
+    def gives(self, name: str) -> bool:
+        """Whether this value comes from elsewhere than the defaults."""
+        return self.sources.get(name, DEFAULT) not in (DEFAULT, FOLLOWING)
+
+    def with_defaults(self, values: Mapping[str, Any], *, source: str) -> Settings:
+        """These settings with other defaults; a value that was given stays."""
+        new = {name: value for name, value in values.items() if not self.gives(name)}
+        sources = {**self.sources, **dict.fromkeys(new, source)}
+        return _build(_parser(), {**self.given, **new}, sources)
 
     def save(self) -> None:
         """Write `settings.json` into the run folder."""
@@ -134,11 +167,11 @@ def resolve(
     Raises:
         ValueError: An option is unknown or a value cannot be used.
     """
-    parser = HfArgumentParser(GROUPS, allow_abbrev=False, exit_on_error=False, add_help=False)
+    parser = _parser()
     types = {action.dest: action for action in parser._actions}
     for action in parser._actions:
         action.default, action.required = argparse.SUPPRESS, False
-    layers = [("loralloc default", dict(DEFAULTS))]
+    layers = [(DEFAULT, dict(DEFAULTS))]
     if base:
         layers.append(("earlier run", dict(base)))
     if config:
@@ -149,14 +182,25 @@ def resolve(
     for source, values in layers:
         given.update(values)
         sources.update(dict.fromkeys(values, source))
+    if base is not None and given.get("protocol") != base.get("protocol"):
+        raise ValueError(
+            f"`protocol` is {given.get('protocol')!r}, but the run was begun with "
+            f"{base.get('protocol')!r}; resume it without another, or begin again with "
+            "`--overwrite`."
+        )
     if given["output_dir"] is None:
         given["output_dir"] = _default_output_dir(given)
-    follows = given["eval_strategy"] != "no" and sources["save_strategy"] == "loralloc default"
+    if given.get("padding_free") and not given.get("packing") and "max_length" not in given:
+        # TRL does not cut examples that it joins, and says so instead of ignoring the limit.
+        given["max_length"], sources["max_length"] = None, "as padding_free"
+    follows = given["eval_strategy"] != "no" and sources["save_strategy"] == DEFAULT
     if given.get("load_best_model_at_end") and follows:
         # Trainer wants a checkpoint at every evaluation then.
         given["save_strategy"] = given["eval_strategy"]
-        if "eval_steps" in given and "save_steps" not in given:
-            given["save_steps"], sources["save_steps"] = given["eval_steps"], "as eval_steps"
+        if given["eval_strategy"] == "steps" and "save_steps" not in given:
+            # Trainer's own default of `eval_steps` is `logging_steps`.
+            given["save_steps"] = given.get("eval_steps") or given["logging_steps"]
+            sources["save_steps"] = FOLLOWING
     return _build(parser, given, sources)
 
 
@@ -171,6 +215,10 @@ def known_fields() -> dict[str, list[tuple[str, Any]]]:
             if f.init
         ]
     return groups
+
+
+def _parser() -> HfArgumentParser:
+    return HfArgumentParser(GROUPS, allow_abbrev=False, exit_on_error=False, add_help=False)
 
 
 def _build(parser: HfArgumentParser, given: dict[str, Any], sources: dict[str, str]) -> Settings:

@@ -13,15 +13,15 @@ from trl import SFTConfig, SFTTrainer
 
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 from loralloc.tasks.source import Split
+from loralloc.training.bucketing import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
 from loralloc.training.data import ROW
-
 
 MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
 
 
-class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):
+class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
     """TRL's trainer with checkpoints that hold no pickles and a head that works where loss is.
 
     TRL's fused head bounds memory by computing its chunks twice, in float32; on a CPU that is half
@@ -39,7 +39,7 @@ class SupervisedSFTTrainer(SafeCheckpoints, SFTTrainer):
         if return_outputs or not self._is_plain(inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
-        loss = self._supervised_loss(inputs)
+        loss = self._supervised_loss(inputs, through=model)
         if mode == "train":
             mask = inputs.get("attention_mask")  # None where sequences are packed into one row
             num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())

@@ -6,34 +6,98 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from loralloc.training.models import load_model, load_tokenizer
+from loralloc.training.models import Head, load_model, load_tokenizer
 from loralloc.training.settings import saved
 
+HEADS: dict[str, Head] = {"CAUSAL_LM": "lm", "SEQ_CLS": "classification", "QUESTION_ANS": "span"}
+"""PEFT's task types and the heads that runs have."""
 
-def load_trained(folder: Path, *, with_adapter: bool = True) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a finished language-model run.
+LABELS_NAME = "labels.json"
+"""Where a run folder keeps the names of a classifier's labels, in the order of its logits."""
+
+
+def head_of(folder: Path) -> Head:
+    """The head that a finished run was trained with.
 
     Raises:
-        ValueError: The folder holds no finished run, or its model does not generate.
+        ValueError: The folder holds no finished run, or an adapter for something else.
     """
+    task_type = _adapter_config(folder).get("task_type")
+    if task_type not in HEADS:
+        raise ValueError(
+            f"The adapter in {folder} is for {task_type}; runs of loralloc are for "
+            f"{', '.join(HEADS)}."
+        )
+    return HEADS[task_type]
+
+
+def load_trained(
+    folder: Path, *, with_adapter: bool = True, head: Head = "lm"
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a finished run.
+
+    Args:
+        folder: The run folder.
+        with_adapter: False for the model as it was before the run; only a language model has a
+            head then.
+        head: What the model is to be used for, as `head_of` says it.
+
+    Raises:
+        ValueError: The folder holds no finished run, or the run has another head.
+    """
+    config = _adapter_config(folder)
+    if HEADS.get(str(config.get("task_type"))) != head:
+        does = "which generates no text" if head == "lm" else f"which has no {head} head"
+        raise ValueError(f"The adapter in {folder} is for {config.get('task_type')}, {does}.")
+    if head != "lm" and not with_adapter:
+        raise ValueError(
+            f"The {head} head in {folder} was trained with the adapter, so without it there is "
+            "none to compare with; leave the adapter in."
+        )
+    name = config["base_model_name_or_path"]
+    if (folder / "settings.json").is_file():
+        name = saved(folder)["model_name_or_path"]
+    model: Any = load_model(name, head=head, **_head_options(folder, head))
+    if with_adapter:
+        model = PeftModel.from_pretrained(model, folder)
+    return model, load_tokenizer(str(folder))
+
+
+def save_labels(folder: Path, labels: dict[int, str]) -> None:
+    """Write the names of a classifier's labels, which PEFT does not keep."""
+    names = [labels[index] for index in range(len(labels))]
+    text = json.dumps(names, ensure_ascii=False)
+    (folder / LABELS_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _head_options(folder: Path, head: Head) -> dict[str, Any]:
+    """As a run loads its backbone: a small one in float32 below a head that is trained."""
+    if head == "lm":
+        return {}
+    if head == "span":
+        return {"dtype": torch.float32}
+    path = folder / LABELS_NAME
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {LABELS_NAME}, so its labels have no names.")
+    labels = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        "dtype": torch.float32,
+        "num_labels": len(labels),
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: index for index, label in enumerate(labels)},
+    }
+
+
+def _adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     if not path.is_file():
         raise ValueError(
             f"{folder} holds no adapter_config.json, so no trained adapter; name the folder of a "
             "finished run."
         )
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("task_type") != "CAUSAL_LM":
-        raise ValueError(
-            f"The adapter in {folder} is for {config.get('task_type')}, which generates no text."
-        )
-    name = config["base_model_name_or_path"]
-    if (folder / "settings.json").is_file():
-        name = saved(folder)["model_name_or_path"]
-    model: Any = load_model(name)
-    if with_adapter:
-        model = PeftModel.from_pretrained(model, folder)
-    return model, load_tokenizer(str(folder))
+    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return config

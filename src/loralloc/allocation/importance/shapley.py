@@ -17,6 +17,11 @@ from loralloc.allocation.importance.path import derivative, gates_at
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
+TOLERANCE = 0.01
+"""Relative gap between the sum of the shares and S(M) - S(M_0) at which the nodes suffice."""
+
+MOST_DOUBLINGS = 3
+
 
 def score(
     objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits, *, num_nodes: int = 5
@@ -27,9 +32,27 @@ def score(
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: Not read: this score does not depend on what will be pruned.
-        num_nodes: Points of the path where the derivative is taken, one backward pass each. The
-            sum is exact where S along the path is a polynomial of degree 2 * num_nodes or less.
+        num_nodes: Points of the path where the derivative is taken, one backward pass each. They
+            are doubled, up to three times, until the shares sum to the whole within `TOLERANCE`:
+            after a steep descent S is far from a polynomial along the path.
     """
+    with objective.evaluating():
+        s_full = -objective.mean_loss()
+        with gates_at(weights_b, 0):
+            s_base = -objective.mean_loss()
+    improvement = s_full - s_base
+    for doublings in range(MOST_DOUBLINGS + 1):
+        share = _integral(objective, weights_b, num_nodes * 2**doublings)
+        total = sum(float(part.double().sum()) for part in share.values())
+        if abs(total - improvement) <= TOLERANCE * abs(improvement):
+            break
+    return Scores(terms={"share": share}, s_full=s_full, s_base=s_base, settled=False)
+
+
+def _integral(
+    objective: Objective, weights_b: Mapping[str, Tensor], num_nodes: int
+) -> dict[str, Tensor]:
+    """The integral of dS/dg over the path for every rank, by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)  # on (-1, 1)
     share: dict[str, Tensor] = {}
     for node, weight in zip(nodes, weights, strict=True):
@@ -37,8 +60,4 @@ def score(
         for name, slope in at_node.items():
             part = slope * (float(weight) / 2)
             share[name] = share[name] + part if name in share else part
-    with objective.evaluating():
-        s_full = -objective.mean_loss()
-        with gates_at(weights_b, 0):
-            s_base = -objective.mean_loss()
-    return Scores(terms={"share": share}, s_full=s_full, s_base=s_base, settled=False)
+    return share

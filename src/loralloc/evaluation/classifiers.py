@@ -1,0 +1,62 @@
+"""Classification with an encoder: the label with the highest logit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from loralloc.evaluation.prompts import evaluating
+from loralloc.tasks.task import Example
+from loralloc.training.classification import encode
+from loralloc.training.models import longest_input
+
+
+def predict_labels(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[str]:
+    """Predict the label of every example.
+
+    Args:
+        model: A sequence classifier, adapted or not, that knows the names of its labels.
+        tokenizer: Its tokenizer.
+        examples: Each with its `text` and, for tasks about two, its `text_pair`.
+        max_length: Most tokens of an example; never more than the model reads.
+        batch_size: Examples at once, those of like length together.
+        on_batch: Called with the number of examples done after each batch.
+
+    Returns:
+        Names of labels in the order of the examples.
+
+    Raises:
+        ValueError: An example has no text to classify.
+    """
+    max_length = longest_input(model, tokenizer, max_length)
+    encoded = []
+    for number, example in enumerate(examples, start=1):
+        if example.text is None:
+            raise ValueError(
+                f"Example {number} has no text to classify; use a task with labels, such as sst2."
+            )
+        encoded.append(encode(tokenizer, example.text, example.text_pair, max_length=max_length))
+    names = model.config.id2label
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]["input_ids"]))
+    labels = [""] * len(encoded)
+    collate = DataCollatorWithPadding(tokenizer)
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs: Any = collate([encoded[index] for index in chosen])
+            logits = model(**inputs.to(model.device)).logits  # (examples, labels)
+            for index, label in zip(chosen, logits.argmax(dim=-1).tolist(), strict=True):
+                labels[index] = names[label]
+            if on_batch:
+                on_batch(start + len(chosen))
+    return labels

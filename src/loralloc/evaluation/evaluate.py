@@ -1,0 +1,247 @@
+"""From a run folder to predictions and figures on a task."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loralloc.evaluation import predictions as files
+from loralloc.evaluation import predictors
+from loralloc.evaluation.figure import Figure
+from loralloc.evaluation.metrics import measure, score_example
+from loralloc.evaluation.predictions import Predictions
+from loralloc.evaluation.predictors import Predictor
+from loralloc.evaluation.request import Decoding, Request, decoding_of, folder_of
+from loralloc.tasks.catalog import get_task
+from loralloc.tasks.columns import merge_references, to_examples
+from loralloc.tasks.source import SPELLINGS, Split
+from loralloc.tasks.splits import load_task
+from loralloc.tasks.task import Example, Task
+from loralloc.training import settings as run_settings
+from loralloc.training.models import Head
+from loralloc.training.trained import head_of
+
+PACKAGES = ("loralloc", "peft", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """An evaluation whose data is loaded and checked, and its predictions so far."""
+
+    request: Request
+    task: Task
+    head: Head
+    decoding: Decoding | None
+    """How a language model answers; None for encoders."""
+
+    examples: list[Example]
+    """What is measured: rows with one prompt are one example where texts are generated."""
+
+    num_in_split: int
+    """Examples of the whole split."""
+
+    source: str
+    """Where the rows came from."""
+
+    predictions: Predictions
+    """Those that are there already, and those to come."""
+
+    @property
+    def num_left(self) -> int:
+        """Examples that are still without a prediction."""
+        return len(self.examples) - len(self.predictions.done)
+
+
+def prepare(request: Request) -> Evaluation:
+    """Find the run's head, task and data, and what an earlier call has predicted.
+
+    Raises:
+        ValueError: If the folder holds no finished run, options do not fit it, the task has no
+            metric, the data cannot be read, or the results' folder holds something else; one
+            sentence.
+    """
+    head = head_of(request.run)
+    saved = _saved(request.run)
+    task = _task(request, saved)
+    decoding = decoding_of(request, head=head, task=task)
+    split = _split(request, saved, task)
+    examples = to_examples(split, task)
+    if "bleu" in task.metrics:  # several texts for one prompt, not several rows to get right
+        examples = merge_references(examples)
+    chosen = examples[: request.limit]
+    folder = folder_of(request, head=head, task=task, decoding=decoding)
+    if request.overwrite:
+        files.clear(folder)
+    metric = task.metrics[0]
+    predictions = Predictions(
+        folder,
+        settings={
+            "model": saved.get("model_name_or_path"),
+            "adapter": None if request.base else _fingerprint(request.run),
+            "head": head,
+            "task": task.name,
+            "split": request.split,
+            **(decoding.as_data() if decoding else {}),
+        },
+        prompts=[e.prompt if head == "lm" else predictors.encoder_input(e) for e in chosen],
+        gold=[list(e.references) or e.response for e in chosen],
+        score=lambda index, text: score_example(metric, text, chosen[index]),
+    )
+    return Evaluation(
+        request=request,
+        task=task,
+        head=head,
+        decoding=decoding,
+        examples=chosen,
+        num_in_split=len(examples),
+        source=split.source,
+        predictions=predictions,
+    )
+
+
+def load(evaluation: Evaluation) -> Predictor:
+    """Load the model of an evaluation.
+
+    Raises:
+        ValueError: If the model does not fit the task or its data; one sentence.
+    """
+    request, task, examples = evaluation.request, evaluation.task, evaluation.examples
+    if evaluation.decoding is not None:
+        return predictors.language_model(
+            request.run,
+            task,
+            examples,
+            evaluation.decoding,
+            batch_size=request.batch_size,
+            with_adapter=not request.base,
+        )
+    saved = _saved(request.run)
+    max_length = saved.get("max_length")
+    if evaluation.head == "classification":
+        return predictors.classifier(
+            request.run, task, examples, batch_size=request.batch_size, max_length=max_length
+        )
+    return predictors.span_predictor(
+        request.run,
+        examples,
+        batch_size=request.batch_size,
+        max_length=max_length,
+        stride=saved.get("stride"),
+    )
+
+
+def predict(
+    evaluation: Evaluation, predictor: Predictor, *, on_batch: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Predict what is left, batch by batch, keeping each on disk.
+
+    The batches are those of all examples, whichever are done, so that an evaluation which was
+    interrupted ends with the predictions of one that was not.
+
+    Args:
+        evaluation: What `prepare` gave.
+        predictor: What `load` gave.
+        on_batch: Called with the number of examples done after each batch.
+
+    Returns:
+        What is known of this call: its seconds, the examples predicted in them, batch size, type
+        and device.
+    """
+    kept = evaluation.predictions
+    before, start = len(kept.done), time.perf_counter()
+    for group in predictor.groups:
+        left = [index for index in group if index not in kept.done]
+        if not left:
+            continue
+        kept.add(left, predictor.predict(left), predictor.truncated)
+        if on_batch:
+            on_batch(len(kept.done))
+    parameter = next(predictor.model.parameters())
+    return {
+        "seconds": round(time.perf_counter() - start, 3),
+        "num_predicted": len(kept.done) - before,
+        "batch_size": evaluation.request.batch_size,
+        "dtype": str(parameter.dtype).removeprefix("torch."),
+        "device": parameter.device.type,
+    }
+
+
+def finish(evaluation: Evaluation, call: Mapping[str, Any] | None = None) -> list[Figure]:
+    """Measure all predictions and write `eval.json`.
+
+    Args:
+        evaluation: With a prediction for every example.
+        call: What `predict` gave; None where an earlier call predicted everything.
+
+    Returns:
+        Every figure of the task's metrics.
+    """
+    kept, task = evaluation.predictions, evaluation.task
+    figures = measure(task.metrics, kept.texts, evaluation.examples, labels=task.labels)
+    facts = {
+        "figures": [asdict(figure) for figure in figures],
+        "num_examples": len(evaluation.examples),
+        "num_in_split": evaluation.num_in_split,
+        "num_truncated": kept.num_truncated,
+        "source": evaluation.source,
+        "score": task.metrics[0],
+        "last_call": call or kept.before.get("last_call"),
+        "versions": {name: version(name) for name in PACKAGES},
+    }
+    kept.finish(facts)
+    return figures
+
+
+def _saved(run: Path) -> dict[str, Any]:
+    """The run's settings; for an adapter that loralloc did not train, only its model's name."""
+    if (run / run_settings.FILE_NAME).is_file():
+        return run_settings.saved(run)
+    return {}
+
+
+def _task(request: Request, saved: Mapping[str, Any]) -> Task:
+    name = request.task or saved.get("task")
+    if name is None:
+        raise ValueError(
+            f"The run in {request.run} was trained without a task, so there is no metric; name a "
+            "task with `--task`."
+        )
+    task = get_task(name)
+    if "judge" in task.metrics:
+        raise ValueError(f"The answers to {name} are compared by a judge; use `loralloc judge`.")
+    if not task.metrics:
+        raise ValueError(f"The task {name} is only trained on and has no metric; name another.")
+    return task
+
+
+def _split(request: Request, saved: Mapping[str, Any], task: Task) -> Split:
+    """Load the split asked for, of the data asked for."""
+    data, config = request.data, None
+    if data is None and task.name == saved.get("task"):
+        data, config = saved.get("dataset_name"), saved.get("dataset_config")
+    if request.split not in SPELLINGS:
+        return load_task(task, data, config=config, split_names={"test": request.split})["test"]
+    splits = load_task(task, data, config=config)
+    if request.split not in splits:
+        raise ValueError(
+            f"{data or task.hub_name} has no {request.split} split, only {', '.join(splits)}; "
+            "name one with `--split`, or other data with `--data`."
+        )
+    return splits[request.split]
+
+
+def _fingerprint(run: Path) -> str:
+    """What tells this adapter from another in the same folder."""
+    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+        path = run / name
+        if path.is_file():
+            return "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+    raise ValueError(
+        f"{run} holds no adapter_model.safetensors, so no trained adapter; name the folder of a "
+        "finished run."
+    )

@@ -1,0 +1,140 @@
+"""A model's answers to the questions, kept in a file that an interrupted run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loralloc.evaluation.generation import generate
+from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
+from loralloc.evaluation.judge.questions import Answers, Question, read_answers
+from loralloc.tasks.files import read_table
+
+FILE_NAME = "answers.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How a model answers."""
+
+    num_beams: int = 5
+    """Beams; 1 is greedy, 5 the paper's."""
+
+    max_new_tokens: int = 1024
+    """Most tokens of an answer; MT-Bench's own limit."""
+
+    batch_size: int = 8
+    """Questions answered together; the file grows by so many at a time."""
+
+    form: PromptForm | None = None
+    """How a conversation becomes a prompt; None: the task alpaca's prompt for a run of that task
+    or a model without a chat template, else the chat template."""
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        for name in ("num_beams", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` is {getattr(self, name)}; it must be at least 1.")
+
+
+def kept_answers(path: Path, made_with: Mapping[str, object]) -> Answers:
+    """Read the answers that an earlier run left in a file; none where there is no file.
+
+    Args:
+        path: The file.
+        made_with: What the answers to come are made with.
+
+    Raises:
+        ValueError: If those in the file were made in another way, or cannot be read.
+    """
+    if not path.exists():
+        return {}
+    for row in read_table(path):
+        if row.get("made_with") != made_with:
+            raise ValueError(
+                f"{path} holds answers made with {row.get('made_with')}, and those asked for are "
+                f"made with {dict(made_with)}; take the same options, or move the file away."
+            )
+    return read_answers(path)
+
+
+def answer_questions(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    path: Path,
+    *,
+    model_id: str,
+    made_with: Mapping[str, object],
+    form: PromptForm,
+    decoding: Decoding,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Answers:
+    """Answer every turn of the questions that the file has no answers to, and write it.
+
+    Args:
+        model: A causal language model, adapted or not.
+        tokenizer: Its tokenizer.
+        questions: What to answer.
+        path: The file; answers already in it are kept.
+        model_id: Whose answers they are.
+        made_with: What they depend on, written beside each.
+        form: How a conversation becomes a prompt.
+        decoding: How the model answers.
+        on_batch: Called after each batch with the questions answered, and those to answer.
+
+    Returns:
+        All answers in the file.
+
+    Raises:
+        ValueError: As `kept_answers`.
+    """
+    answers = dict(kept_answers(path, made_with))
+    rows = list(read_table(path)) if answers else []
+    pending = [question for question in questions if question.number not in answers]
+    for start in range(0, len(pending), decoding.batch_size):
+        batch = pending[start : start + decoding.batch_size]
+        given: list[list[str]] = [[] for _ in batch]
+        for turn in range(max(len(question.turns) for question in batch)):
+            asked = [i for i, question in enumerate(batch) if turn < len(question.turns)]
+            prompts = [
+                turn_prompt(batch[i].turns, given[i], tokenizer=tokenizer, form=form) for i in asked
+            ]
+            texts = generate(
+                model,
+                tokenizer,
+                prompts,
+                max_new_tokens=decoding.max_new_tokens,
+                num_beams=decoding.num_beams,
+                batch_size=decoding.batch_size,
+            )
+            for i, text in zip(asked, texts, strict=True):
+                given[i].append(text)
+        for question, turns in zip(batch, given, strict=True):
+            answers[question.number] = tuple(turns)
+            rows.append(
+                {
+                    "question_id": question.number,
+                    "model_id": model_id,
+                    "turns": turns,
+                    "made_with": dict(made_with),
+                }
+            )
+        _write(path, rows)
+        if on_batch:
+            on_batch(start + len(batch), len(pending))
+    return answers
+
+
+def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed when whole, so that a kill leaves no half-written row.
+    scratch = path.with_suffix(".partial")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    scratch.write_text("".join(lines), encoding="utf-8")
+    scratch.replace(path)

@@ -1,0 +1,129 @@
+"""Who is compared: a run, a model, or a file of ready answers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loralloc.evaluation.judge.answers import (
+    FILE_NAME,
+    Decoding,
+    answer_questions,
+    kept_answers,
+)
+from loralloc.evaluation.judge.conversation import PromptForm
+from loralloc.evaluation.judge.questions import Answers, Question, check_answers, read_answers
+from loralloc.training.models import load_model, load_tokenizer
+from loralloc.training.settings import FILE_NAME as SETTINGS_NAME
+from loralloc.training.settings import saved
+from loralloc.training.trained import load_trained
+
+ADAPTER_NAME = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contestant:
+    """A name and its answers."""
+
+    name: str
+    """What tables call it."""
+
+    source: Path
+    """The file of its answers."""
+
+    answers: Answers
+    """Its answers to all questions."""
+
+
+def contestant_names(given: Sequence[str]) -> list[str]:
+    """Name every contestant: the last part of its path, or the path where that is not enough.
+
+    Raises:
+        ValueError: If one is given twice.
+    """
+    twice = [text for text in given if given.count(text) > 1]
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; name every contestant once.")
+    short = [Path(text).stem if Path(text).is_file() else Path(text).name for text in given]
+    if len(set(short)) == len(short):
+        return short
+    return list(given)
+
+
+def contestant(
+    given: str,
+    questions: Sequence[Question],
+    *,
+    name: str,
+    decoding: Decoding,
+    output_dir: Path,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Contestant:
+    """Read the answers of a contestant, or let its model give those that are not there yet.
+
+    Args:
+        given: A file of answers; the folder of a run, which keeps its answers; or a model, by
+            folder or by name, whose answers are kept in `output_dir`.
+        questions: What is to be answered.
+        name: What tables call it.
+        decoding: How a model answers.
+        output_dir: The folder of results.
+        on_batch: Called after each batch with the questions answered, and those to answer.
+
+    Raises:
+        ValueError: If there is no such run, model or file, or its answers do not fit.
+    """
+    path = Path(given)
+    if path.is_file():
+        answers = read_answers(path)
+        check_answers(answers, questions, source=str(path))
+        return Contestant(name=name, source=path, answers=answers)
+    is_run = (path / "adapter_config.json").is_file()
+    if path.is_dir() and not is_run and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} is neither a finished run (adapter_config.json) nor a model (config.json); "
+            "name one of them, or a file of answers."
+        )
+    tokenizer = load_tokenizer(given)
+    form = decoding.form or _usual_form(path, tokenizer)
+    if form == "chat" and not tokenizer.chat_template:
+        raise ValueError(f"{given} has no chat template; use `--prompt alpaca`.")
+    made_with = {
+        "model": _fingerprint(path / ADAPTER_NAME) if is_run else given,
+        "prompt": form,
+        "num_beams": decoding.num_beams,
+        "max_new_tokens": decoding.max_new_tokens,
+    }
+    source = path / FILE_NAME if is_run else output_dir / f"{Path(given).name}-{FILE_NAME}"
+    answers = kept_answers(source, made_with)
+    if any(question.number not in answers for question in questions):
+        model: Any = load_trained(path)[0] if is_run else load_model(given)
+        answers = answer_questions(
+            model,
+            tokenizer,
+            questions,
+            source,
+            model_id=name,
+            made_with=made_with,
+            form=form,
+            decoding=decoding,
+            on_batch=on_batch,
+        )
+    check_answers(answers, questions, source=str(source))
+    return Contestant(name=name, source=source, answers=answers)
+
+
+def _usual_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
+    """What the model was trained with, as far as that is known."""
+    trained_on = saved(folder).get("task") if (folder / SETTINGS_NAME).is_file() else None
+    return "alpaca" if trained_on == "alpaca" or not tokenizer.chat_template else "chat"
+
+
+def _fingerprint(path: Path) -> str:
+    """Tell two trainings into one folder apart."""
+    return "adapter " + hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -1,0 +1,152 @@
+"""The predictions of one evaluation on disk: written as they come, and gone on with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+EVAL_NAME = "eval.json"
+PREDICTIONS_NAME = "predictions.jsonl"
+
+
+class Predictions:
+    """A folder with `eval.json` and `predictions.jsonl`.
+
+    The first is written before the first prediction: its `settings` say what the predictions in the
+    second are of. The second has one line an example, batch by batch as they come; `finish` puts
+    them into the examples' order.
+
+    Args:
+        folder: Where they are, or will be.
+        settings: All that a prediction depends on but the prompt, as JSON has it.
+        prompts: What the model is given, of each example.
+        gold: The right answer, or all of them.
+        score: Scores the prediction of an index.
+
+    Raises:
+        ValueError: If the folder holds predictions of something else, or of more examples.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        settings: Mapping[str, Any],
+        prompts: Sequence[str],
+        gold: Sequence[str | list[str]],
+        score: Callable[[int, str], float | None],
+    ) -> None:
+        self.folder = folder
+        self.settings = dict(settings)
+        self.before: dict[str, Any] = {}
+        """What `eval.json` said of an earlier call."""
+        self._prompts = prompts
+        self._gold = gold
+        self._score = score
+        self._lines: dict[int, dict[str, Any]] = {}
+        if (folder / EVAL_NAME).exists():
+            self.before = json.loads((folder / EVAL_NAME).read_text(encoding="utf-8"))
+            self._check_settings()
+            self._read()
+
+    @property
+    def done(self) -> set[int]:
+        """Indices of the examples that have a prediction."""
+        return set(self._lines)
+
+    @property
+    def texts(self) -> list[str]:
+        """All predictions in the order of the examples, once every example has one."""
+        return [self._lines[i]["prediction"] for i in range(len(self._prompts))]
+
+    @property
+    def num_truncated(self) -> int:
+        """Examples whose prompt was cut at its beginning."""
+        return sum(line.get("truncated", False) for line in self._lines.values())
+
+    def add(self, indices: Sequence[int], texts: Sequence[str], truncated: set[int]) -> None:
+        """Append the predictions of a batch, whole or not at all."""
+        if not (self.folder / EVAL_NAME).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_json(self.folder / EVAL_NAME, {"settings": self.settings, "figures": None})
+        new = {
+            i: self._line(i, text, i in truncated) for i, text in zip(indices, texts, strict=True)
+        }
+        with (self.folder / PREDICTIONS_NAME).open("a", encoding="utf-8") as file:
+            file.write("".join(map(_as_line, new.values())))
+        self._lines |= new
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Put the predictions in order, and write the result beside its settings."""
+        ordered = [self._lines[i] for i in range(len(self._prompts))]
+        _write(self.folder / PREDICTIONS_NAME, "".join(map(_as_line, ordered)))
+        _write_json(self.folder / EVAL_NAME, {"settings": self.settings, **result})
+
+    def _line(self, index: int, text: str, truncated: bool) -> dict[str, Any]:
+        line = {
+            "index": index,
+            "prompt": self._prompts[index],
+            "gold": self._gold[index],
+            "prediction": text,
+            "score": self._score(index, text),
+        }
+        return {**line, "truncated": True} if truncated else line
+
+    def _check_settings(self) -> None:
+        old = self.before["settings"]
+        names = [
+            name for name in {**old, **self.settings} if old.get(name) != self.settings.get(name)
+        ]
+        if names:
+            name = names[0]
+            raise ValueError(
+                f"{self.folder} holds predictions with {name} {old.get(name)!r}, and {name} is "
+                f"{self.settings.get(name)!r} now; {_MEND}"
+            )
+
+    def _read(self) -> None:
+        """Read what an earlier call predicted; a last line that is cut short is dropped."""
+        path = self.folder / PREDICTIONS_NAME
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:
+            _write(path, whole)
+        for line in map(json.loads, whole.split("\n")[:-1]):  # texts may hold other line ends
+            index = line["index"]
+            if index >= len(self._prompts):
+                raise ValueError(
+                    f"{self.folder} holds predictions of more than the {len(self._prompts)} "
+                    f"examples asked for; raise `--limit`, or {_MEND}"
+                )
+            if (line["prompt"], line["gold"]) != (self._prompts[index], self._gold[index]):
+                raise ValueError(
+                    f"{self.folder} holds predictions of other data, which differs first in "
+                    f"example {index + 1}; {_MEND}"
+                )
+            self._lines[index] = line
+
+
+_MEND = "replace them with `--overwrite`, or name another `--output_dir`."
+
+
+def clear(folder: Path) -> None:
+    """Remove an earlier evaluation from a folder, and nothing else."""
+    for name in (EVAL_NAME, PREDICTIONS_NAME):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _as_line(line: Mapping[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a file in one step, so that it is never half written."""
+    scratch = path.with_name(path.name + ".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)

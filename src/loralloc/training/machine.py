@@ -1,0 +1,72 @@
+"""What this machine computes fastest: dtype and threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def fastest_dtype() -> torch.dtype:
+    """bfloat16 where the device has arithmetic for it, else float32."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if cpu_has_bf16() else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bfloat16 in hardware (AVX512-BF16, AMX, or ARM's BF16)."""
+    import torch
+
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    if any(getattr(torch.cpu, probe, lambda: False)() for probe in probes):
+        return True
+    return CPUINFO.is_file() and " bf16 " in CPUINFO.read_text(errors="ignore")
+
+
+def physical_cores() -> int | None:
+    """Cores of this machine, counting those that share one once; None where it cannot be told."""
+    entries = [entry for entry in cpu_entries() if "core id" in entry]
+    if entries:
+        return len({(entry.get("physical id"), entry["core id"]) for entry in entries})
+    import torch
+
+    # Not in torch 2.6. Off Linux nothing else tells without a subprocess.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    count = capabilities.get("num_physical_cores")
+    return None if count is None else int(count)
+
+
+def use_physical_cores() -> int:
+    """Let PyTorch have one thread a physical core that this process may use.
+
+    Two threads on one core share its arithmetic units, and matrix products gain nothing from the
+    second. `OMP_NUM_THREADS`, where it is set, decides instead.
+
+    Returns:
+        The threads in use.
+    """
+    import torch
+
+    cores = physical_cores()
+    if cores is not None and not os.environ.get("OMP_NUM_THREADS"):
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
+        torch.set_num_threads(min(cores, allowed))
+    return torch.get_num_threads()
+
+
+def cpu_entries() -> list[dict[str, str]]:
+    """One mapping for each logical core that Linux lists; empty elsewhere."""
+    if not CPUINFO.is_file():
+        return []
+    blocks = CPUINFO.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
+    lines = [[line.partition(":") for line in block.splitlines()] for block in blocks]
+    return [{key.strip(): value.strip() for key, _, value in block} for block in lines]
