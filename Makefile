@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUICK := --quick
 
 export HF_HUB_DISABLE_TELEMETRY := 1
 test docs reliability: export HF_HUB_OFFLINE := 1
@@ -31,10 +32,10 @@ check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/codespell
 
-bench: $(STAMP) ## run every benchmark in its quick form
-	@set -- benchmarks/[a-z]*.py; \
-	if [ ! -e "$$1" ]; then echo "There is no benchmark to run: benchmarks/ holds no .py file." >&2; exit 1; fi; \
-	for f; do echo "$$f --quick"; $(BIN)/python "$$f" --quick || exit 1; done
+bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and write docs/performance.md
+	for name in step scoring end_to_end memory; do \
+		$(BIN)/python benchmarks/$$name.py $(QUICK) --json docs/results/$$name.json || exit 1; done
+	$(BIN)/python docs/performance.py
 
 docs: $(STAMP) ## check that commands, examples and tables in the docs are true
 	$(BIN)/python -m pytest -q tests/test_docs.py

@@ -82,7 +82,7 @@ SHORT = (
 )
 
 
-MAP_LARGE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+MAP_LARGE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 """glibc keeps freed blocks in its heap, and with batches of changing lengths the holes grow step by
 step. Mapped blocks go back at once, so that the peak is what was held."""
 

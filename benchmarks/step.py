@@ -1,14 +1,20 @@
-"""A training step against the floor and against what users run today.
+"""A training step against the floor and against what users run today, one optimisation at a time.
 
-The floor is the frozen model alone: forward, and backward to its input, with logits at supervised
-positions only. Every contestant takes forward, loss and backward on the same batch; the optimiser,
-the same for all, is left out.
+Every contestant takes forward, loss and backward on one real batch; the optimiser, the same for
+all, is left out. The floor is the frozen model alone as Transformers has it: forward, and backward
+to its input, with logits at supervised positions only. Each rung of the ladder keeps what the ones
+above it brought:
 
-    floor*  the same with the attention that ours uses
-    ours    the fused LoRA step, logits at supervised positions, attention for short sequences
-    peft    PEFT's layers, logits at supervised positions
-    trl     PEFT's layers under TRL's SFTTrainer, with its chunked loss
-    hf      PEFT's layers under Trainer's default loss: all logits
+    hf          PEFT's layers under Trainer's default loss: logits of every position
+    peft        logits at supervised positions
+    head        the frozen head and its cross-entropy as one function, a few rows at a time
+    lora        each LoRA linear as one function, in the activation's dtype
+    shared      linears that read the same input share their product with A
+    product     float32 products by oneDNN where MKL is slow (the same as `shared` in bfloat16)
+    ours        attention over short sequences (the same as `product` in float32)
+
+`trl` is PEFT under TRL's SFTTrainer, with its chunked loss; `floor*` the floor with the
+attention of ours, for what the LoRA path alone adds in bfloat16.
 
 Run: python benchmarks/step.py [--data FOLDER] [--quick] [--json PATH]
 """
@@ -16,7 +22,8 @@ Run: python benchmarks/step.py [--data FOLDER] [--quick] [--json PATH]
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import harness
@@ -25,15 +32,19 @@ from torch.nn import functional
 from trl import SFTTrainer
 
 from loralloc.allocation.layers import base_model
-from loralloc.allocation.supervised import IGNORED, supervised_logits
+from loralloc.allocation.supervised import IGNORED, SupervisedLoss, supervised_logits
+from loralloc.kernels import linear
 from loralloc.kernels.attention import use_short_attention
-from loralloc.kernels.lora import fuse, unfuse
+from loralloc.kernels.lora import fuse, is_fused, unfuse
+from loralloc.training.bucketing import BucketSampler
+
+LADDER = ("hf", "peft", "head", "lora", "shared", "product", "ours")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, print a table, write JSON."""
+    """Measure, print tables, write JSON."""
     args = harness.parser(__doc__).parse_args(argv)
-    repeats, batch_size = (3, 8) if args.quick else (12, 16)
+    repeats, batch_size = (2, 8) if args.quick else (10, 16)
     results: dict[str, Any] = {}
     for dtype in ("bfloat16", "float32"):
         results[dtype] = {
@@ -64,7 +75,7 @@ def ratios(tasks: dict[str, Any]) -> dict[str, float]:
 
     return {
         "ours_over_floor": max(over("ours", "floor")),
-        "ours_over_floor_same_attention": max(over("ours", "floor*")),
+        "ours_over_floor_with_our_attention": max(over("ours", "floor*")),
         "peft_over_ours": min(over("peft", "ours")),
         "trl_over_ours": min(over("trl", "ours")),
         "hf_over_ours": min(over("hf", "ours")),
@@ -72,17 +83,33 @@ def ratios(tasks: dict[str, Any]) -> dict[str, float]:
 
 
 def measure(task: str, data: str, *, dtype: str, repeats: int, batch_size: int) -> dict[str, Any]:
-    """Seconds of every contestant on one real batch."""
+    """Seconds of every contestant on one real batch of middling length."""
     flags = ("--dtype", dtype, "--per_device_train_batch_size", str(batch_size))
     run = harness.prepare(task, data, *flags)
     run.model.train()
-    batch = dict(next(iter(run.trainer.get_train_dataloader())))
-    steps = contestants(run, batch)
+    rows = run.trainer.train_dataset
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    order = list(BucketSampler(lengths, batch_size=batch_size, seed=0))
+    middle = sorted(order[i : i + batch_size] for i in range(0, len(order), batch_size))
+    middle.sort(key=lambda batch: max(lengths[i] for i in batch))
+    batch = run.trainer.data_collator([rows[i] for i in middle[len(middle) // 2]])
     return {
         "shape": list(batch["input_ids"].shape),
         "supervised": int((batch["labels"][:, 1:] != IGNORED).sum()),
-        "seconds": harness.by_turns(steps, repeats=repeats),
+        "padded_tokens_random_over_buckets": padding(lengths, batch_size),
+        "seconds": harness.by_turns(contestants(run, dict(batch)), repeats=repeats),
     }
+
+
+def padding(lengths: list[int], batch_size: int) -> float:
+    """Tokens of an epoch with padding, batches drawn at random over batches of like length."""
+
+    def tokens(order: list[int]) -> int:
+        batches = (order[i : i + batch_size] for i in range(0, len(order), batch_size))
+        return sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+
+    random = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(0)).tolist()
+    return tokens(random) / tokens(list(BucketSampler(lengths, batch_size=batch_size, seed=0)))
 
 
 def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]]:
@@ -90,6 +117,7 @@ def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]
     model, trainer = run.model, run.trainer
     weights = [p for p in model.parameters() if p.requires_grad]
     inner: Any = base_model(model)
+    loss_at_head = SupervisedLoss(model)
 
     def backward(loss: torch.Tensor) -> None:
         loss.backward()
@@ -103,32 +131,57 @@ def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]
             logits, targets = supervised_logits(model, {**inputs, "inputs_embeds": embedded})
             functional.cross_entropy(logits.float(), targets).backward()
 
-    def stock(step: Callable[[], None]) -> Callable[[], None]:
-        """The step with PEFT's layers and PyTorch's attention."""
-
-        def changed_back() -> None:
-            unfuse(model)
-            inner.set_attn_implementation("sdpa")
-            try:
-                step()
-            finally:
-                fuse(model)
-                use_short_attention(inner)
-
-        return changed_back
-
     def supervised() -> torch.Tensor:
         logits, targets = supervised_logits(model, batch)
         return functional.cross_entropy(logits.float(), targets)
 
+    def head() -> torch.Tensor:
+        found = loss_at_head(batch)
+        return found.total / found.num_targets
+
+    def rung(name: str, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def step() -> None:
+            with only_up_to(name, inner):
+                backward(loss())
+
+        return step
+
+    def stock_floor() -> None:
+        with only_up_to("hf", inner):
+            floor()
+
     return {
-        "floor": stock(floor),
+        "floor": stock_floor,
         "floor*": floor,
+        "trl": rung("hf", lambda: SFTTrainer.compute_loss(trainer, model, dict(batch))),
+        "hf": rung("hf", lambda: model(**batch).loss),
+        "peft": rung("peft", supervised),
+        **{name: rung(name, head) for name in LADDER[2:-1]},
         "ours": lambda: backward(trainer.compute_loss(model, dict(batch))),
-        "peft": stock(lambda: backward(supervised())),
-        "trl": stock(lambda: backward(SFTTrainer.compute_loss(trainer, model, dict(batch)))),
-        "hf": stock(lambda: backward(model(**batch).loss)),
     }
+
+
+@contextmanager
+def only_up_to(rung: str, inner: Any) -> Iterator[None]:
+    """The model with the kernels of the ladder up to a rung."""
+    height = LADDER.index(rung)
+    is_slow = linear.mkl_is_slow
+    if height < LADDER.index("lora"):
+        unfuse(inner)
+    elif height < LADDER.index("shared"):
+        for layer in inner.modules():
+            if is_fused(layer):
+                layer.shared_input = None
+    if height < LADDER.index("product"):
+        linear.mkl_is_slow = lambda: False
+    inner.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        linear.mkl_is_slow = is_slow
+        unfuse(inner)
+        fuse(inner)
+        use_short_attention(inner)
 
 
 if __name__ == "__main__":

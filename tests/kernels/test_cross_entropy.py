@@ -101,13 +101,13 @@ def test_no_row_at_all():
     hidden, weight, targets, _ = tensors(0)
     loss, correct = linear_cross_entropy(hidden, weight, targets)
     loss.backward()
-    assert (float(loss), int(correct), hidden.grad.shape) == (0, 0, (0, WIDTH))
+    assert (float(loss.detach()), int(correct), hidden.grad.shape) == (0, 0, (0, WIDTH))
 
 
 def test_a_second_derivative_is_refused():
     hidden, weight, targets, _ = tensors()
     loss, _ = linear_cross_entropy(hidden, weight, targets)
-    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -120,8 +120,8 @@ class Largest(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         if isinstance(output, torch.Tensor) and output.shape[-1:] == (VOCABULARY,):
-            is_view = output._is_view()  # of the weight
-            self.rows = max(self.rows, 0 if is_view else output.shape[0])
+            is_weight = function.is_view  # transposed
+            self.rows = max(self.rows, 0 if is_weight else output.shape[0])
         return output
 
 

@@ -262,3 +262,11 @@ def test_every_flag_is_listed_with_its_class():
     assert ("allocation.num_rounds", 8) in groups["AllocationConfig"]
     assert "learning_rate" in dict(groups["SFTConfig"])
     assert "lora_r" in dict(groups["ModelConfig"])
+
+
+def test_padding_free_examples_are_not_cut():
+    settings = resolve(["--task", "demo", "--padding_free", "true"])
+    assert settings.training.max_length is None
+    assert settings.sources["max_length"] == "as padding_free"
+    given = resolve(["--task", "demo", "--padding_free", "true", "--max_length", "64"])
+    assert given.training.max_length == 64

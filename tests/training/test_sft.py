@@ -143,6 +143,18 @@ def test_other_losses_are_trls(changes, trainer_on):
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("data", [rows(), TEXTS], ids=["completions", "texts"])
+def test_without_padding_loss_and_gradients_are_the_same(data, trainer_on):
+    results = []
+    for padding_free in (False, True):
+        trainer = trainer_on(data, padding_free=padding_free, max_length=None)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in (0, 7, 3)])
+        assert (batch["input_ids"].shape[0] == 1) == padding_free
+        compute_loss = sft.SupervisedSFTTrainer.compute_loss
+        results.append(loss_and_gradients(trainer, batch, compute_loss, None))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
+
+
 def test_evaluation_gives_trls_loss(trainer_on):
     trainer = trainer_on(rows())
     ours = trainer.evaluate()["eval_loss"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from loralloc.allocation.layers import base_model
 from loralloc.allocation.objective import is_causal_lm
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 
@@ -36,7 +37,7 @@ def use_supervised_loss(trainer: Trainer) -> None:
     model = trainer.model
     if not is_causal_lm(model):
         raise TypeError(
-            f"The trainer's model is a {type(model).__name__}; a loss at supervised positions is "
+            f"The trainer's model is a {type(base_model(model)).__name__}; a loss at supervised positions is "
             "defined for causal language models only."
         )
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:

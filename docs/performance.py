@@ -1,0 +1,220 @@
+"""Writes docs/performance.md from the JSON of the benchmarks.
+
+Run: make bench (or, after the benchmarks, python docs/performance.py)
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+
+RUNGS = {
+    "hf": "PEFT under `Trainer`: logits of every position",
+    "peft": "logits at supervised positions only",
+    "head": "head and cross-entropy as one function, a few rows at a time",
+    "lora": "each LoRA linear as one function, in the activation's dtype",
+    "shared": "q, k, v and gate, up share their product with A",
+    "product": "float32 products by oneDNN, where MKL is slow",
+    "ours": "attention over short sequences as batched products",
+}
+
+BARS = (
+    ("scoring", "speedup_gradient", "`gradient` against paper-literal, times faster", ">= 500"),
+    ("scoring", "speedup_screened", "`screened` against paper-literal, times faster", ">= 50"),
+    ("scoring", "speedup_prefix", "prefix-shared against paper-literal, times faster", ">= 2.2"),
+    ("scoring", "cost_ratio_r32_over_r8", "cost of `gradient`, r 32 over r 8", "<= 1.3"),
+    ("step", "bfloat16.ours_over_floor", "our step over the frozen model, bfloat16", "<= 1.10"),
+    ("step", "float32.ours_over_floor", "our step over the frozen model, float32", "<= 1.05"),
+    ("step", "bfloat16.hf_over_ours", "PEFT and Trainer's loss over our step, bfloat16", ">= 1.7"),
+    ("end_to_end", "alora_over_lora_time", "ALoRA over LoRA, whole run", "<= 1.03"),
+    (
+        "end_to_end",
+        "round_over_training_examples",
+        "a round over training on as many examples",
+        "<= 2.2",
+    ),
+    ("end_to_end", "alora_over_lora_peak_memory", "peak memory, ALoRA over LoRA", "<= 1.01"),
+)
+
+
+def main() -> None:
+    """Read what is there, write the page."""
+    results = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(RESULTS.glob("*.json"))
+        if path.stem in ("scoring", "step", "end_to_end", "memory")
+    }
+    PAGE.write_text("\n".join(page(results)) + "\n", encoding="utf-8")
+
+
+def page(results: dict[str, dict[str, Any]]) -> list[str]:
+    """docs/performance.md, line by line."""
+    machine = next(iter(results.values()))["machine"]
+    lines = [
+        "# Performance",
+        "",
+        "Written by `make bench` from the JSON files in `docs/results/`, which hold every repeat.",
+        "Each table is one run of one command on one machine, the contestants by turns; only",
+        "ratios mean anything elsewhere.",
+        "",
+        f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}.",
+        "",
+        "## Against the bars",
+        "",
+        "The worst task counts where there are several.",
+        "",
+        "| figure | bar | measured | settings |",
+        "|---|---:|---:|---|",
+    ]
+    for name, key, words, bar in BARS:
+        if name in results:
+            value = results[name]
+            for part in key.split("."):
+                value = value[part]
+            lines.append(f"| {words} | {bar} | {value:.3g} | {settings(results[name])} |")
+    for name, section in (("step", ladder), ("scoring", scoring), ("end_to_end", whole_runs)):
+        if name in results:
+            lines += ["", *section(results[name])]
+    if "memory" in results:
+        lines += ["", *memory(results["memory"])]
+    return lines
+
+
+def settings(result: dict[str, Any]) -> str:
+    """How a benchmark was run."""
+    return "`--quick`" if result["quick"] else "full"
+
+
+def command(name: str, result: dict[str, Any]) -> str:
+    """The command that wrote a JSON file."""
+    quick = " --quick" if result["quick"] else ""
+    return f"`python benchmarks/{name}.py{quick} --json docs/results/{name}.json`:"
+
+
+def ladder(result: dict[str, Any]) -> list[str]:
+    """One optimisation a row."""
+    lines = ["## The training step", "", command("step", result), "smollm2-135m.", ""]
+    cases = [
+        (dtype, task, found)
+        for dtype in ("bfloat16", "float32")
+        for task, found in result[dtype].items()
+        if isinstance(found, dict)
+    ]
+    lines.append(
+        "Seconds over those of the frozen model (forward, and backward to its input); each row "
+        "keeps what the rows above it brought."
+    )
+    heads = [f"{task} {dtype} {found['shape']}" for dtype, task, found in cases]
+    lines += ["", f"| | {' | '.join(heads)} |", "|---|" + "---:|" * len(cases)]
+    names = {**RUNGS, "trl": "for comparison: PEFT under TRL's SFTTrainer"}
+    names["floor*"] = "for comparison: the frozen model with our attention"
+    for rung, words in names.items():
+        row = [ratio(f["seconds"][rung], f["seconds"]["floor"]) for _, _, f in cases]
+        lines.append(f"| {words} | {' | '.join(f'{x:.2f}' for x in row)} |")
+    saved = {task: f["padded_tokens_random_over_buckets"] for _, task, f in cases}
+    words = ", ".join(f"{task} {value:.2f}" for task, value in saved.items())
+    lines += [
+        "",
+        f"Batches of like length (the default) hold fewer tokens with their padding; tokens of an "
+        f"epoch at random over those in buckets: {words}.",
+    ]
+    return lines
+
+
+def scoring(result: dict[str, Any]) -> list[str]:
+    """Speed and agreement of the scores."""
+    tasks = result["tasks"]
+    first = next(iter(tasks.values()))
+    lines = [
+        "## Scoring a round",
+        "",
+        command("scoring", result),
+        f"{first['ranks']} ranks, {first['scoring_examples']} examples, float32, after "
+        f"{first['training_steps']} steps of training. Literal is timed on "
+        f"{first['literal_timed_on']} ranks and prefix-shared on {first['prefix_timed_on']}, and "
+        "scaled to all.",
+        "",
+        "| | " + " | ".join(f"{task}, s | times faster" for task in tasks) + " |",
+        "|---|" + "---:|---:|" * len(tasks),
+    ]
+    for name in first["seconds"]:
+        cells = []
+        for found in tasks.values():
+            taken = found["seconds"][name]
+            cells.append(f"{taken:.4g} | {found['seconds']['literal'] / taken:.4g}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| agreement | " + " | ".join(tasks) + " |", "|---|" + "---:|" * len(tasks)]
+    agreement = {
+        "spearman": "Spearman of `gradient` with exact scores, sampled ranks",
+        "pruned_set_equal": "`screened` prunes the exact set",
+        "exact_near_the_cut": "ranks near the cut scored exactly to tell",
+        "verified": "ranks that `screened` verified",
+        "largest_difference_prefix_literal": "largest difference of prefix-shared to literal",
+        "largest_importance": "largest importance among those",
+        "shapley_sum_over_improvement": "sum of `shapley` over S(M) - S(M_0)",
+    }
+    for key, words in agreement.items():
+        cells = [shown(found[key]) for found in tasks.values()]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
+    for what, seconds in result["growth_s"].items():
+        words = ", ".join(f"{size}: {statistics.median(s):.3g} s" for size, s in seconds.items())
+        lines += ["", f"`gradient` by {what}: {words}."]
+    return lines
+
+
+def whole_runs(result: dict[str, Any]) -> list[str]:
+    """A round, and whole runs."""
+    found = result["round"]
+    lines = [
+        "## Whole runs",
+        "",
+        command("end_to_end", result),
+        f"a round of smollm2-135m on {found['task']} in {found['dtype']} takes "
+        f"{result['round_over_training_examples']:.2f} times as long as training on as many "
+        "examples. At the paper's E2E proportions (42,061 examples, 10 epochs, batch 16, 8 rounds) "
+        f"that makes a run {result['alora_over_lora_time_at_paper_proportions']:.4f} times as long "
+        "as LoRA's, composed from the measured round and step.",
+    ]
+    for model, taken in result.get("runs", {}).items():
+        lines += ["", f"{model}, {taken['lora'][0]['steps']} steps:", ""]
+        lines += ["| | s | over LoRA | peak GiB | over LoRA |", "|---|---:|---:|---:|---:|"]
+        for name, runs in taken.items():
+            seconds, peaks = ([r[of] for r in runs] for of in ("seconds", "peak_bytes"))
+            base = [[r[of] for r in taken["lora"]] for of in ("seconds", "peak_bytes")]
+            lines.append(
+                f"| {name} | {statistics.median(seconds):.0f} | {ratio(seconds, base[0]):.3f} | "
+                f"{max(peaks) / 2**30:.2f} | {ratio(peaks, base[1]):.3f} |"
+            )
+    return lines
+
+
+def memory(result: dict[str, Any]) -> list[str]:
+    """Peak resident memory."""
+    lines = ["## Memory", "", command("memory", result), f"smollm2-135m on {result['task']}.", ""]
+    lines += ["| | peak GiB | over LoRA |", "|---|---:|---:|"]
+    for name, peaks in result["peak_bytes"].items():
+        over = ratio(peaks, result["peak_bytes"]["lora"])
+        lines.append(f"| {name} | {max(peaks) / 2**30:.2f} | {over:.3f} |")
+    return lines
+
+
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median over the turns."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def shown(value: Any) -> str:
+    """A number to four digits, a truth as a word."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
