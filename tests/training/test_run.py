@@ -24,7 +24,7 @@ from loralloc.training.checkpoint import last_checkpoint
 from loralloc.training.data import ROW
 from loralloc.training.restore import saved_ranks
 from loralloc.training.settings import resolve
-from loralloc.training.trained import load_trained
+from loralloc.training.trained import head_of, load_trained
 
 OPTIONS = {
     "lora_r": 2,
@@ -472,9 +472,10 @@ def test_clearing_removes_the_run_and_nothing_else(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[1], folder)
     (folder / "notes.txt").write_text("mine")
+    (folder / "eval" / "sst2-test-beam5").mkdir(parents=True)
     assert runs.holds_run(folder)
     runs.clear(folder)
-    assert not runs.holds_run(folder)
+    assert not runs.holds_run(folder) and not (folder / "eval").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     assert not list(folder.glob("checkpoint-*")) and not (folder / "metrics.jsonl").exists()
 
@@ -486,3 +487,16 @@ def test_what_counts_as_a_run(name, tmp_path):
     assert not runs.holds_run(tmp_path)
     Path(tmp_path / name).write_text("{}")
     assert runs.holds_run(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_opens_in_the_dtype_it_was_trained_in(dtype, finished_runs, tmp_path):
+    _, folder = next(iter(finished_runs.values()))
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    saved = json.loads((copy / "settings.json").read_text())
+    saved["dtype"] = {"value": dtype, "source": "flag"}
+    (copy / "settings.json").write_text(json.dumps(saved))
+    model, _ = load_trained(copy, head=head_of(copy))
+    backbone = next(p for name, p in model.named_parameters() if "lora" not in name)
+    assert backbone.dtype == getattr(torch, dtype)

@@ -197,8 +197,8 @@ def holds_run(folder: Path) -> bool:
 
 
 def clear(folder: Path) -> None:
-    """Remove what a run writes from its folder, and nothing else."""
-    for path in folder.glob("checkpoint-*"):
+    """Remove what a run writes from its folder, and what was found out about it; nothing else."""
+    for path in (*folder.glob("checkpoint-*"), *folder.glob("eval")):
         shutil.rmtree(path)
     written = (
         settings_module.FILE_NAME,
@@ -208,6 +208,7 @@ def clear(folder: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "answers.jsonl",
     )
     for name in written:
         (folder / name).unlink(missing_ok=True)

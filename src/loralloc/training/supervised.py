@@ -37,8 +37,8 @@ def use_supervised_loss(trainer: Trainer) -> None:
     model = trainer.model
     if not is_causal_lm(model):
         raise TypeError(
-            f"The trainer's model is a {type(base_model(model)).__name__}; a loss at supervised positions is "
-            "defined for causal language models only."
+            f"The trainer's model is a {type(base_model(model)).__name__}; a loss at supervised "
+            "positions is defined for causal language models only."
         )
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         raise ValueError(

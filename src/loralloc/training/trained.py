@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.training.models import Head, load_model, load_tokenizer
-from loralloc.training.settings import saved
+from loralloc.training.settings import FILE_NAME, saved
 
 HEADS: dict[str, Head] = {"CAUSAL_LM": "lm", "SEQ_CLS": "classification", "QUESTION_ANS": "span"}
 """PEFT's task types and the heads that runs have."""
@@ -58,10 +59,10 @@ def load_trained(
             f"The {head} head in {folder} was trained with the adapter, so without it there is "
             "none to compare with; leave the adapter in."
         )
-    name = config["base_model_name_or_path"]
-    if (folder / "settings.json").is_file():
-        name = saved(folder)["model_name_or_path"]
-    model: Any = load_model(name, head=head, **_head_options(folder, head))
+    settings = saved(folder) if (folder / FILE_NAME).is_file() else {}
+    name = settings.get("model_name_or_path") or config["base_model_name_or_path"]
+    options = {**_backbone_options(settings), **_head_options(folder, head)}
+    model: Any = load_model(name, head=head, **options)
     if with_adapter:
         model = PeftModel.from_pretrained(model, folder)
     return model, load_tokenizer(str(folder))
@@ -72,6 +73,16 @@ def save_labels(folder: Path, labels: dict[int, str]) -> None:
     names = [labels[index] for index in range(len(labels))]
     text = json.dumps(names, ensure_ascii=False)
     (folder / LABELS_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def _backbone_options(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """As the run loaded its backbone."""
+    dtype = settings.get("dtype")
+    return {
+        "dtype": None if dtype in (None, "auto") else getattr(torch, dtype),
+        "revision": settings.get("model_revision") or "main",
+        "trust_remote_code": bool(settings.get("trust_remote_code")),
+    }
 
 
 def _head_options(folder: Path, head: Head) -> dict[str, Any]:
