@@ -22,8 +22,8 @@ setup: $(STAMP) ## make .venv and install the pinned versions into it
 demo: $(STAMP) ## fine-tune a small model in a few minutes; the adapter lies in runs/demo
 	$(BIN)/loralloc demo --output_dir runs/demo --overwrite
 
-test: $(STAMP) ## run all tests, offline
-	$(BIN)/python -m pytest -q
+test: $(STAMP) ## run all tests, offline, one process a core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/ruff check
