@@ -87,7 +87,10 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_other_ways_without_a_kernel(g
     exact = [t if t is None or t.dtype == torch.bool else t.double() for t in args]
     truth = output_and_gradients(with_pytorch, *exact)
     errors = [
-        [float((t.double() - t_i).norm() / t_i.norm()) for t, t_i in zip(tensors_i, truth)]
+        [
+            float((t.double() - t_i).norm() / t_i.norm())
+            for t, t_i in zip(tensors_i, truth, strict=True)
+        ]
         for tensors_i in (
             output_and_gradients(with_short_attention, *args),
             output_and_gradients(written_out, *args),

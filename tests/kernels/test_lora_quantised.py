@@ -4,7 +4,6 @@ import pytest
 import tiny
 import torch
 from lora_steps import Calls, assert_equal_steps, fused_copy
-from peft import prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
