@@ -89,12 +89,11 @@ def assert_is_the_models_own(model, loss, batch=None):
 def test_value_and_gradient_are_the_models_own(build, is_bounded):
     model = adapted(build())
     loss = SupervisedLoss(model)
-    assert not loss.is_bounded
     if not is_bounded:
         model.get_output_embeddings().requires_grad_(True)  # has to be computed in one piece
     for seed in range(2):  # the first batch also shows what becomes of the logits
         assert_is_the_models_own(model, loss, tiny.causal_batch(seed=seed))
-    assert loss.is_bounded is (is_bounded and build in PASS_ON)
+    assert loss.is_bounded(tiny.causal_batch()) is (is_bounded and build in PASS_ON)
 
 
 def test_of_a_model_that_is_not_adapted():
@@ -103,7 +102,7 @@ def test_of_a_model_that_is_not_adapted():
     with torch.no_grad():
         got = loss(batch)
         torch.testing.assert_close(got.total / got.num_targets, model(**batch).loss)
-    assert loss.is_bounded and not got.total.requires_grad
+    assert loss.is_bounded(batch) and not got.total.requires_grad
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -112,16 +111,14 @@ def test_a_cap_that_the_first_logits_are_too_small_to_feel_is_seen(dtype):
     with torch.no_grad():
         model.lm_head.weight.mul_(1e-3)
     loss = SupervisedLoss(model)
-    loss(tiny.causal_batch())
-    assert not loss.is_bounded
+    assert not loss.is_bounded(tiny.causal_batch())
 
 
 def test_a_head_of_zeros_shows_what_becomes_of_its_logits_too():
     model = granite().requires_grad_(False)
     model.lm_head.weight = nn.Parameter(torch.zeros(tiny.VOCABULARY, 32), requires_grad=False)
     loss = SupervisedLoss(model)
-    loss(tiny.causal_batch())
-    assert not loss.is_bounded
+    assert not loss.is_bounded(tiny.causal_batch())
 
 
 @pytest.mark.parametrize("build", [tiny.llama, gemma2])
@@ -141,14 +138,16 @@ def test_a_head_that_trains_gets_its_gradient():
     head = model.get_base_model().lm_head.modules_to_save["default"]
     loss = SupervisedLoss(model)
     assert_is_the_models_own(model, loss)
-    assert head.weight.grad.any() and not loss.is_bounded
+    assert head.weight.grad.any() and not loss.is_bounded(tiny.causal_batch())
 
 
 def test_a_head_with_an_adapter_gets_its_gradient():
     model = adapted(untied(), target_modules=["q_proj", "lm_head"])
     loss = SupervisedLoss(model)
     assert_is_the_models_own(model, loss)
-    assert any("lm_head" in name for name in gradients(model)) and not loss.is_bounded
+    assert any("lm_head" in name for name in gradients(model)) and not loss.is_bounded(
+        tiny.causal_batch()
+    )
 
 
 def test_a_head_that_begins_to_train_later_gets_its_gradient():
@@ -236,3 +235,15 @@ def test_logits_are_never_held_at_once(monkeypatch):
         supervised_logits(model, batch)
     assert held == [at_once, at_once]
     assert most.rows == got.num_targets > 10 * at_once
+
+
+@pytest.mark.parametrize(("build", "expected"), [(tiny.llama, True), (gemma2, False)])
+def test_one_example_tells_whether_memory_is_bounded(build, expected):
+    model, examples = adapted(build()), []
+    model.register_forward_pre_hook(
+        lambda _m, _a, kwargs: examples.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    loss = SupervisedLoss(model)
+    batch = tiny.causal_batch()
+    assert loss.is_bounded(batch) is loss.is_bounded(batch) is expected
+    assert set(examples) == {1}

@@ -46,9 +46,19 @@ class SupervisedLoss:
         self._model = model
         self._passes_on: bool | None = None  # not known before the first batch
 
-    @property
-    def is_bounded(self) -> bool:
-        """Whether memory for logits is bounded; not known to be before the first batch."""
+    def is_bounded(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether memory for logits is bounded, whatever the batch.
+
+        Args:
+            inputs: A batch; until one has been seen, its first example is run to tell.
+        """
+        base: Any = base_model(self._model)
+        if not _is_frozen_linear(base.get_output_embeddings()):
+            return False
+        if self._passes_on is None:
+            first = {k: v[:1] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+            with torch.no_grad():
+                self(first)
         return bool(self._passes_on)
 
     def __call__(

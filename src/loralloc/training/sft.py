@@ -54,7 +54,7 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
         fits = num_targets * self.model.config.vocab_size <= MOST_LOGITS
         return (
             num_targets > 0
-            and (fits or self._supervised_loss.is_bounded)
+            and (fits or self._supervised_loss.is_bounded(inputs))
             and self.args.loss_type == "nll"
             and self.compute_loss_func is None
             and self.label_smoother is None
