@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 SHORT = (
-    *("--max_steps", "12", "--num_rounds", "2"),
+    *("--max_steps", "8", "--num_rounds", "2"),
     *("--warmup_epochs", "0.01", "--recovery_epochs", "0.01"),
 )
 

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for task, data in harness.data_sets(args.data).items()
     }
     task, data = next(iter(harness.data_sets(args.data).items()))
-    growth = grow(task, data, repeats=1 if args.quick else 5)
+    growth = grow(task, data, repeats=1 if args.quick else 5, warmup=int(not args.quick))
     for task, result in results.items():
         show(task, result)
     for what, seconds in growth.items():
@@ -212,7 +212,7 @@ def spearman(a: Scores, b: Scores, sample: dict[str, list[int]]) -> float:
     return float(spearmanr(left, right).statistic)
 
 
-def grow(task: str, data: str, *, repeats: int) -> dict[str, dict[str, list[float]]]:
+def grow(task: str, data: str, *, repeats: int, warmup: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of gradient scoring by rank, by depth and by examples."""
     contestants = {}
     for rank in (2, 8, 32):
@@ -236,11 +236,16 @@ def grow(task: str, data: str, *, repeats: int) -> dict[str, dict[str, list[floa
             for count in (8, 16, 32)
         },
         repeats=repeats,
+        warmup=warmup,
     )
-    return {"rank": by_rank, "examples": by_examples, "blocks": by_depth(run, repeats=repeats)}
+    return {
+        "rank": by_rank,
+        "examples": by_examples,
+        "blocks": by_depth(run, repeats=repeats, warmup=warmup),
+    }
 
 
-def by_depth(run: Any, *, repeats: int) -> dict[str, list[float]]:
+def by_depth(run: Any, *, repeats: int, warmup: int) -> dict[str, list[float]]:
     """Seconds of gradient scoring on the first blocks of the model."""
     batches = scoring_batch.draw(run.trainer, run.trainer.eval_dataset, num_examples=16, seed=0)
     inner: Any = base_model(run.model)
@@ -261,7 +266,8 @@ def by_depth(run: Any, *, repeats: int) -> dict[str, list[float]]:
         return score
 
     counts = (len(blocks) // 3, 2 * len(blocks) // 3, len(blocks))
-    return harness.by_turns({str(count): first(count) for count in counts}, repeats=repeats)
+    contestants = {str(count): first(count) for count in counts}
+    return harness.by_turns(contestants, repeats=repeats, warmup=warmup)
 
 
 def scorer(model: nn.Module, objective: Objective) -> Any:

@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found["source"] = Path(found["source"]).name
             results[name]["evaluations"][what] = {"flags": more, **found}
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
         json.dumps({"packages": packages, "runs": results}, indent=1) + "\n", encoding="utf-8"
     )
