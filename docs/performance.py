@@ -69,21 +69,29 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "The worst task counts where there are several.",
         "",
-        "| figure | bar | measured | settings |",
-        "|---|---:|---:|---|",
+        "| figure | bar | measured | met | settings |",
+        "|---|---:|---:|---|---|",
     ]
     for name, key, words, bar in BARS:
         if name in results:
             value = results[name]
             for part in key.split("."):
                 value = value[part]
-            lines.append(f"| {words} | {bar} | {value:.3g} | {settings(results[name])} |")
+            met = "yes" if is_met(value, bar) else "no"
+            how = settings(results[name])
+            lines.append(f"| {words} | {bar} | {value:.4g} | {met} | {how} |")
     for name, section in (("step", ladder), ("scoring", scoring), ("end_to_end", whole_runs)):
         if name in results:
             lines += ["", *section(results[name])]
     if "memory" in results:
         lines += ["", *memory(results["memory"])]
     return lines
+
+
+def is_met(value: float, bar: str) -> bool:
+    """Whether a value keeps a bar such as ">= 50"."""
+    sign, limit = bar.split()
+    return value >= float(limit) if sign == ">=" else value <= float(limit)
 
 
 def settings(result: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def page(results: dict[str, Any]) -> str:
             for figure in found["figures"]:
                 value = figure["value"]
                 words = f"{figure['name']} " + ("missing" if value is None else f"{value:.1f}")
-                said = figure["missing"] or figure["implementation"]
+                said = (figure["missing"] or figure["implementation"]).replace("|", " ")
                 lines.append(f"| {name} | {what} | {examples} | {words} | {said} |")
     lines += ["", "## Commands", ""]
     for name, result in results.items():
