@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 FLAGS = """\
 the flags used most (defaults in brackets):
-  --task NAME                   prompts, labels and metric of a known data set: sst2, e2e, demo
+  --task NAME                   a known data set: its prompts, labels and metric (`loralloc tasks`)
   --dataset_name DATA           a folder, a file (.json .jsonl .csv .parquet), a Hub name or `demo`
   --model_name_or_path MODEL    smollm2-135m, minilm-l6, a folder or a Hub name [smollm2-135m]
   --output_dir FOLDER           the run folder [runs/DATA-MODEL]
@@ -27,6 +27,7 @@ the flags used most (defaults in brackets):
   --ranks_per_round N           a number, `block` or `model` [block]
   --score NAME                  gradient, screened, ablation or shapley [gradient]
   --budget UNIT                 ranks or parameters [ranks]
+  --protocol paper              batch, length, evaluation and early stopping as in the paper
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag;
 `loralloc train --help-all` lists them. A TRL SFT YAML is taken as it is, with one more block:
