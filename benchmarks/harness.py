@@ -25,9 +25,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from loralloc.cli.progress import quiet_libraries  # noqa: E402
+from loralloc.cli.progress import prepare_process  # noqa: E402
 from loralloc.training import run as runs  # noqa: E402
-from loralloc.training.machine import use_physical_cores  # noqa: E402
 from loralloc.training.settings import resolve  # noqa: E402
 
 FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
@@ -45,14 +44,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     )
     made.add_argument("--quick", action="store_true", help="under 3 minutes on two cores")
     made.add_argument("--json", type=Path, help="where to write the results")
-    settle()
+    prepare_process()
     return made
-
-
-def settle() -> None:
-    """Quiet libraries, and one thread a core."""
-    quiet_libraries()
-    use_physical_cores()
 
 
 def data_sets(folder: Path) -> dict[str, str]:

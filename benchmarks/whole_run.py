@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("data")
     parser.add_argument("model")
     args, flags = parser.parse_known_args(argv)
-    harness.settle()
+    harness.prepare_process()
     with tempfile.TemporaryDirectory() as folder:
         run = runs.prepare(
             resolve(

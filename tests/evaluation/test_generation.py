@@ -2,9 +2,8 @@ import copy
 from collections import Counter
 
 import pytest
-import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from loralloc.evaluation.generation import generate
 from loralloc.evaluation.prompts import batches
@@ -19,21 +18,6 @@ PROMPTS = [
     "الفيلم جيد جدا והסרט טוב",
     "two\n\nlines\tand a tab:",
 ]
-
-
-@pytest.fixture
-def tokenizer(llama_folder):
-    return AutoTokenizer.from_pretrained(llama_folder)
-
-
-@pytest.fixture(params=("llama", "gpt2"))
-def model(request, llama_folder, tokenizer):
-    """In float32, with an adapter that has learnt something."""
-    if request.param == "llama":
-        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    else:
-        base = tiny.gpt2(vocab_size=len(tokenizer), n_positions=512)
-    return tiny.with_trained_b(tiny.adapted(base))
 
 
 def reference(model, tokenizer, prompt, **options):

@@ -1,7 +1,6 @@
 import pytest
-import tiny
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from loralloc.evaluation.labels import encode_labels, score_labels
 from loralloc.evaluation.prompts import encode
@@ -14,20 +13,6 @@ PROMPTS = [
     "الفيلم جيد جدا והסרט טוב",
 ]
 LABELS = ("good", "not good at all", "bad")
-
-
-@pytest.fixture
-def tokenizer(llama_folder):
-    return AutoTokenizer.from_pretrained(llama_folder)
-
-
-@pytest.fixture(params=("llama", "gpt2"))
-def model(request, llama_folder, tokenizer):
-    if request.param == "llama":
-        base = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-    else:
-        base = tiny.gpt2(vocab_size=len(tokenizer), n_positions=512)
-    return tiny.with_trained_b(tiny.adapted(base))
 
 
 def reference(model, tokenizer, prompt, label):

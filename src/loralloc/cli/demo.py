@@ -58,15 +58,13 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Train, and compare before with after."""
-    from loralloc.cli.progress import Progress, quiet_libraries
+    from loralloc.cli.progress import Progress, prepare_process
     from loralloc.report.grid import RankGrid
     from loralloc.report.ranks import rank_table
-    from loralloc.training import machine
     from loralloc.training import run as runs
     from loralloc.training.settings import resolve
 
-    quiet_libraries()
-    machine.use_physical_cores()
+    prepare_process()
     out = console()
     settings = resolve([*FLAGS, "--output_dir", str(args.output_dir)])
     if runs.holds_run(args.output_dir) and not args.overwrite:

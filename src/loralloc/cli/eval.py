@@ -68,9 +68,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Predict, measure and print the table."""
-    from loralloc.cli.progress import quiet_libraries
+    from loralloc.cli.progress import prepare_process
 
-    quiet_libraries()
+    prepare_process()
     from loralloc.evaluation import evaluate
     from loralloc.evaluation.request import Request
 

@@ -27,9 +27,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print one answer a prompt."""
-    from loralloc.cli.progress import quiet_libraries
+    from loralloc.cli.progress import prepare_process
 
-    quiet_libraries()
+    prepare_process()
     for name in ("max_new_tokens", "num_beams"):
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")

@@ -75,9 +75,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Answer, compare, and print the tables."""
-    from loralloc.cli.progress import quiet_libraries
+    from loralloc.cli.progress import prepare_process
 
-    quiet_libraries()
+    prepare_process()
     out = console()
     from loralloc.evaluation.judge.contestants import contestant_names
     from loralloc.evaluation.judge.questions import (

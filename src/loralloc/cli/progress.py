@@ -26,13 +26,15 @@ from transformers import (
 
 from loralloc.allocation.record import Round
 from loralloc.report.grid import short_labels, split_name
+from loralloc.training.machine import use_physical_cores
 
 if TYPE_CHECKING:
     from loralloc.training.run import Run
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices out of the way of ours."""
+def prepare_process() -> None:
+    """One thread a core, and the libraries' own bars and notices out of the way of ours."""
+    use_physical_cores()
     import datasets
     import transformers
 

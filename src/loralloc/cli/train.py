@@ -64,17 +64,14 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Train, or show what would be trained."""
-    from loralloc.cli.progress import Progress, quiet_libraries
+    from loralloc.cli.progress import Progress, prepare_process
 
-    quiet_libraries()
+    prepare_process()
     if args.help_all:
         _print_all_flags()
         return 0
     settings = _settings(args)
-    from loralloc.training import machine
     from loralloc.training import run as runs
-
-    machine.use_physical_cores()
 
     folder = settings.output_dir
     checkpoint = runs.checkpoint_to_resume(folder) if args.resume else None

@@ -31,7 +31,8 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Fig
     # sacrebleu wants one list a reference number; None stands for "this example has fewer".
     streams = [[texts[k] if k < len(texts) else None for texts in references] for k in range(most)]
     score = metric.corpus_score(list(predictions), streams)
-    return Figure(name="BLEU", value=score.score, implementation=str(metric.get_signature()))
+    implementation = f"sacrebleu {metric.get_signature()}"
+    return Figure(name="BLEU", value=score.score, implementation=implementation)
 
 
 def sentence_bleu(prediction: str, references: Sequence[str]) -> float:

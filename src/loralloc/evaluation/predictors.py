@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from loralloc.evaluation.classifiers import predict_labels
 from loralloc.evaluation.generation import respond
 from loralloc.evaluation.labels import encode_labels, score_endings
@@ -52,7 +50,6 @@ def language_model(
         ValueError: As `prompts.encode` and `labels.encode_labels`.
     """
     model, tokenizer = load_trained(folder, with_adapter=with_adapter)
-    model.to(_device())
     prompts = [example.prompt for example in examples]
     room = decoding.max_new_tokens
     token_ids, cut = encode(model, tokenizer, prompts, max_new_tokens=room, truncate=True)
@@ -145,7 +142,6 @@ def _encoder(
     *,
     batch_size: int,
 ) -> Predictor:
-    model.to(_device())
     lengths = [1 + len(encoder_input(example)) // 4 for example in examples]  # tokens, about
     return Predictor(
         model=model,
@@ -160,9 +156,3 @@ def encoder_input(example: Example) -> str:
     if example.span is not None:
         return f"{example.span.question}\n{example.span.context}"
     return "\n".join(text for text in (example.text, example.text_pair) if text is not None)
-
-
-def _device() -> torch.device:
-    """The machine's accelerator, or the CPU."""
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return found or torch.device("cpu")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from transformers import (
     BatchEncoding,
     DataCollatorWithPadding,
@@ -46,6 +47,17 @@ def classification_trainer(
         )
         for name in ("train", "validation")
     }
+    return encoder_trainer(model, tokenizer, args, data, compute_metrics=accuracy)
+
+
+def encoder_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: TrainingArguments,
+    data: Mapping[str, Dataset],
+    **options: Any,
+) -> SafeTrainer:
+    """A trainer for tokenised train and validation rows, padded batch by batch."""
     return SafeTrainer(
         model=model,
         args=args,
@@ -53,7 +65,7 @@ def classification_trainer(
         eval_dataset=data["validation"],
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
-        compute_metrics=accuracy,
+        **options,
     )
 
 

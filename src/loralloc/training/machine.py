@@ -32,6 +32,14 @@ def cpu_has_bf16() -> bool:
     return CPUINFO.is_file() and " bf16 " in CPUINFO.read_text(errors="ignore")
 
 
+def accelerator() -> torch.device:
+    """The machine's accelerator, or the CPU."""
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found or torch.device("cpu")
+
+
 def physical_cores() -> int | None:
     """Cores of this machine, counting those that share one once; None where it cannot be told."""
     entries = [entry for entry in cpu_entries() if "core id" in entry]

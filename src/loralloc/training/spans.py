@@ -19,12 +19,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from loralloc.tasks.columns import to_examples
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Span, Task
-from loralloc.training.classification import SafeTrainer
+from loralloc.training.classification import SafeTrainer, encoder_trainer
 from loralloc.training.data import ROW
 from loralloc.training.models import longest_input
 
@@ -187,14 +187,7 @@ def span_trainer(
         )
         for name in ("train", "validation")
     }
-    return SafeTrainer(
-        model=model,
-        args=args,
-        train_dataset=data["train"],
-        eval_dataset=data["validation"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-    )
+    return encoder_trainer(model, tokenizer, args, data)
 
 
 def _training_rows(

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from loralloc.training.machine import accelerator
 from loralloc.training.models import Head, load_model, load_tokenizer
 from loralloc.training.settings import FILE_NAME, saved
 
@@ -39,7 +40,7 @@ def head_of(folder: Path) -> Head:
 def load_trained(
     folder: Path, *, with_adapter: bool = True, head: Head = "lm"
 ) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The model and tokenizer of a finished run.
+    """The model, on the machine's accelerator where it has one, and tokenizer of a finished run.
 
     Args:
         folder: The run folder.
@@ -65,7 +66,7 @@ def load_trained(
     model: Any = load_model(name, head=head, **options)
     if with_adapter:
         model = PeftModel.from_pretrained(model, folder)
-    return model, load_tokenizer(str(folder))
+    return model.to(accelerator()), load_tokenizer(str(folder))
 
 
 def save_labels(folder: Path, labels: dict[int, str]) -> None:

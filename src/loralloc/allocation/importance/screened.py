@@ -1,4 +1,4 @@
-"""Rank by gradient, settle the ranks near the cut by ablation: the default score.
+"""Rank by gradient, settle the ranks near the cut by ablation.
 
 The first-order scores decide for all ranks that are clearly above or below the cut. Where the
 measured error of the first order leaves doubt, eq. 6 is computed exactly, so that the pruned set is
