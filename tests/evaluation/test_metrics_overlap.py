@@ -65,7 +65,7 @@ def test_bleu_is_what_sacrebleus_command_prints(tmp_path):
     printed = json.loads(sacrebleu_command(tmp_path))
     figure = bleu(PREDICTIONS, REFERENCES)
     assert figure.value == pytest.approx(printed["score"], abs=1e-9)
-    assert figure.implementation == printed["signature"]
+    assert figure.implementation == f"sacrebleu {printed['signature']}"
 
 
 def test_sentence_bleu_is_what_sacrebleus_command_prints(tmp_path):
