@@ -1,6 +1,7 @@
 """One whole run of one contestant in a process of its own, for `end_to_end.py` and `memory.py`.
 
-Prints one line of JSON: seconds of training, seconds of every round, peak resident memory.
+Prints one line of JSON: seconds of training, by the clock and of the processor (which say the same
+of an idle machine only), seconds of every round, peak resident memory.
 
     lora       the run of `loralloc train` without allocation
     alora      the run of `loralloc train`
@@ -25,9 +26,9 @@ from peft import AdaLoraConfig, get_peft_model
 from transformers import Trainer, TrainerCallback
 from trl import SFTTrainer
 
+from loralloc.methods.targets import resolve_targets
 from loralloc.training import run as runs
 from loralloc.training.settings import resolve
-from loralloc.training.targets import resolve_targets
 
 CONTESTANTS = ("lora", "alora", "adalora")
 
@@ -56,15 +57,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             trainer.remove_callback(run.allocation)
         if args.contestant == "adalora":
             trainer = adalora(run)
+        begin = _cpu_seconds()
         _, seconds = harness.timed(trainer.train)
+        cpu_seconds = _cpu_seconds() - begin
         rounds = [entry.seconds for entry in run.allocation.record.rounds]
         result = {
             "seconds": seconds,
+            "cpu_seconds": cpu_seconds,
             "round_seconds": rounds,
             "steps": trainer.state.global_step,
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
     sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _cpu_seconds() -> float:
+    """Seconds that all threads of this process have computed so far."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
 
 
 def adalora(run: runs.Run) -> Any:

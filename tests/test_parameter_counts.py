@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from loralloc.allocation.layers import lora_layers, modules_per_block, rank_cost
-from loralloc.training.targets import resolve_targets
+from loralloc.methods.targets import resolve_targets
 
 
 def llama_2_7b():

@@ -15,7 +15,7 @@ from trainers import (
 from transformers import EarlyStoppingCallback
 
 from loralloc import attach
-from loralloc.training.restore import saved_ranks
+from loralloc.methods.restore import saved_ranks
 
 
 @pytest.fixture(params=["causal", "classification"])

@@ -10,9 +10,9 @@ from trainers import Interrupted, KillAt, adapter, present, ranks_now, without_s
 from transformers import TrainerCallback
 
 from loralloc.allocation.record import Record
+from loralloc.methods.restore import saved_ranks
 from loralloc.training import protocol
 from loralloc.training import run as runs
-from loralloc.training.restore import saved_ranks
 from loralloc.training.settings import resolve, saved
 
 OPTIONS = {

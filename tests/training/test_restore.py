@@ -5,7 +5,7 @@ from peft import PeftModel
 from trainers import adapter, ranks_now
 
 from loralloc import resize
-from loralloc.training.restore import restore_shapes, saved_ranks
+from loralloc.methods.restore import restore_shapes, saved_ranks
 
 WANTED = {
     "model.layers.0.self_attn.q_proj": 1,

@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from loralloc.allocation.record import Record
+from loralloc.methods.restore import saved_ranks
 from loralloc.training import run as runs
 from loralloc.training.checkpoint import last_checkpoint
 from loralloc.training.data import ROW
-from loralloc.training.restore import saved_ranks
 from loralloc.training.settings import resolve
 from loralloc.training.trained import head_of, load_trained
 

@@ -22,8 +22,8 @@ from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import round_steps
+from loralloc.methods.restore import check_scaling, restore_shapes
 from loralloc.training import scoring_batch
-from loralloc.training.restore import check_scaling, restore_shapes
 
 logger = logging.getLogger(__name__)
 

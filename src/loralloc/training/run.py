@@ -26,6 +26,8 @@ from loralloc.allocation.record import FILE_NAME as RECORD_NAME
 from loralloc.allocation.record import Round
 from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import fuse
+from loralloc.methods.restore import check_scaling
+from loralloc.methods.targets import resolve_targets
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.columns import to_sft
@@ -38,11 +40,9 @@ from loralloc.training.checkpoint import last_checkpoint, step_of
 from loralloc.training.classification import classification_trainer
 from loralloc.training.heads import choose_head
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
-from loralloc.training.restore import check_scaling
 from loralloc.training.settings import Settings
 from loralloc.training.sft import sft_trainer
 from loralloc.training.spans import span_rows, span_trainer
-from loralloc.training.targets import resolve_targets
 from loralloc.training.trained import LABELS_NAME, save_labels
 
 METRICS_NAME = "metrics.jsonl"

@@ -3,7 +3,7 @@ import tiny
 from peft import LoraConfig, get_peft_model
 
 from loralloc.allocation.layers import lora_layers
-from loralloc.training.targets import block_linears, resolve_targets
+from loralloc.methods.targets import block_linears, resolve_targets
 
 
 def adapted_names(model, targets):

@@ -1,0 +1,44 @@
+"""Every method by name."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from importlib import import_module
+
+from loralloc.methods.method import Method
+
+METHODS = {
+    "lora": "lora:Lora",
+    "alora": "alora:Alora",
+    "alora-dnas": "alora:AloraDnas",
+    "alora-sensi": "alora:AloraSensi",
+    "adalora": "adalora:AdaLora",
+    "sora": "sora:Sora",
+    "salora": "salora:SaLora",
+    "ssp": "ssp:Ssp",
+    "p-tuning-v2": "p_tuning:PTuning",
+    "spt": "spt:Spt",
+    "houlsby": "houlsby:Houlsby",
+    "parallel-adapter": "parallel_adapter:ParallelAdapter",
+    "adapterdrop": "adapterdrop:AdapterDrop",
+    "lst": "lst:Lst",
+    "learned-adapter": "learned_adapter:LearnedAdapter",
+    "bitfit": "bitfit:BitFit",
+    "full": "full:Full",
+}
+"""Module and class of each, imported when they are asked for."""
+
+
+def get_method(name: str) -> type[Method]:
+    """The method of this name.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name not in METHODS:
+        near = get_close_matches(name, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use one of {', '.join(METHODS)}."
+        raise ValueError(f"There is no method {name!r}; {hint}")
+    module, _, class_name = METHODS[name].partition(":")
+    found: type[Method] = getattr(import_module(f"loralloc.methods.{module}"), class_name)
+    return found

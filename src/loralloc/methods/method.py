@@ -1,0 +1,243 @@
+"""What a method is to a run: one Protocol for every way of adapting a model.
+
+A run prepares a model with a method, tells the method of every batch and every optimiser step, adds
+its extra loss to the training loss, and saves and loads through it. It knows no method by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from peft import TaskType
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from loralloc.allocation.config import AllocationConfig
+
+Batch = Mapping[str, Any]
+"""Arguments of the model's forward, with the labels."""
+
+Status = Literal["faithful", "port", "reconstruction"]
+"""How near a method is to its paper: as published, moved to other backbones, or rebuilt from the
+paper's words, where no code was ever published."""
+
+DEFAULT_RANK = 8
+"""LoRA's rank whose parameters are the budget where none is given (the paper's comparison)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What a method is, for people."""
+
+    name: str
+    """The name in commands."""
+
+    title: str
+    """The name in tables."""
+
+    paper: str
+    """Authors and year."""
+
+    status: Status
+    differs: str = ""
+    """What is otherwise than in the paper or its code, in a sentence or two."""
+
+    merges: bool = False
+    """Whether it can be merged into the backbone, so that inference costs nothing more."""
+
+    starts_as_base: bool = True
+    """Whether the model at step 0 computes what the backbone alone computes."""
+
+    why_not_base: str = ""
+    """Why it does not, where it does not."""
+
+    shares_prompts: bool = True
+    """Whether a prompt may be read in pieces when text is generated. Not where prompts are made
+    from the whole of it, or where reading begins with a prefix."""
+
+    task_types: tuple[TaskType, ...] = (
+        TaskType.CAUSAL_LM,
+        TaskType.SEQ_CLS,
+        TaskType.QUESTION_ANS,
+    )
+    """What it can be used for."""
+
+
+@dataclass(kw_only=True)
+class Session:
+    """What a run gives a method to work with, from its first step to its last."""
+
+    optimizer: Optimizer
+    """Trains the model's trainable parameters."""
+
+    num_steps: int
+    """Optimiser steps of the whole run."""
+
+    steps_per_epoch: int
+
+    loss: Callable[[Batch], Tensor]
+    """Mean loss of the model on a batch, with its graph, in the mode the model is in."""
+
+    second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
+    """Training batches that the weights are not trained on while the method searches, without end;
+    see `Method.search_steps`."""
+
+    held_out: Sequence[Batch] = ()
+    """The scoring batch: development examples, in micro-batches."""
+
+    seed: int = 0
+
+
+@dataclass(kw_only=True)
+class Method(ABC):
+    """A way to adapt a model. Its fields are its options; None is chosen by the budget.
+
+    The order of calls is: `fit`, `prepare`, then for a resumed run `load` and `load_state`, then
+    `begin`, and `watch` and `extra_loss` for every batch and `step` for every optimiser step, then
+    `finish`, `save`.
+    """
+
+    about: ClassVar[About]
+
+    size: ClassVar[str]
+    """The option that a budget chooses: a rank, a bottleneck, a number of tokens."""
+
+    paper: ClassVar[Mapping[str, Any]] = {}
+    """The options of the paper's comparison (Liu et al. 2024, Appendix E)."""
+
+    model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    """The adapted model, once it is prepared."""
+
+    def options(self) -> dict[str, Any]:
+        """The options, as plain data."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
+    @abstractmethod
+    def count(self, model: nn.Module, size: int) -> int:
+        """Parameters it would store at that size, for this backbone (it may be on "meta").
+
+        Of a method that ends smaller than it begins: those at its end.
+        """
+
+    def fit(self, model: nn.Module, budget: int) -> None:
+        """Choose the size whose parameters are nearest to a budget, where none was given.
+
+        Raises:
+            ValueError: One unit already costs more than twice the budget.
+        """
+        if getattr(self, self.size) is not None:
+            return
+        low, high = 1, 1
+        while self.count(model, high) < budget:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self.count(model, middle) < budget:
+                low = middle
+            else:
+                high = middle
+        best = min((low, high), key=lambda size: abs(self.count(model, size) - budget))
+        if self.count(model, best) > 2 * budget:
+            raise ValueError(
+                f"The budget is {budget:,} parameters, but {self.about.name} with `{self.size}` of "
+                f"{best} has {self.count(model, best):,} already; raise `--budget`."
+            )
+        setattr(self, self.size, best)
+
+    @abstractmethod
+    def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
+        """Adapt a model; only the method's own weights, and the heads, train afterwards.
+
+        Args:
+            model: The backbone, with its head.
+            task_type: What it is used for.
+            heads: Names of modules that are drawn at random, so that they train and are saved.
+
+        Returns:
+            The model to train: the same, or one around it.
+        """
+
+    def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
+        """How ranks are allocated while it trains, given the run's options; None: not at all."""
+        return None
+
+    def search_steps(self, num_steps: int) -> int:
+        """Steps of a run of so many that search for a structure; the rest train what was found.
+
+        Until then weights are trained on one half of the training examples (drawn by the seed), and
+        `Session.second_half` gives the other; then the learning rate's schedule begins anew.
+        """
+        return 0
+
+    def begin(self, session: Session) -> None:
+        """Take up a run, a new or a resumed one."""
+
+    def watch(self, batch: Batch) -> None:
+        """See a batch, with its labels, just before the model does."""
+
+    def extra_loss(self) -> Tensor | None:
+        """What is added to the mean loss of a training batch."""
+        return None
+
+    def step(self, number: int) -> None:
+        """Act after the optimiser's step of this number (from 1); gradients are still there."""
+
+    def first_eligible_step(self) -> int:
+        """The first step whose checkpoint may be chosen as the best: the budget is reached."""
+        return 0
+
+    def finish(self) -> None:
+        """Bring the model into the form that is saved.
+
+        Raises:
+            RuntimeError: The run ended before the method did what it is for.
+        """
+
+    @abstractmethod
+    def num_trained(self) -> int:
+        """Parameters that train now, without the task's head and the method's gates."""
+
+    def num_stored(self) -> int:
+        """Parameters that one task keeps, without its head: what is not zero by construction."""
+        return self.num_trained()
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write what opens the adapted model again, as safetensors and JSON."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Give the prepared model the structure and the weights that were saved."""
+
+    def state(self) -> Any:
+        """What a resumed run needs beyond `save`: nested dicts and lists of data and tensors."""
+        return {}
+
+    def load_state(self, state: Any) -> None:
+        """Take up what `state` gave."""
+
+    def merge(self) -> Any:
+        """The backbone with the adaptation in its weights.
+
+        Raises:
+            TypeError: The method cannot be merged.
+        """
+        raise TypeError(
+            f"{self.about.title} adds computations that no weight of the backbone can hold, so it "
+            "cannot be merged; keep it as an adapter."
+        )
+
+
+def freeze(model: nn.Module) -> None:
+    """Let nothing of a model train."""
+    model.requires_grad_(False)
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, in model order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -1,0 +1,124 @@
+"""Methods that PEFT has, or that end as one of its adapters: saved and opened by stock PEFT."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loralloc.methods.in_place import WEIGHTS_NAME
+from loralloc.methods.method import Method, trainable
+from loralloc.methods.restore import restore_shapes
+from loralloc.methods.targets import resolve_targets
+
+PEFT_HEADS = ("classifier", "score", "qa_outputs")
+"""Heads that PEFT trains and saves with an adapter for classification or question answering."""
+
+
+@dataclass(kw_only=True)
+class PeftMethod(Method):
+    """A method whose model is a `PeftModel`."""
+
+    @abstractmethod
+    def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
+        """PEFT's options; `heads` are those that PEFT does not save by itself."""
+
+    def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
+        """See `Method.prepare`."""
+        # PEFT saves its own heads as a whole; a part of one named as well would be saved twice.
+        named = [head for head in heads if head.partition(".")[0] not in PEFT_HEADS]
+        config = self.peft_config(model, task_type=task_type, heads=named)
+        self.model = get_peft_model(model, config)
+        return self.model
+
+    def num_trained(self) -> int:
+        """See `Method.num_trained`."""
+        return sum(
+            parameter.numel()
+            for name, parameter in trainable(self.model).items()
+            if "modules_to_save" not in name
+        )
+
+    def save(self, folder: Path) -> None:
+        """See `Method.save`."""
+        self.model.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS_NAME))
+
+
+@dataclass(kw_only=True)
+class LoraShaped(PeftMethod):
+    """A method on the low-rank updates of linear layers, which ends as stock PEFT LoRA."""
+
+    rank: int | None = None
+    """Ranks of every module, on average at the end; None for what the budget allows."""
+
+    scale: float = 2.0
+    """What the update is multiplied by: alpha / r of LoRA."""
+
+    dropout: float = 0.0
+    targets: Sequence[str] | str | None = None
+    """Modules to adapt, as PEFT's `target_modules`; None for every linear layer of every block."""
+
+    size: ClassVar[str] = "rank"
+
+    def count(self, model: nn.Module, size: int) -> int:
+        """See `Method.count`."""
+        return size * rank_parameters(model, resolve_targets(model, self.targets))
+
+    def lora_config(
+        self, model: Any, rank: int, *, task_type: TaskType, heads: Sequence[str], **more: Any
+    ) -> LoraConfig:
+        """PEFT's options of plain LoRA with so many ranks in every module."""
+        return LoraConfig(
+            r=rank,
+            lora_alpha=_whole(self.scale * rank),
+            lora_dropout=self.dropout,
+            target_modules=resolve_targets(model, self.targets),
+            modules_to_save=list(heads) or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+            task_type=task_type,
+            **more,
+        )
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        restore_shapes(self.model, folder)
+        super().load(folder)
+
+    def merge(self) -> Any:
+        """See `Method.merge`."""
+        return self.model.merge_and_unload()
+
+
+def rank_parameters(model: nn.Module, targets: Sequence[str] | str) -> int:
+    """Parameters of one rank in every targeted module, as PEFT would match the targets."""
+    return sum(sum(shape) for shape in targeted_shapes(model, targets).values())
+
+
+def targeted_shapes(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[int, int]]:
+    """Input and output features of every targeted linear layer, by name."""
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    return {
+        name: (module.in_features, module.out_features)
+        if isinstance(module, nn.Linear)
+        else tuple(module.weight.shape)  # Conv1D: (in, out)
+        for name, module in model.named_modules()
+        if check_target_module_exists(config, name)
+    }
+
+
+def _whole(alpha: float) -> float:
+    """As PEFT writes it: a whole number without its decimal point."""
+    return int(alpha) if float(alpha).is_integer() else alpha

@@ -1,0 +1,92 @@
+"""A method driven by hand, as a run drives it, on tiny models and without a trainer."""
+
+import itertools
+
+import tiny
+import torch
+from peft import TaskType
+
+from loralloc.methods.method import Method, Session
+
+BUILDS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "roberta": tiny.roberta_classifier}
+"""Backbones of the three shapes that every method knows."""
+
+STEPS = 40
+
+
+def task_type(model) -> TaskType:
+    is_classifier = type(model).__name__.endswith("ForSequenceClassification")
+    return TaskType.SEQ_CLS if is_classifier else TaskType.CAUSAL_LM
+
+
+def prepared(method: Method, model, budget: int = 3000):
+    """The method, sized and prepared; its model, in training mode. A classifier's head trains."""
+    heads = ("classifier",) if task_type(model) == TaskType.SEQ_CLS else ()
+    with tiny.seeded(3):
+        method.fit(model, budget)
+        method.prepare(model, task_type=task_type(model), heads=heads)
+    method.model.train()
+    return method
+
+
+def learnable(model):
+    """One batch whose answers follow from what is read, and another of the same kind."""
+    return tiny.batch_for(model, num_examples=8, seed=5), tiny.batch_for(
+        model, num_examples=8, seed=6
+    )
+
+
+class Drive:
+    """The training loop: the calls and their order are those of a run."""
+
+    def __init__(self, method: Method, *, num_steps: int = STEPS, lr: float = 1e-2):
+        self.method, self.num_steps, self.done = method, num_steps, 0
+        self.batch, other = learnable(_inner(method.model))
+        self.optimizer = tiny.optimizer_for(method.model, lr=lr)
+        self.session = Session(
+            optimizer=self.optimizer,
+            num_steps=num_steps,
+            steps_per_epoch=num_steps // 4,
+            loss=self.loss_of,
+            second_half=itertools.repeat(other),
+            held_out=tiny.micro_batches(other, 4),
+            seed=0,
+        )
+
+    def loss_of(self, batch):
+        self.method.watch(batch)
+        return self.method.model(**batch).loss
+
+    def begin(self):
+        self.method.begin(self.session)
+        return self
+
+    def train(self, until: int | None = None) -> list[float]:
+        """The plain losses, step by step."""
+        losses = []
+        while self.done < (self.num_steps if until is None else until):
+            loss = self.loss_of(self.batch)
+            losses.append(loss.item())
+            extra = self.method.extra_loss()
+            (loss if extra is None else loss + extra).backward()
+            self.optimizer.step()
+            self.done += 1
+            self.method.step(self.done)
+            self.optimizer.zero_grad()
+        return losses
+
+
+def _inner(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@torch.no_grad()
+def logits(method: Method, batch) -> torch.Tensor:
+    """What the model computes in evaluation mode, at positions that are read."""
+    model = method.model
+    was = model.training
+    model.eval()
+    method.watch(batch)
+    found = model(**batch).logits
+    model.train(was)
+    return found[batch["attention_mask"].bool()] if found.ndim == 3 else found

@@ -1,0 +1,147 @@
+"""What holds for every method on every shape of backbone; a method's own tests are in its file."""
+
+import copy
+
+import pytest
+import session
+import tiny
+import torch
+from peft import TaskType
+from safetensors.torch import load_file
+from session import BUILDS, Drive, logits, prepared
+
+from loralloc.methods.catalog import METHODS, get_method
+
+CASES = [(name, shape) for name in METHODS for shape in BUILDS]
+DECODERS = [(name, shape) for name, shape in CASES if shape != "roberta"]
+
+
+def made(name: str, shape: str, **options):
+    model = BUILDS[shape]()
+    kind = get_method(name)
+    if session.task_type(model) not in kind.about.task_types:
+        pytest.skip(f"{name} is not for {session.task_type(model)}")
+    return prepared(kind(**options), model)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_at_step_0_it_equals_the_backbone_or_says_why_not(name, shape):
+    method, base = made(name, shape), BUILDS[shape]()
+    batch = tiny.batch_for(base)
+    with torch.no_grad():
+        plain = base(**batch).logits
+    plain = plain[batch["attention_mask"].bool()] if plain.ndim == 3 else plain
+    is_same = torch.allclose(logits(method, batch), plain, atol=1e-5)
+    assert is_same == method.about.starts_as_base
+    assert bool(method.about.why_not_base) != method.about.starts_as_base
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_it_learns_and_leaves_the_backbone_as_it_was(name, shape):
+    method, base = made(name, shape), BUILDS[shape]().state_dict()
+    losses = Drive(method).begin().train()
+    assert losses[-1] < 0.8 * losses[0]
+    inner = session._inner(method.model)
+    frozen = {n: p for n, p in inner.named_parameters() if not p.requires_grad}
+    compared = 0
+    for name_now, parameter in frozen.items():
+        original = name_now.replace(".base_layer", "").replace(".original_module", "")
+        if original in base:
+            compared += 1
+            assert torch.equal(parameter, base[original]), name_now
+    assert compared > 10 or name == "full"
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_saved_and_opened_it_computes_the_same(name, shape, tmp_path):
+    method = made(name, shape)
+    Drive(method).begin().train()
+    method.finish()
+    method.save(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    assert load_file(tmp_path / "adapter_model.safetensors")
+    other = made(name, shape, **method.options())
+    other.load(tmp_path)
+    batch = tiny.batch_for(BUILDS[shape](), seed=9)
+    torch.testing.assert_close(logits(other, batch), logits(method, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_merged_it_computes_the_same_or_says_that_it_cannot_merge(name, shape):
+    method = made(name, shape)
+    Drive(method).begin().train()
+    method.finish()
+    batch = tiny.batch_for(BUILDS[shape](), seed=9)
+    expected = logits(method, batch)
+    if not method.about.merges:
+        with pytest.raises(TypeError, match="cannot be merged"):
+            method.merge()
+        return
+    merged = method.merge().eval()
+    assert type(merged) is type(BUILDS[shape]())
+    with torch.no_grad():
+        found = merged(**batch).logits
+    found = found[batch["attention_mask"].bool()] if found.ndim == 3 else found
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("at", [6, 15, 33], ids="step {}".format)
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_resumed_it_trains_as_if_it_had_not_stopped(name, shape, at, tmp_path):
+    with tiny.seeded(11):
+        whole = Drive(made(name, shape)).begin()
+        whole.train(until=at)
+        whole.method.save(tmp_path)
+        state, moments = copy.deepcopy((whole.method.state(), whole.optimizer.state_dict()))
+        generator = torch.get_rng_state()
+        expected = whole.train()
+        resumed = made(name, shape)
+        resumed.load(tmp_path)
+        resumed.load_state(state)
+        drive = Drive(resumed)
+        drive.optimizer.load_state_dict(moments)
+        drive.done = at
+        torch.set_rng_state(generator)
+        found = drive.begin().train()
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_the_same_seed_trains_the_same(name, shape):
+    losses = []
+    for _ in range(2):
+        with tiny.seeded(12):
+            losses.append(Drive(made(name, shape), num_steps=16).begin().train())
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("name", "shape"), CASES)
+def test_it_has_the_parameters_that_it_was_sized_for(name, shape):
+    method = made(name, shape)
+    counted = method.count(BUILDS[shape](), getattr(method, method.size))
+    Drive(method).begin().train()
+    method.finish()
+    assert method.num_stored() <= counted * 1.01
+    assert method.num_stored() >= counted * 0.9
+
+
+@pytest.mark.parametrize("num_beams", [1, 5])
+@pytest.mark.parametrize(("name", "shape"), DECODERS)
+def test_cached_generation_equals_uncached(name, shape, num_beams):
+    method = made(name, shape)
+    Drive(method).begin().train()
+    method.finish()
+    model = method.model.eval()
+    prompts = torch.tensor([[0, 0, 7, 9, 11], [5, 8, 21, 30, 4]])
+    options = dict(
+        inputs=prompts, attention_mask=(prompts != tiny.PADDING).long(), max_new_tokens=8,
+        do_sample=False, num_beams=num_beams, pad_token_id=tiny.PADDING,
+    )  # fmt: skip
+    if session.task_type(session._inner(model)) == TaskType.CAUSAL_LM:
+        cached = model.generate(**options, use_cache=True)
+        assert torch.equal(cached, model.generate(**options, use_cache=False))
+        alone = model.generate(
+            **{**options, "inputs": prompts[:1, 2:], "attention_mask": torch.ones(1, 3).long()},
+            use_cache=True,
+        )
+        assert cached[0, 5:].tolist()[: len(alone[0]) - 3] == alone[0, 3:].tolist()
