@@ -3,8 +3,8 @@
 Prints one line of JSON: seconds of training, by the clock and of the processor (which say the same
 of an idle machine only), seconds of every round, peak resident memory.
 
-    lora       the run of `loralloc train` without allocation
-    alora      the run of `loralloc train`
+    lora       `loralloc train --method lora`
+    alora      `loralloc train`
     adalora    PEFT's AdaLoRA, init_r twice the target, in the same trainer, its schedule driven by
                a callback; alpha such that its scale is LoRA's
 
@@ -31,6 +31,7 @@ from loralloc.training import run as runs
 from loralloc.training.settings import resolve
 
 CONTESTANTS = ("lora", "alora", "adalora")
+ROUNDS = ("--num_rounds", "--warmup_epochs", "--recovery_epochs")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,19 +49,20 @@ def main(argv: Sequence[str] | None = None) -> None:
                 [
                     *("--task", args.task, "--dataset_name", args.data, "--output_dir", folder),
                     *("--model_name_or_path", args.model, "--save_strategy", "no"),
-                    *("--eval_strategy", "no", "--disable_tqdm", "true", *flags),
+                    *("--eval_strategy", "no", "--disable_tqdm", "true"),
+                    *(flags if args.contestant == "alora" else _without_rounds(flags)),
+                    *("--method", "alora" if args.contestant == "alora" else "lora"),
                 ]
             )
         )
         trainer = run.trainer
-        if args.contestant != "alora":
-            trainer.remove_callback(run.allocation)
         if args.contestant == "adalora":
             trainer = adalora(run)
         begin = _cpu_seconds()
         _, seconds = harness.timed(trainer.train)
         cpu_seconds = _cpu_seconds() - begin
-        rounds = [entry.seconds for entry in run.allocation.record.rounds]
+        record = run.allocation.record.rounds if run.allocation else []
+        rounds = [entry.seconds for entry in record]
         result = {
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
@@ -69,6 +71,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
     sys.stdout.write(json.dumps(result) + "\n")
+
+
+def _without_rounds(flags: Sequence[str]) -> list[str]:
+    """The flags but those of the allocation, which nothing else has."""
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    return [part for pair in pairs if pair[0] not in ROUNDS for part in pair]
 
 
 def _cpu_seconds() -> float:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loralloc.allocation.record import Record as Record
     from loralloc.allocation.record import Round as Round
     from loralloc.allocation.resize import resize as resize
+    from loralloc.methods.opening import open_adapter as open_adapter
     from loralloc.training.attach import AllocationCallback as AllocationCallback
     from loralloc.training.attach import attach as attach
     from loralloc.training.supervised import use_supervised_loss as use_supervised_loss
@@ -34,6 +35,7 @@ _HOMES = {
     "Scores": "allocation.policy",
     "ScoringError": "allocation.allocator",
     "attach": "training.attach",
+    "open_adapter": "methods.opening",
     "plan": "allocation.policy",
     "resize": "allocation.resize",
     "use_supervised_loss": "training.supervised",

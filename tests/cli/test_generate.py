@@ -51,4 +51,4 @@ def test_numbers_below_one(flag, call, tmp_path):
 
 def test_a_folder_without_a_run(call, tmp_path):
     sentence = call("generate", tmp_path, "--prompt", "the").sentence
-    assert "holds no adapter_config.json, so no trained adapter" in sentence
+    assert "holds no adapter_config.json and no method.json, so no trained" in sentence

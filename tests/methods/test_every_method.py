@@ -118,7 +118,7 @@ def test_the_same_seed_trains_the_same(name, shape):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_it_has_the_parameters_that_it_was_sized_for(name, shape):
     method = made(name, shape)
-    counted = method.count(BUILDS[shape](), getattr(method, method.size))
+    counted = method.count(BUILDS[shape](), getattr(method, method.size, 0))
     Drive(method).begin().train()
     method.finish()
     assert method.num_stored() <= counted * 1.01

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import TRACKED, AllocationConfig
 from loralloc.allocation.importance import ablation, gradient, screened, shapley
+from loralloc.allocation.importance.architecture import Gates
+from loralloc.allocation.importance.sensitivity import Sensitivity
+from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.layers import (
     lora_layers,
     modules_per_block,
@@ -35,28 +38,31 @@ class ScoringError(ArithmeticError):
 class Allocator:
     """Moves ranks between the modules of a LoRA adapter.
 
-    Call `step` where gradients are cleared, between two optimiser steps. A `Trainer` user calls
-    `loralloc.attach` instead, which does it on schedule.
+    Call `step` where gradients are cleared, between two optimiser steps. A score that is gathered
+    while training wants `learn` or `observe` at every optimiser step, until the last round. A
+    `Trainer` user calls `loralloc.attach` instead, which does it all on schedule.
 
     Args:
         model: A PEFT model with a plain LoRA adapter, not wrapped for several processes.
-        config: The options; its schedule is not read here.
+        config: The options; of its schedule only `num_rounds` is read here.
         batches: The scoring batch B_val in micro-batches, as the model's forward takes them, with
-            labels. Memory does not rise where they are no larger than training's; one example
-            each under gradient checkpointing, which rests in evaluation mode.
+            labels; none for a score that is gathered while training. Memory does not rise where
+            they are no larger than training's; one example each under gradient checkpointing,
+            which rests in evaluation mode.
         adapter_name: PEFT's name of the adapter.
         record: Rounds of an earlier part of the same run, whose ranks the model already has.
 
     Raises:
         TypeError: The adapter has a part that rank allocation is not defined for.
-        ValueError: The budget cannot give every module `min_rank` ranks.
+        ValueError: The budget cannot give every module `min_rank` ranks, or the batches do not fit
+            the score.
     """
 
     def __init__(
         self,
         model: nn.Module,
         config: AllocationConfig,
-        batches: Sequence[Batch],
+        batches: Sequence[Batch] = (),
         *,
         adapter_name: str = "default",
         record: Record | None = None,
@@ -64,7 +70,13 @@ class Allocator:
         self.model = model
         self.config = config
         self.adapter_name = adapter_name
-        self._objective = Objective(model, batches)
+        is_tracked = config.score in TRACKED
+        if is_tracked and batches:
+            raise ValueError(
+                f"`score` is {config.score!r}, which is gathered while the adapter trains, so that "
+                "scoring batches would have no effect; leave them out."
+            )
+        self._objective = None if is_tracked else Objective(model, batches)
         layers = lora_layers(model, adapter_name)
         frozen = [
             name for name, b in weights_b(layers, adapter_name).items() if not b.requires_grad
@@ -83,6 +95,51 @@ class Allocator:
             else {}
         )
         self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
+        self._tracker = self._track() if self._has_rounds_ahead else None
+
+    def learn(self, batches: Iterable[Batch]) -> None:
+        """Let the gates of `score="architecture"` learn; nothing with another score.
+
+        Call it before every step of the weights. The model stays in the mode it is in.
+
+        Args:
+            batches: What the gates learn from: training examples that the weights are not trained
+                on until the last round, as many as the step has. Not read with another score.
+        """
+        if self._tracker:
+            self._tracker.learn(batches)
+
+    def observe(self) -> None:
+        """Take a step's gradients into `score="sensitivity"`; nothing with another score.
+
+        Call it after every step of the weights, before gradients are cleared. It sees the new
+        weights, and the gradients as the optimiser saw them: of all accumulated batches, and
+        clipped where they are.
+        """
+        if self._tracker:
+            self._tracker.observe()
+
+    def finish(self) -> None:
+        """Leave plain LoRA: gates go into B, and what was gathered for rounds to come is dropped.
+
+        It happens by itself after the last round; call it where training ends before.
+        """
+        if self._tracker:
+            self._tracker.finish()
+        self._tracker = None
+
+    def state(self) -> dict[str, Tensor]:
+        """What was gathered for rounds to come, which a resumed run needs beside the record."""
+        return self._tracker.state() if self._tracker else {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `state` gave.
+
+        Raises:
+            ValueError: It is not of this score, or of other ranks.
+        """
+        if self._tracker:
+            self._tracker.load_state(state)
 
     def step(self, optimizer: Optimizer | None, *, step: int = 0, epoch: float = 0.0) -> Round:
         """Carry out one round.
@@ -97,6 +154,8 @@ class Allocator:
 
         Raises:
             ScoringError: A loss or score is not finite. Nothing was changed.
+            RuntimeError: The score is gathered while training, and nothing was, or the last round
+                was before.
         """
         begin = time.perf_counter()
         number = len(self.record.rounds) + 1
@@ -104,7 +163,7 @@ class Allocator:
         limits = self._limits(births, number)
         before = self.record.ranks
         layers = lora_layers(self.model, self.adapter_name)
-        scores = self._score()(self._objective, weights_b(layers, self.adapter_name), limits)
+        scores = self._scores(weights_b(layers, self.adapter_name), limits)
         _check_finite(scores, number, step)
         decided = plan(scores, limits)
         resize(
@@ -114,6 +173,8 @@ class Allocator:
             adapter_name=self.adapter_name,
             generator=torch.Generator().manual_seed((self.config.seed or 0) * 1000 + number),
         )
+        if self._tracker:
+            self._tracker.follow(decided, optimizer=optimizer)
         after = {name: decided.rank_after(name) if name in decided.kept else 0 for name in before}
         entry = Round(
             round=number,
@@ -135,16 +196,42 @@ class Allocator:
             seconds=round(time.perf_counter() - begin, 3),
         )
         self.record.rounds.append(entry)
+        if not self._has_rounds_ahead:
+            self.finish()
         return entry
 
-    def _score(self) -> Score:
+    @property
+    def _has_rounds_ahead(self) -> bool:
+        return len(self.record.rounds) < self.config.num_rounds
+
+    def _track(self) -> Tracker | None:
+        """What gathers the score while training, where one does."""
+        if self.config.score == "sensitivity":
+            return Sensitivity(self.model, adapter_name=self.adapter_name)
+        if self.config.score == "architecture":
+            return Gates(
+                self.model,
+                lr=self.config.gate_lr,
+                weight_decay=self.config.gate_weight_decay,
+                adapter_name=self.adapter_name,
+            )
+        return None
+
+    def _scores(self, weights_b: Mapping[str, Tensor], limits: Limits) -> Scores:
+        if self._tracker:
+            return self._tracker.score()
+        if self._objective is None:
+            raise RuntimeError(
+                f"The {self.config.num_rounds} rounds of `num_rounds` are over, and "
+                f"{self.config.score!r} is not gathered any more; give a larger `num_rounds`."
+            )
         scores: dict[str, Score] = {
             "gradient": gradient.score,
             "ablation": ablation.score,
             "screened": functools.partial(screened.score, most=self.config.verify_ranks),
             "shapley": functools.partial(shapley.score, num_nodes=self.config.shapley_nodes),
         }
-        return scores[self.config.score]
+        return scores[self.config.score](self._objective, weights_b, limits)
 
     def _limits(self, births: Mapping[str, Sequence[int]], number: int) -> Limits:
         grace = self.config.grace_rounds
@@ -202,14 +289,19 @@ def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mappin
 
 def _check_finite(scores: Scores, number: int, step: int) -> None:
     """Refuse a round that would be planned on numbers that mean nothing."""
-    if scores.is_finite() and abs(scores.s_full) + abs(scores.s_base) < float("inf"):
+    if scores.is_finite():
         return
     bad = [name for name, x in scores.importance.items() if not bool(x.isfinite().all())]
     where = f" in {bad[0]} and {len(bad) - 1} more modules" if bad else ""
+    losses = (
+        ""
+        if scores.s_full is None or scores.s_base is None
+        else f"the loss on the scoring examples is {-scores.s_full:g} with the adapter and "
+        f"{-scores.s_base:g} without, and "
+    )
     raise ScoringError(
-        f"Round {number} at step {step} was refused and the model left as it was: the loss on the "
-        f"scoring examples is {-scores.s_full:g} with the adapter and {-scores.s_base:g} without, "
-        f"and importance is not finite{where}; lower the learning rate or check the data."
+        f"Round {number} at step {step} was refused and the model left as it was: {losses}"
+        f"importance is not finite{where}; lower the learning rate or check the data."
     )
 
 

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Literal
 
-SCORES = ("gradient", "screened", "ablation", "shapley")
+SCORES = ("gradient", "screened", "ablation", "shapley", "architecture", "sensitivity")
 """Names of the importance scores, the default first."""
+
+TRACKED = ("architecture", "sensitivity")
+"""Scores that are gathered while the adapter trains; no scoring batch is read."""
 
 BUDGETS = ("ranks", "parameters")
 """What a budget can be counted in."""
@@ -37,12 +40,18 @@ class AllocationConfig:
     """Epochs of training between two rounds (K2); more than 0. Source: the paper."""
 
     scoring_examples: int = 32
-    """Held-out examples that importance is measured on (B_val), drawn once. Source: the paper."""
+    """Held-out examples that importance is measured on (B_val), drawn once; "architecture" and
+    "sensitivity" need none. Source: the paper."""
 
-    score: Literal["gradient", "screened", "ablation", "shapley"] = "gradient"
+    score: Literal["gradient", "screened", "ablation", "shapley", "architecture", "sensitivity"] = (
+        "gradient"
+    )
     """How importance is measured: "gradient" is eq. 6 to first order (two backward passes for all
     ranks), "ablation" is eq. 6 exactly, "screened" ranks by gradient and settles the ranks near
-    the cut by ablation, "shapley" divides the whole improvement among the ranks."""
+    the cut by ablation, "shapley" divides the whole improvement among the ranks. "architecture"
+    (ALoRA-DNAS) learns a gate on every rank from half of the training examples, while until the
+    last round the weights learn from the other half alone; "sensitivity" (ALoRA-Sensi) averages
+    AdaLoRA's |w dL/dw| over the training steps."""
 
     verify_ranks: int = 64
     """Most ranks a round may check by ablation when `score` is "screened"; fewer than 16 are too
@@ -51,6 +60,14 @@ class AllocationConfig:
     shapley_nodes: int = 5
     """Backward passes of a round when `score` is "shapley", at least 1; they are doubled where the
     shares would miss the whole by more than 1%."""
+
+    gate_lr: float = 3e-4
+    """Learning rate of the gates' Adam when `score` is "architecture"; more than 0. Source: DARTS
+    (Liu et al. 2019). A gate moves by about this much a step, so short runs may want 1e-2."""
+
+    gate_weight_decay: float = 1e-3
+    """Weight decay of the gates' Adam when `score` is "architecture"; it draws them towards 1.
+    Source: DARTS."""
 
     min_rank: int = 0
     """Rank below which no module is pruned; 0 lets a module leave the adapter, as in the
@@ -85,14 +102,25 @@ class AllocationConfig:
         else:
             _at_least("ranks_per_round", self.ranks_per_round, 1)
         for name in ("warmup_epochs", "recovery_epochs"):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` is {value!r}; it must be a number of epochs above 0.")
+            if not _is_positive(getattr(self, name)):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)!r}; it must be a number of epochs above 0."
+                )
+        if not _is_positive(self.gate_lr):
+            raise ValueError(f"`gate_lr` is {self.gate_lr!r}; it must be a number above 0.")
+        if self.gate_weight_decay != 0 and not _is_positive(self.gate_weight_decay):
+            raise ValueError(
+                f"`gate_weight_decay` is {self.gate_weight_decay!r}; it must be a number from 0."
+            )
         if self.max_rank is not None:
             _at_least("max_rank", self.max_rank, max(1, self.min_rank))
         if self.seed is not None:
             _at_least("seed", self.seed, 0)
+
+
+def _is_positive(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]
 
 
 def _at_least(name: str, value: object, least: int) -> None:

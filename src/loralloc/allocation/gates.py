@@ -14,8 +14,8 @@ from torch.utils.hooks import RemovableHandle
 
 from loralloc.allocation.layers import lora_layers, weight_b
 
-SCALED_WITH = {"exp_avg": -1, "exp_avg_sq": -2}
-"""Adam's state follows a gradient: where B becomes B g, its gradient becomes that over g."""
+SCALED_WITH = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
+"""Adam's and SGD's state follow a gradient: where B becomes B g, it becomes that over g."""
 
 
 def gate_ranks(
@@ -56,8 +56,8 @@ def fold_gates(
     Args:
         model: A PEFT model with a plain LoRA adapter.
         gates: Values by module, shape (num_ranks,).
-        optimizer: The optimiser that trains the adapter; Adam's moments of B are scaled with it,
-            and cleared where a gate is zero.
+        optimizer: The optimiser that trains the adapter; its moments of B are scaled with B, and
+            cleared where a gate is zero.
         adapter_name: PEFT's name of the adapter.
     """
     for name, layer in lora_layers(model, adapter_name).items():

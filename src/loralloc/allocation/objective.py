@@ -26,16 +26,17 @@ class Objective:
     Args:
         model: The adapted model, not wrapped for several processes.
         batches: Micro-batches as the model's forward takes them, with `labels` (or the
-            `start_positions` and `end_positions` of span prediction).
+            `start_positions` and `end_positions` of span prediction); None where only losses of
+            other batches are asked for.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch]) -> None:
+    def __init__(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
         self.model = model
         self.is_causal = is_causal_lm(model)
         self._supervised = SupervisedLoss(model)
-        self.batches = [b for b in batches if self._num_targets(b)]
-        self.num_targets = sum(self._num_targets(batch) for batch in self.batches)
-        if self.num_targets == 0:
+        self.batches = [b for b in batches or () if self.count_targets(b)]
+        self.num_targets = sum(self.count_targets(batch) for batch in self.batches)
+        if batches is not None and self.num_targets == 0:
             raise ValueError(
                 "The scoring examples hold no supervised position, so importance cannot be "
                 "measured; check the labels of the development set."
@@ -51,17 +52,27 @@ class Objective:
         """Whether losses are too coarse to be told apart rank by rank: a backbone below float32."""
         return next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
-    def loss_sum(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
+    def losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy of each of the batch's targets, row after row, in float32 with its graph.
+
+        Returns:
+            Shape (num_targets,); a scalar, their sum, where the model tells no more than its mean.
+        """
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.is_causal:
-            return self._supervised(inputs).total
+            return self._supervised(inputs).losses
         labels = inputs.get("labels")
         outputs: Any = self.model(**inputs)
         if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
-            return F.cross_entropy(outputs.logits.float(), labels, reduction="sum")
+            return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
+        if "start_logits" in outputs:
+            return _span_losses(outputs, inputs)
         loss: Tensor = outputs.loss.float()
-        return loss * self._num_targets(batch)
+        return loss * self.count_targets(batch)
+
+    def loss_sum(self, batch: Batch) -> Tensor:
+        """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
+        return self.losses(batch).sum()
 
     def mean_loss(self) -> float:
         """Mean cross-entropy over all targets, without a graph."""
@@ -69,18 +80,7 @@ class Objective:
             total = sum(float(self.loss_sum(batch)) for batch in self.batches)
         return total / self.num_targets
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, with every module's own mode restored afterwards."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-
-    def _num_targets(self, batch: Batch) -> int:
+    def count_targets(self, batch: Batch) -> int:
         """Positions (causal), labels (otherwise) or examples (spans) that loss is taken on."""
         if "start_positions" in batch:
             return len(batch["start_positions"])
@@ -93,6 +93,28 @@ class Objective:
         if self.is_causal:
             return int((labels[:, 1:] != IGNORED).sum())
         return int((labels != IGNORED).sum())
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, with every module's own mode restored afterwards."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+def _span_losses(outputs: Any, inputs: Batch) -> Tensor:
+    """Cross-entropy of each example's span, the mean of its beginning's and its end's."""
+    begin, end = (
+        F.cross_entropy(
+            outputs[f"{side}_logits"].float(), inputs[f"{side}_positions"], reduction="none"
+        )
+        for side in ("start", "end")
+    )
+    return (begin + end) / 2
 
 
 def is_causal_lm(model: nn.Module) -> bool:

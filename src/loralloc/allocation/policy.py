@@ -6,6 +6,7 @@ the names is the order of the model: it breaks every tie.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -14,22 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What each rank contributes, measured on the scoring batch.
+    """What each rank contributes, measured on the scoring batch or gathered while training.
 
     The terms that a score adds up are kept apart, for they behave differently. Eq. 6 of Liu et al.
     2024 has two: "without", S(M) - S(M without rank r), and "only", S(M with only rank r) -
     S(M_0). S is minus the mean cross-entropy, M the model with its adapter, M_0 without. "only"
     leaves out a constant that all ranks share, so exact and first-order scores have one scale.
+    Sensitivity has three, of a rank's "gate", its "row" of A and its "column" of B; a learned
+    architecture has one, the value of its "gate".
     """
 
     terms: Mapping[str, Mapping[str, Tensor]]
     """Each term by its name: a tensor of shape (num_ranks,) for each module."""
 
-    s_full: float
-    """S(M)."""
+    s_full: float | None = None
+    """S(M); None where it was not measured."""
 
-    s_base: float
-    """S(M_0)."""
+    s_base: float | None = None
+    """S(M_0); None where it was not measured."""
 
     verified: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Ranks whose terms were measured by ablation; others are first order."""
@@ -45,7 +48,9 @@ class Scores:
 
     def is_finite(self) -> bool:
         """Whether every number is finite."""
-        return all(bool(x.isfinite().all()) for term in self.terms.values() for x in term.values())
+        measured = [s for s in (self.s_full, self.s_base) if s is not None]
+        terms = (x for term in self.terms.values() for x in term.values())
+        return all(map(math.isfinite, measured)) and all(bool(x.isfinite().all()) for x in terms)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,15 +28,17 @@ class Round:
     score: str
     """Name of the importance score."""
 
-    s_full: float
-    """S(M), minus the mean cross-entropy of the model on the scoring batch."""
+    s_full: float | None
+    """S(M), minus the mean cross-entropy of the model on the scoring batch; None where the score
+    is gathered while training, and no such batch is read."""
 
-    s_base: float
-    """S(M_0), the same with all ranks switched off."""
+    s_base: float | None
+    """S(M_0), the same with all ranks switched off; None likewise."""
 
     terms: Mapping[str, Mapping[str, list[float]]]
     """What the score adds up, by name, module and rank. Of eq. 6: "without", S(M) - S(M without
-    rank r), and "only", S(M with only rank r) - S(M_0)."""
+    rank r), and "only", S(M with only rank r) - S(M_0). Of "sensitivity": s of the "gate", and its
+    mean over the "row" of A and the "column" of B. Of "architecture": the "gate"."""
 
     verified: Mapping[str, list[int]]
     """Ranks whose terms are exact where the score is "screened" or "ablation"."""

@@ -20,14 +20,21 @@ IGNORED = -100
 class Supervised(NamedTuple):
     """The loss at the supervised positions of a batch."""
 
-    total: Tensor
-    """Cross-entropy summed over them, a float32 scalar with its graph."""
-
-    num_targets: int
-    """How many they are."""
+    losses: Tensor
+    """Cross-entropy at each of them, row after row: float32 of shape (tokens,) with its graph."""
 
     correct: Tensor
     """How many of their targets have the highest logit."""
+
+    @property
+    def total(self) -> Tensor:
+        """Cross-entropy summed over them, a float32 scalar with its graph."""
+        return self.losses.sum()
+
+    @property
+    def num_targets(self) -> int:
+        """How many they are."""
+        return len(self.losses)
 
 
 class SupervisedLoss:
@@ -84,8 +91,7 @@ class SupervisedLoss:
             self._passes_on = torch.equal(logits, known[None])
             if not self._passes_on:
                 return self(inputs, through=through)
-        total, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
-        return Supervised(total, len(targets), correct)
+        return Supervised(*linear_cross_entropy(hidden, head.weight, targets, head.bias))
 
 
 def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -139,9 +145,8 @@ def _run(
 
 
 def _from_logits(logits: Tensor, targets: Tensor) -> Supervised:
-    total = functional.cross_entropy(logits.float(), targets, reduction="sum")
-    correct = (logits.detach().argmax(dim=-1) == targets).sum()
-    return Supervised(total, len(targets), correct)
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    return Supervised(losses, (logits.detach().argmax(dim=-1) == targets).sum())
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

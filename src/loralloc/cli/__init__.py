@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from loralloc.cli import demo, env, eval, generate, judge, preview, ranks, tasks, train
+from loralloc.cli import demo, env, eval, generate, judge, methods, preview, ranks, tasks, train
 
-VERBS = (demo, tasks, preview, train, ranks, generate, eval, judge, env)
+VERBS = (demo, tasks, methods, preview, train, ranks, generate, eval, judge, env)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -11,17 +11,18 @@ from transformers import TrainerState
 
 from loralloc.allocation.config import AllocationConfig
 from loralloc.cli.console import console
+from loralloc.cli.progress import sized
+from loralloc.methods.method import Method
+from loralloc.training.adaptation import LORA_FLAGS
 from loralloc.training.attach import planned_steps
 from loralloc.training.run import Run
+from loralloc.training.settings import OPTIONS
 
 
 def show(run: Run) -> None:
     """Print the plan of a run."""
     out = console()
     out.print(_settings_table(run))
-    start = run.allocation.record.initial_ranks
-    kinds = Counter(name.rpartition(".")[2] for name in start)
-    trainable, everything = run.model.get_nb_trainable_parameters()
     epoch, total = planned_steps(run.trainer)
     used = {"train": run.trainer.train_dataset, "validation": run.trainer.eval_dataset}
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in used.items())
@@ -29,20 +30,34 @@ def show(run: Run) -> None:
     rows.add_column(style="bold")
     rows.add_column(overflow="fold")
     rows.add_row("data", f"{sizes} examples ({run.head} head)")
+    everything = sum(parameter.numel() for parameter in run.model.parameters())
+    rows.add_row("method", f"{sized(run.method)} ({run.method.about.paper})")
     rows.add_row(
-        "adapted modules",
-        f"{len(start)}: " + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
+        "parameters", f"{run.method.num_trained():,} of the method train; {everything:,} in all"
     )
-    rows.add_row("ranks", f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round")
-    rows.add_row("parameters", f"{trainable:,} trainable of {everything:,}")
     rows.add_row("steps", f"{total}, {epoch} an epoch")
-    rows.add_row("rounds", "after steps " + ", ".join(map(str, run.allocation.steps)))
-    for name, words in _evaluation(run, total).items():
+    search = run.method.search_steps(total)
+    if search:
+        rows.add_row("search", f"the first {search} steps; what was found trains in the others")
+    for name, words in {**_rounds(run), **_evaluation(run, total)}.items():
         rows.add_row(name, words)
-    config = run.settings.allocation
-    rounded = next(run.model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    rows.add_row("scoring a round", _scoring_cost(config, sum(start.values()), rounded))
     out.print(rows)
+
+
+def _rounds(run: Run) -> dict[str, str]:
+    """What moves between modules, where the method allocates."""
+    if run.allocation is None:
+        return {}
+    start = run.allocation.record.initial_ranks
+    kinds = Counter(name.rpartition(".")[2] for name in start)
+    rounded = next(run.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    return {
+        "adapted modules": f"{len(start)}: "
+        + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
+        "ranks": f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round",
+        "rounds": "after steps " + ", ".join(map(str, run.allocation.steps)),
+        "scoring a round": _scoring_cost(run.settings.allocation, sum(start.values()), rounded),
+    }
 
 
 def _settings_table(run: Run) -> Table:
@@ -51,15 +66,24 @@ def _settings_table(run: Run) -> Table:
     table.add_column("setting", style="bold")
     table.add_column("value", overflow="fold")
     table.add_column("source", style="dim")
+    options = run.method.options()
     for name, value in settings.given.items():
+        if name in LORA_FLAGS and LORA_FLAGS[name] not in options:
+            continue
         shown = value
         if name == "dtype" and value is None:
             shown = f"{str(next(run.model.parameters()).dtype).removeprefix('torch.')} (detected)"
         if name == "lora_target_modules" or value is not None or name == "dtype":
             table.add_row(name, str(shown), settings.sources[name])
-    if "lora_target_modules" not in settings.given:
+    for name, value in options.items():
+        if name not in LORA_FLAGS.values() and f"{OPTIONS}.{name}" not in settings.given:
+            source = "the budget" if name == run.method.size else "loralloc default"
+            table.add_row(f"{OPTIONS}.{name}", str(value), source)
+    if "lora_target_modules" not in settings.given and "targets" in options:
         targets = run.model.peft_config["default"].target_modules
         table.add_row("lora_target_modules", ", ".join(sorted(targets)), "every linear of a block")
+    if not run.allocation:
+        return table
     for field in fields(AllocationConfig):
         name = f"allocation.{field.name}"
         if name not in settings.given:
@@ -82,7 +106,7 @@ def _evaluation(run: Run, total: int) -> dict[str, str]:
         words["evaluation"] = (
             f"development loss every {state.eval_steps} steps and after the last ({why})"
         )
-    start = f"step {run.allocation.steps[-1]} (the last round)"
+    start = _first_eligible(run)
     if args.load_best_model_at_end:
         name = args.metric_for_best_model
         best = "lowest development loss" if name == "loss" else f"best {name}"
@@ -90,6 +114,14 @@ def _evaluation(run: Run, total: int) -> dict[str, str]:
     if patience:
         words["early stopping"] = f"after {patience} evaluations without a better one since {start}"
     return words
+
+
+def _first_eligible(run: Run) -> str:
+    """From where on a checkpoint may be the best one."""
+    if run.allocation:
+        return f"step {run.allocation.steps[-1]} (the last round)"
+    reaches_later = type(run.method).first_eligible_step is not Method.first_eligible_step
+    return "when its budget is reached" if reaches_later else "the first"
 
 
 def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> str:

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from loralloc.allocation.record import Round
+from loralloc.methods.method import Method
 from loralloc.report.grid import short_labels, split_name
 from loralloc.training.machine import use_physical_cores
 
@@ -65,22 +66,23 @@ class Progress:
 
     def introduce(self, run: Run) -> None:
         """Say what will be trained."""
-        rounds, parameters = run.allocation.steps, run.model.get_nb_trainable_parameters()
-        start = run.allocation.record.initial_ranks
-        dtype = str(next(run.model.parameters()).dtype).removeprefix("torch.")
-        device = run.model.device.type
+        model, method = run.model, run.method
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        device = model.device.type
         where = f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else device
-        self.console.print(
-            f"{run.settings.model.model_name_or_path} in {dtype} on {where}: "
-            f"{sum(start.values()):,} ranks in {len(start)} modules, trainable params: "
-            f"{parameters[0]:,} || all params: {parameters[1]:,}",
-            highlight=False,
+        self._say(
+            f"{run.settings.model.model_name_or_path} in {dtype} on {where}, {sized(method)}: "
+            f"{method.num_trained():,} parameters train"
         )
-        self.console.print(
-            f"{len(rounds)} rounds of {run.allocation.num_pruned} ranks, after steps "
-            f"{', '.join(map(str, rounds))}",
-            highlight=False,
-        )
+        if run.allocation:
+            rounds, start = run.allocation.steps, run.allocation.record.initial_ranks
+            self._say(
+                f"{sum(start.values()):,} ranks in {len(start)} modules; {len(rounds)} rounds of "
+                f"{run.allocation.num_pruned}, after steps {', '.join(map(str, rounds))}"
+            )
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, highlight=False)
 
     def take_over(self, trainer: Trainer) -> None:
         """Show this trainer's progress, in place of its own display."""
@@ -170,6 +172,12 @@ class _BarCallback(TrainerCallback):
             f"{state.global_step} steps in {time.perf_counter() - self._begin:.0f} s",
             highlight=False,
         )
+
+
+def sized(method: Method) -> str:
+    """A method with its size: "houlsby with bottleneck 12"."""
+    size = getattr(method, method.size)
+    return f"{method.about.name} with {method.size.replace('_', ' ')} {size}"
 
 
 def _by_kind(counts: Mapping[str, int], modules: Iterable[str]) -> str:

@@ -17,6 +17,8 @@ the flags used most (defaults in brackets):
   --dataset_name DATA           a folder, a file (.json .jsonl .csv .parquet), a Hub name or `demo`
   --model_name_or_path MODEL    smollm2-135m, minilm-l6, a folder or a Hub name [smollm2-135m]
   --output_dir FOLDER           the run folder [runs/DATA-MODEL]
+  --method NAME                 how the model is adapted (`loralloc methods`) [alora]
+  --budget N                    parameters that the method may add [those of LoRA with rank 8]
   --lora_r R                    rank of every module at the start [8]
   --num_train_epochs N          [3]
   --learning_rate LR            [1e-4]
@@ -29,8 +31,8 @@ the flags used most (defaults in brackets):
   --budget UNIT                 ranks or parameters [ranks]
   --protocol paper              batch, length, evaluation and early stopping as in the paper
 
-Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag;
-`loralloc train --help-all` lists them. A TRL SFT YAML is taken as it is, with one more block:
+Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag,
+and a method's options are, as --method.NAME; `loralloc train --help-all` lists them. A TRL SFT YAML is taken as it is, with one more block:
 
   allocation:
     num_rounds: 8
@@ -42,8 +44,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     """Add the verb."""
     parser = verbs.add_parser(
         "train",
-        help="fine-tune a model while its ranks move",
-        description="Fine-tune a model with LoRA whose ranks move between modules.",
+        help="fine-tune a model, by ALoRA or another method",
+        description="Fine-tune a model: by default with LoRA whose ranks move between modules.",
         epilog=FLAGS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -94,7 +96,9 @@ def run(args: argparse.Namespace) -> int:
     progress.take_over(prepared.trainer)
     with progress.shown():
         runs.train(prepared, checkpoint=checkpoint)
-    console().print(f"\nadapter: [bold]{folder}[/]\nits ranks: loralloc ranks {folder}")
+    console().print(f"\nadapter: [bold]{folder}[/]")
+    if prepared.allocation:
+        console().print(f"its ranks: loralloc ranks {folder}")
     if prepared.head == "lm":
         console().print(f"try it: loralloc generate {folder} --prompt ...")
     return 0
@@ -112,8 +116,14 @@ def _settings(args: argparse.Namespace) -> Settings:
 def _print_all_flags() -> None:
     from loralloc.training.settings import known_fields
 
+    from loralloc.methods.catalog import METHODS, get_method
+
     out = console()
-    for group, names in known_fields().items():
+    groups = known_fields()
+    for method in METHODS:
+        options = get_method(method)().options()
+        groups[f"method {method}"] = [(f"method.{name}", value) for name, value in options.items()]
+    for group, names in groups.items():
         out.print(f"\n[bold]{group}[/]")
         for name, default in names:
             shown = "" if default is None else f"  [dim]{default!r}[/]"

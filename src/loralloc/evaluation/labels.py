@@ -24,6 +24,7 @@ from loralloc.evaluation.prompts import (
     positions,
     read,
 )
+from loralloc.methods.opening import show_batch
 
 
 def score_labels(
@@ -165,6 +166,7 @@ def _score_whole(model: Any, prompts: Sequence[Sequence[int]], endings: list[lis
     labels = tokens.masked_fill(mask == 0, IGNORED)
     labels[:, : is_prompt.shape[1]].masked_fill_(is_prompt == 1, IGNORED)
     inputs = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    show_batch(model, inputs)
     logits, targets = supervised_logits(model, inputs)
     scores = torch.zeros(tokens[:, 1:].shape, device=tokens.device)
     scores[labels[:, 1:] != IGNORED] = _log_probabilities(logits, targets)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.allocation.layers import base_model
+from loralloc.methods.opening import shares_prompts
 
 MAX_BATCH_TOKENS = 2**14
 """Most positions in a batch, over all of its beams or labels, unless one prompt alone has more.
@@ -127,9 +128,9 @@ def read(model: Any, tokens: Tensor, mask: Tensor, *, copies: int) -> Any | None
 
     Returns:
         The cache with copies * num_prompts rows, those of a prompt beside each other; None where
-        there is nothing to read ahead, or the model cannot go on from a cache given to it.
+        there is nothing to read ahead, or the model has to read a prompt in one pass.
     """
-    if tokens.shape[1] < 2 or not _goes_on_from_a_cache(model):
+    if tokens.shape[1] < 2 or not shares_prompts(model):
         return None
     mask = mask[:, :-1]
     outputs = model(
@@ -155,8 +156,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _goes_on_from_a_cache(model: Any) -> bool:
-    """PEFT's prompt learning puts its own keys and values before the prompt's."""
-    return not getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False)

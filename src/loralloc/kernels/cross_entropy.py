@@ -3,8 +3,8 @@
 The gradient of the hidden states is taken in the forward pass, where the logits are at hand: they
 are computed once and never kept, so memory is bounded by one chunk whatever the batch.
 
-    forward     z = h W^T + b        loss = sum logsumexp(z) - z[target]
-    backward    dh = (softmax(z) - onehot(target)) W
+    forward     z = h W^T + b        loss = logsumexp(z) - z[target]
+    backward    dh = dloss (softmax(z) - onehot(target)) W
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def linear_cross_entropy(
         bias: Shape (vocabulary,), frozen.
 
     Returns:
-        The sum over tokens, a float32 scalar with its graph, and how many targets have the
-        highest logit of their row.
+        The loss of every token, float32 of shape (tokens,) with its graph, and how many targets
+        have the highest logit of their row.
     """
     function: Any = _LinearCrossEntropy
-    loss, correct = function.apply(hidden, weight, bias, targets)
-    return loss, correct
+    losses, correct = function.apply(hidden, weight, bias, targets)
+    return losses, correct
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         most = MOST_LOGITS.get(hidden.device.type, MOST_LOGITS_ELSEWHERE)
         rows = max(1, most // len(weight))
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = hidden.new_zeros((), dtype=torch.int64)
         for start in range(0, len(hidden), rows):
             h, chosen = hidden[start : start + rows], targets[start : start + rows, None]
@@ -61,7 +61,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             right, highest = z.gather(1, chosen), z.amax(1, keepdim=True)
             z.sub_(highest).exp_()
             norm = z.sum(1, keepdim=True)
-            loss += (norm.log() + highest - right).sum()
+            losses[start : start + rows] = (norm.log() + highest - right)[:, 0]
             correct += (right >= highest).sum()
             if grad is not None:
                 z.div_(norm)
@@ -70,10 +70,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ctx.mark_non_differentiable(correct)
         if grad is not None:
             ctx.save_for_backward(grad)
-        return loss, correct
+        return losses, correct
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dloss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dlosses: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (grad,) = ctx.saved_tensors
-        return (grad.float() * dloss).to(grad.dtype), None, None, None
+        return (grad.float() * dlosses[:, None]).to(grad.dtype), None, None, None

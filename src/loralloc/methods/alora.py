@@ -21,6 +21,7 @@ class Alora(Lora):
     about: ClassVar[About] = About(
         name="alora", title="ALoRA", paper="Liu et al. 2024", status="faithful", merges=True
     )
+    allocates: ClassVar[bool] = True
 
     def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
         """See `Method.allocation`."""

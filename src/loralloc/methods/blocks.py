@@ -53,8 +53,8 @@ def blocks(model: Any) -> nn.ModuleList:
         if isinstance(found, nn.ModuleList):
             return found
     raise TypeError(
-        f"{type(model).__name__} has no list of blocks as Llama, GPT-2 or BERT has, so only methods "
-        "on linear layers (such as lora) can adapt it."
+        f"{type(model).__name__} has no list of blocks as Llama, GPT-2 or BERT has, so only "
+        "methods on linear layers (such as lora) can adapt it."
     )
 
 

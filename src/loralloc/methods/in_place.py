@@ -44,6 +44,7 @@ class InPlaceMethod(Method):
         """See `Method.prepare`."""
         freeze(model)
         self.model, self._task_type, self._heads = model, task_type, tuple(heads)
+        model.loralloc_method = self  # what opens or generates with the model may ask
         self.insert(model)
         for name in heads:
             model.get_submodule(name).requires_grad_(True)
@@ -77,27 +78,44 @@ class InPlaceMethod(Method):
         text = json.dumps(data, indent=1)
         (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
+    def check_saved(self, folder: Path) -> None:
+        """See `Method.check_saved`."""
+        data = read_config(folder)
+        if data["method"] != self.about.name:
+            raise ValueError(
+                f"The adapter in {folder} is of the method {data['method']}, not of "
+                f"{self.about.name}; go on with the method that the run was begun with."
+            )
+        for name, value in self.options().items():
+            if data["options"].get(name) != value:
+                raise ValueError(
+                    f"The adapter in {folder} was begun with `{name}` of "
+                    f"{data['options'].get(name)}, and now it is {value}; go on with the value "
+                    "that it was begun with."
+                )
+
     def load(self, folder: Path) -> None:
         """See `Method.load`.
 
         Raises:
             ValueError: The folder's weights are not those of this method and its options.
         """
-        data = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-        if data["method"] != self.about.name:
-            raise ValueError(
-                f"The adapter in {folder} is of the method {data['method']}, not of "
-                f"{self.about.name}; go on with the method that the run was begun with."
-            )
-        self.restructure(data["structure"])
+        self.check_saved(folder)
+        self.restructure(read_config(folder)["structure"])
         saved, now = load_file(folder / WEIGHTS_NAME), trainable(self.model)
         wrong = [n for n in {*saved, *now} if n not in saved or n not in now] or [
             name for name, tensor in saved.items() if tensor.shape != now[name].shape
         ]
         if wrong:
             raise ValueError(
-                f"The adapter in {folder} does not fit this model and these options, beginning "
-                f"with {min(wrong)}; use the model and the options that it was trained with."
+                f"The adapter in {folder} does not fit this model, beginning with {min(wrong)}; "
+                "use the model that it was trained with."
             )
         for name, tensor in saved.items():
             now[name].data.copy_(tensor)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What `method.json` of a folder says."""
+    data: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    return data

@@ -105,10 +105,14 @@ class Method(ABC):
     about: ClassVar[About]
 
     size: ClassVar[str]
-    """The option that a budget chooses: a rank, a bottleneck, a number of tokens."""
+    """The option that a budget chooses: a rank, a bottleneck, a number of tokens. Empty where the
+    backbone alone decides how many parameters there are."""
 
     paper: ClassVar[Mapping[str, Any]] = {}
     """The options of the paper's comparison (Liu et al. 2024, Appendix E)."""
+
+    allocates: ClassVar[bool] = False
+    """Whether ranks move between modules while it trains, by `allocation`."""
 
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
     """The adapted model, once it is prepared."""
@@ -130,7 +134,7 @@ class Method(ABC):
         Raises:
             ValueError: One unit already costs more than twice the budget.
         """
-        if getattr(self, self.size) is not None:
+        if not self.size or getattr(self, self.size) is not None:
             return
         low, high = 1, 1
         while self.count(model, high) < budget:
@@ -209,6 +213,13 @@ class Method(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write what opens the adapted model again, as safetensors and JSON."""
+
+    def check_saved(self, folder: Path) -> None:
+        """Refuse to go on from what another method, or other options, saved.
+
+        Raises:
+            ValueError: It does not fit; nothing was changed.
+        """
 
     @abstractmethod
     def load(self, folder: Path) -> None:

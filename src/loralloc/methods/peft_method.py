@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralloc.methods.in_place import WEIGHTS_NAME
 from loralloc.methods.method import Method, trainable
-from loralloc.methods.restore import restore_shapes
+from loralloc.methods.restore import check_scaling, restore_shapes
 from loralloc.methods.targets import resolve_targets
 
 PEFT_HEADS = ("classifier", "score", "qa_outputs")
@@ -90,8 +90,13 @@ class LoraShaped(PeftMethod):
             **more,
         )
 
+    def check_saved(self, folder: Path) -> None:
+        """See `Method.check_saved`."""
+        check_scaling(self.model, folder)
+
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
+        self.check_saved(folder)
         restore_shapes(self.model, folder)
         super().load(folder)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.allocation.record import Record
+from loralloc.methods.method import Method
+from loralloc.methods.peft_method import PeftMethod
 
 CLASSES = {
     "lm": "AutoModelForCausalLM",
@@ -22,34 +24,61 @@ def write(
     data: str,
     head: str,
     num_labels: int,
-    record: Record,
+    method: Method,
+    record: Record | None,
     log: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write `README.md` into a run folder."""
+    evaluations = [entry for entry in log if "eval_loss" in entry]
+    labels = f", num_labels={num_labels}" if num_labels else ""
+    cls = CLASSES[head]
+    is_pefts = isinstance(method, PeftMethod)
+    source, name = (
+        ("peft", "PeftModel.from_pretrained") if is_pefts else ("loralloc", "open_adapter")
+    )
+    tags = [source, "loralloc", method.about.name, "rank-allocation"]
+    tags = list(dict.fromkeys(tags[:-1] if record is None else tags))
+    opens = (
+        "This is an ordinary PEFT adapter; loading it needs PEFT alone:"
+        if is_pefts
+        else "Its modules are loralloc's own, which opens them:"
+    )
+    lines = [
+        "---",
+        f"library_name: {source}",
+        f"tags: [{', '.join(tags)}]",
+        "---",
+        "",
+        f"# {base_model}, adapted by {method.about.title}",
+        "",
+        f"Trained on {data} with loralloc, by {method.about.title} ({method.about.paper}). {opens}",
+        "",
+        "```python",
+        f"from {source} import {name.partition('.')[0]}",
+        f"from transformers import {cls}",
+        "",
+        f'base = {cls}.from_pretrained("{base_model}"{labels})',
+        f'model = {name}(base, "{folder.name}")',
+        "```",
+        "",
+        f"- Parameters of the adapter: {method.num_stored():,}.",
+        *(_ranks(record) if record else []),
+    ]
+    lines += [
+        f"- Development loss at step {entry['step']}: {entry['eval_loss']:.4f}"
+        for entry in evaluations
+    ]
+    files = "`metrics.jsonl` holds every log entry, `settings.json` every setting with its source."
+    lines += ["", f"`allocation.json` holds every round, {files}" if record else files, ""]
+    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _ranks(record: Record) -> list[str]:
+    """Where the ranks went."""
     start, now = record.initial_ranks, record.ranks
     gained = {name: now[name] - start[name] for name in now if now[name] > start[name]}
     most = sorted(gained, key=lambda name: -gained[name])[:5]
-    evaluations = [entry for entry in log if "eval_loss" in entry]
-    labels = f", num_labels={num_labels}" if num_labels else ""
     lines = [
-        "---",
-        "library_name: peft",
-        "tags: [lora, peft, loralloc, rank-allocation]",
-        "---",
-        "",
-        f"# LoRA adapter for {base_model}, ranks allocated while training",
-        "",
-        f"Trained on {data} with loralloc (ALoRA, Liu et al. 2024). This is an ordinary PEFT LoRA "
-        "adapter with unequal ranks; loading it needs PEFT alone:",
-        "",
-        "```python",
-        "from peft import PeftModel",
-        f"from transformers import {CLASSES[head]}",
-        "",
-        f'base = {CLASSES[head]}.from_pretrained("{base_model}"{labels})',
-        f'model = PeftModel.from_pretrained(base, "{folder.name}")',
-        "```",
-        "",
         f"- Ranks: {sum(start.values())} at the start, {sum(now.values())} now, in "
         f"{sum(rank > 0 for rank in now.values())} of {len(now)} modules.",
         f"- Rounds: {len(record.rounds)}, scored by `{record.config['score']}`.",
@@ -57,14 +86,4 @@ def write(
     if most:
         moved = ", ".join(f"`{name}` (+{gained[name]})" for name in most)
         lines.append(f"- Gained most: {moved}.")
-    lines += [
-        f"- Development loss at step {entry['step']}: {entry['eval_loss']:.4f}"
-        for entry in evaluations
-    ]
-    lines += [
-        "",
-        "`allocation.json` holds every round, `metrics.jsonl` every log entry, `settings.json` "
-        "every setting with its source.",
-        "",
-    ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return lines

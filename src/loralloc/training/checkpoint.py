@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-TENSORS = "training_state.safetensors"
-VALUES = "training_state.json"
+NAME = "training_state"
+"""Names the two files that hold optimiser, scheduler and random generators."""
 
 
 class SafeCheckpoints:
@@ -35,18 +35,15 @@ class SafeCheckpoints:
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        state = self.optimizer.state_dict()
-        tensors: dict[str, Tensor] = {}
         values = {
-            "optimizer": _take_tensors(state, "optimizer", tensors),
-            "scheduler": _take_tensors(self.lr_scheduler.state_dict(), "scheduler", tensors),
-            "random": _take_tensors(_random_state(), "random", tensors),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "random": _random_state(),
         }
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
-            values["scaler"] = _take_tensors(scaler.state_dict(), "scaler", tensors)
-        save_file(tensors, Path(output_dir) / TENSORS)
-        (Path(output_dir) / VALUES).write_text(json.dumps(values) + "\n", encoding="utf-8")
+            values["scaler"] = scaler.state_dict()
+        write_state(Path(output_dir), NAME, values)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Already saved with the optimiser."""
@@ -57,31 +54,51 @@ class SafeCheckpoints:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        state = _read(checkpoint)
+        state = read_state(Path(checkpoint), NAME)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         scaler = getattr(self.accelerator, "scaler", None)
         if checkpoint is not None and scaler is not None:
-            scaler.load_state_dict(_read(checkpoint)["scaler"])
+            scaler.load_state_dict(read_state(Path(checkpoint), NAME)["scaler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_random_state(_read(checkpoint)["random"])
+            _set_random_state(read_state(Path(checkpoint), NAME)["random"])
 
 
-def _read(checkpoint: str) -> Any:
-    folder = Path(checkpoint)
-    missing = [name for name in (TENSORS, VALUES) if not (folder / name).is_file()]
-    if missing:
-        raise ValueError(
-            f"{checkpoint} lacks {missing[0]}, so the optimiser cannot go on where it was; resume "
-            "from a checkpoint that loralloc wrote."
-        )
-    values = json.loads((folder / VALUES).read_text(encoding="utf-8"))
-    tensors = load_file(folder / TENSORS)
-    return {name: _put_tensors(value, tensors) for name, value in values.items()}
+def write_state(folder: Path, name: str, state: Any) -> None:
+    """Keep nested data: its tensors in `name`.safetensors, all else in `name`.json.
+
+    Args:
+        folder: Where to.
+        name: Of both files.
+        state: Dicts, lists and tuples of tensors, numbers, texts and None.
+
+    Raises:
+        TypeError: Something else is in it.
+    """
+    tensors: dict[str, Tensor] = {}
+    values = _take_tensors(state, name, tensors)
+    save_file(tensors, folder / f"{name}.safetensors")
+    (folder / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path, name: str) -> Any:
+    """What `write_state` kept.
+
+    Raises:
+        ValueError: A file is missing.
+    """
+    tensors, values = (folder / f"{name}.{kind}" for kind in ("safetensors", "json"))
+    for path in (tensors, values):
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} lacks {path.name}, so training cannot go on where it was; resume from a "
+                "checkpoint that loralloc wrote."
+            )
+    return _put_tensors(json.loads(values.read_text(encoding="utf-8")), load_file(tensors))
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -135,6 +135,25 @@ def load_model(
     return _from_pretrained(AutoModelForSequenceClassification, name_or_path, options)
 
 
+def empty_model(name_or_path: str) -> Any:
+    """A model's modules without their weights, on the "meta" device.
+
+    Raises:
+        ValueError: There is no such model here.
+    """
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    config = _from_pretrained(AutoConfig, name_or_path, {})
+    kind = AutoModelForSequenceClassification if is_encoder(name_or_path) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
 def is_encoder(name_or_path: str, **options: Any) -> bool:
     """Whether the model reads in both directions (BERT, RoBERTa), so that a classifier suits it."""
     from transformers import AutoConfig

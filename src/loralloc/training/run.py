@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import TaskType
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -22,12 +22,13 @@ from transformers import (
 )
 from trl import get_quantization_config
 
+from loralloc.allocation.layers import base_model
 from loralloc.allocation.record import FILE_NAME as RECORD_NAME
 from loralloc.allocation.record import Round
 from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import fuse
-from loralloc.methods.restore import check_scaling
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.in_place import CONFIG_NAME
+from loralloc.methods.method import Method
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.columns import to_sft
@@ -35,9 +36,11 @@ from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training import card, data, protocol
 from loralloc.training import settings as settings_module
+from loralloc.training.adaptation import check_quantised, fit, method_of
 from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.checkpoint import last_checkpoint, step_of
 from loralloc.training.classification import classification_trainer
+from loralloc.training.drive import STATE_NAME, drive
 from loralloc.training.heads import choose_head
 from loralloc.training.models import Head, is_encoder, load_model, load_tokenizer
 from loralloc.training.settings import Settings
@@ -47,8 +50,12 @@ from loralloc.training.trained import LABELS_NAME, save_labels
 
 METRICS_NAME = "metrics.jsonl"
 
-PEFT_HEADS = ("classifier", "score", "qa_outputs")
-"""Heads that PEFT trains and saves with an adapter for classification or question answering."""
+TASK_TYPES: dict[Head, TaskType] = {
+    "lm": TaskType.CAUSAL_LM,
+    "classification": TaskType.SEQ_CLS,
+    "span": TaskType.QUESTION_ANS,
+}
+"""PEFT's names of what the heads are used for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +63,15 @@ class Run:
     """Everything that training needs, checked and ready."""
 
     settings: Settings
-    model: PeftModel
+    method: Method
+    model: Any
+    """The adapted model."""
+
     tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
-    allocation: AllocationCallback
+    allocation: AllocationCallback | None
+    """The rounds, where the method has any."""
+
     splits: dict[str, Split]
     """The rows as loaded."""
 
@@ -88,7 +100,8 @@ def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = No
 
 def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Run:
     if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
-        raise ValueError("`use_peft` is false, but loralloc trains LoRA adapters; leave it out.")
+        raise ValueError("`use_peft` is false; choose with `--method` how the model is adapted.")
+    method = method_of(settings)
     task = get_task(settings.run.task) if settings.run.task else None
     splits = data.load(settings, task)
     name, model_options = settings.model.model_name_or_path, _model_options(settings)
@@ -112,18 +125,18 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
             "id2label": dict(enumerate(labels)),
             "label2id": {label: index for index, label in enumerate(labels)},
         }
-        adapted = _adapted_encoder(settings, head, TaskType.SEQ_CLS, {**model_options, **names})
+        model = _adapted(settings, method, head, {**model_options, **names})
         trainer: Trainer = classification_trainer(
-            adapted, tokenizer, settings.training, ready, max_length=settings.training.max_length
+            model, tokenizer, settings.training, ready, max_length=settings.training.max_length
         )
     elif head == "span":
         assert task is not None, "choose_head wants a task for spans"
         rows = data.numbered(span_rows(data.used(splits), task))
         ready = data.with_validation(rows, settings)
         settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
-        adapted = _adapted_encoder(settings, head, TaskType.QUESTION_ANS, model_options)
+        model = _adapted(settings, method, head, model_options)
         trainer = span_trainer(
-            adapted,
+            model,
             tokenizer,
             settings.training,
             ready,
@@ -133,19 +146,18 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
     else:
         ready = data.with_validation(data.numbered(to_sft(data.used(splits), task)), settings)
         settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
-        model = load_model(name, head=head, **model_options)
-        adapted = get_peft_model(model, _lora_config(settings, model, TaskType.CAUSAL_LM))
-        trainer = sft_trainer(adapted, tokenizer, settings.training, ready)
-    fuse(adapted)
-    use_short_attention(adapted.get_base_model())
+        model = _adapted(settings, method, head, model_options)
+        trainer = sft_trainer(model, tokenizer, settings.training, ready)
     settings = protocol.follow(trainer, settings)
-    callback = attach(trainer, settings.allocation, on_round=on_round)
+    drive(trainer, method)
+    config = method.allocation(settings.allocation)
     return Run(
         settings=settings,
-        model=adapted,
+        method=method,
+        model=model,
         tokenizer=tokenizer,
         trainer=trainer,
-        allocation=callback,
+        allocation=attach(trainer, config, on_round=on_round) if config else None,
         splits=splits,
         task=task,
         head=head,
@@ -161,12 +173,12 @@ def train(run: Run, *, checkpoint: Path | None = None) -> None:
     """
     folder = run.settings.output_dir
     if checkpoint:
-        check_scaling(run.model, checkpoint)
+        run.method.check_saved(checkpoint)
         _forget_metrics(folder / METRICS_NAME, after=step_of(checkpoint))
     run.settings.save()
     run.trainer.add_callback(MetricsWriter(folder / METRICS_NAME))
     run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    run.model.save_pretrained(folder)
+    run.method.save(folder)
     run.tokenizer.save_pretrained(folder)
     labels = run.model.config.id2label if run.head == "classification" else {}
     if labels:
@@ -177,7 +189,8 @@ def train(run: Run, *, checkpoint: Path | None = None) -> None:
         data=_data_name(run.settings),
         head=run.head,
         num_labels=len(labels),
-        record=run.allocation.record,
+        method=run.method,
+        record=run.allocation.record if run.allocation else None,
         log=run.trainer.state.log_history,
     )
 
@@ -192,7 +205,7 @@ def _forget_metrics(path: Path, *, after: int) -> None:
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, finished or not."""
-    names = (settings_module.FILE_NAME, RECORD_NAME, "adapter_config.json")
+    names = (settings_module.FILE_NAME, RECORD_NAME, CONFIG_NAME, "adapter_config.json")
     return any((folder / name).exists() for name in names)
 
 
@@ -205,6 +218,9 @@ def clear(folder: Path) -> None:
         RECORD_NAME,
         METRICS_NAME,
         LABELS_NAME,
+        CONFIG_NAME,
+        f"{STATE_NAME}.json",
+        f"{STATE_NAME}.safetensors",
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -250,18 +266,24 @@ class MetricsWriter(TrainerCallback):
             file.write(line + "\n")
 
 
-def _adapted_encoder(
-    settings: Settings, head: Head, task_type: TaskType, options: dict[str, Any]
-) -> PeftModel:
-    """An encoder whose head, drawn at random, is trained and saved with the adapter."""
-    # The head trains in float32, and so does the small backbone below it.
-    options["dtype"] = options["dtype"] or torch.float32
-    name = settings.model.model_name_or_path
-    model, loading = load_model(name, head=head, output_loading_info=True, **options)
-    missing = {key.rpartition(".")[0] for key in loading["missing_keys"]}
-    # PEFT saves these as a whole by itself; a part of one named as well would be saved twice.
-    fresh = sorted(name for name in missing if name.partition(".")[0] not in PEFT_HEADS)
-    return get_peft_model(model, _lora_config(settings, model, task_type, fresh))
+def _adapted(settings: Settings, method: Method, head: Head, options: dict[str, Any]) -> Any:
+    """The backbone with its head, adapted. An encoder's head is drawn at random and trains too."""
+    if head != "lm":
+        # The head trains in float32, and so does the small backbone below it.
+        options["dtype"] = options["dtype"] or torch.float32
+    model, loading = load_model(
+        settings.model.model_name_or_path, head=head, output_loading_info=True, **options
+    )
+    check_quantised(method, model)
+    fresh: list[str] = []
+    if head != "lm":
+        fresh = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
+    fit(method, model, settings.run.budget)
+    heads = [*fresh, *(settings.model.lora_modules_to_save or ())]
+    model = method.prepare(model, task_type=TASK_TYPES[head], heads=heads)
+    fuse(model)
+    use_short_attention(base_model(model))
+    return model
 
 
 def _model_options(settings: Settings) -> dict[str, Any]:
@@ -282,23 +304,6 @@ def _model_options(settings: Settings) -> dict[str, Any]:
     if quantization is not None:
         options["quantization_config"] = quantization
     return options
-
-
-def _lora_config(
-    settings: Settings, model: Any, task_type: TaskType, fresh: Sequence[str] = ()
-) -> LoraConfig:
-    wanted = settings.model
-    saved = [*(wanted.lora_modules_to_save or ()), *fresh]
-    return LoraConfig(
-        r=wanted.lora_r,
-        lora_alpha=wanted.lora_alpha,
-        lora_dropout=wanted.lora_dropout,
-        target_modules=resolve_targets(model, wanted.lora_target_modules),
-        modules_to_save=saved or None,
-        use_rslora=wanted.use_rslora,
-        use_dora=wanted.use_dora,
-        task_type=task_type,
-    )
 
 
 def _data_name(settings: Settings) -> str:

@@ -20,6 +20,9 @@ from loralloc.allocation.config import AllocationConfig
 
 FILE_NAME = "settings.json"
 BLOCK = "allocation"
+OPTIONS = "method"
+"""What a method's own options begin with: `method.bottleneck`."""
+
 DEFAULT = "loralloc default"
 """Source of a value that nobody gave."""
 FOLLOWING = "as eval_steps"
@@ -33,6 +36,20 @@ class RunArguments:
     task: str | None = field(
         default=None,
         metadata={"help": "Task that turns rows into prompts and labels; see `loralloc.tasks`."},
+    )
+    method: str = field(
+        default="alora",
+        metadata={"help": "How the model is adapted; `loralloc methods` lists all."},
+    )
+    budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters that the method may add, which choose its size; by default those "
+            "of LoRA with rank 8."
+        },
+    )
+    paper: bool = field(
+        default=False, metadata={"help": "The size that the method has in the paper's comparison."}
     )
     head: Literal["auto", "lm", "classification", "span"] = field(
         default="auto",
@@ -117,6 +134,16 @@ class Settings:
     def output_dir(self) -> Path:
         """The run folder."""
         return Path(self.training.output_dir)
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """The method's own options that were given, without what they begin with."""
+        start = OPTIONS + "."
+        return {
+            name.removeprefix(start): value
+            for name, value in self.given.items()
+            if name.startswith(start)
+        }
 
     def gives(self, name: str) -> bool:
         """Whether this value comes from elsewhere than the defaults."""
@@ -222,7 +249,8 @@ def _parser() -> HfArgumentParser:
 
 
 def _build(parser: HfArgumentParser, given: dict[str, Any], sources: dict[str, str]) -> Settings:
-    flat = {name: value for name, value in given.items() if not name.startswith(BLOCK + ".")}
+    dotted = (BLOCK + ".", OPTIONS + ".")
+    flat = {name: value for name, value in given.items() if not name.startswith(dotted)}
     allocation = {
         name.removeprefix(BLOCK + "."): value
         for name, value in given.items()
@@ -261,6 +289,9 @@ def _read_yaml(path: Path, types: Mapping[str, argparse.Action]) -> dict[str, An
         os.environ[name] = str(value)
     values = {}
     for name, value in data.items():
+        if name.startswith(OPTIONS + "."):
+            values[name] = _scalar(value)
+            continue
         if name not in types:
             raise ValueError(_unknown(name, types, f"in {path}"))
         # YAML reads 1e-4 as text; argparse's own type makes it a number.
@@ -286,6 +317,9 @@ def _read_flags(flags: Sequence[str], parser: HfArgumentParser) -> dict[str, Any
     while queue:
         flag = queue.pop(0)
         name, _, attached = flag.removeprefix("--").partition("=")
+        if flag.startswith(f"--{OPTIONS}."):
+            values[name.replace("-", "_")] = _scalar(_value_of(flag, attached, queue))
+            continue
         bare = name.removeprefix(BLOCK + ".").replace("-", "_")
         dotted = name.startswith(BLOCK + ".")
         if not flag.startswith("--") or not (dotted or (bare in allocation and bare not in own)):
@@ -295,9 +329,7 @@ def _read_flags(flags: Sequence[str], parser: HfArgumentParser) -> dict[str, Any
             raise ValueError(
                 _unknown(name, {f"{BLOCK}.{n}" for n in allocation}, "among the flags")
             )
-        if not attached and (not queue or queue[0].startswith("--")):
-            raise ValueError(f"The flag {flag} needs a value.")
-        values[f"{BLOCK}.{bare}"] = _scalar(attached or queue.pop(0))
+        values[f"{BLOCK}.{bare}"] = _scalar(_value_of(flag, attached, queue))
     try:
         namespace, unknown = parser.parse_known_args(rest)
     except argparse.ArgumentError as error:
@@ -306,6 +338,13 @@ def _read_flags(flags: Sequence[str], parser: HfArgumentParser) -> dict[str, Any
         names = own | {f"{BLOCK}.{name}" for name in allocation}
         raise ValueError(_unknown(unknown[0].lstrip("-").split("=")[0], names, "among the flags"))
     return {**vars(namespace), **values}
+
+
+def _value_of(flag: str, attached: str, queue: list[str]) -> str:
+    """What was given with a flag, `--flag=value` or `--flag value`."""
+    if not attached and (not queue or queue[0].startswith("--")):
+        raise ValueError(f"The flag {flag} needs a value.")
+    return attached or queue.pop(0)
 
 
 def _scalar(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Opening a run folder again, with stock PEFT."""
+"""Opening a run folder again: with stock PEFT, where its adapter is one of PEFT's."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from loralloc.methods.in_place import CONFIG_NAME
+from loralloc.methods.opening import open_adapter
 from loralloc.training.machine import accelerator
 from loralloc.training.models import Head, load_model, load_tokenizer
 from loralloc.training.settings import FILE_NAME, saved
@@ -20,6 +21,12 @@ HEADS: dict[str, Head] = {"CAUSAL_LM": "lm", "SEQ_CLS": "classification", "QUEST
 
 LABELS_NAME = "labels.json"
 """Where a run folder keeps the names of a classifier's labels, in the order of its logits."""
+
+
+def config_of(folder: Path) -> Path | None:
+    """The file that describes a folder's adapter: PEFT's, or a method's own."""
+    paths = (folder / "adapter_config.json", folder / CONFIG_NAME)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def head_of(folder: Path) -> Head:
@@ -65,7 +72,7 @@ def load_trained(
     options = {**_backbone_options(settings), **_head_options(folder, head)}
     model: Any = load_model(name, head=head, **options)
     if with_adapter:
-        model = PeftModel.from_pretrained(model, folder)
+        model = open_adapter(model, folder)
     return model.to(accelerator()), load_tokenizer(str(folder))
 
 
@@ -105,11 +112,11 @@ def _head_options(folder: Path, head: Head) -> dict[str, Any]:
 
 
 def _adapter_config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
+    path = config_of(folder)
+    if path is None:
         raise ValueError(
-            f"{folder} holds no adapter_config.json, so no trained adapter; name the folder of a "
-            "finished run."
+            f"{folder} holds no adapter_config.json and no {CONFIG_NAME}, so no trained adapter; "
+            "name the folder of a finished run."
         )
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return config

@@ -2,20 +2,25 @@
 
 A gate of block l leaves every hidden state before block l as it is. So each block's output is
 kept once for the full model and once for the base model, and every ablation starts at its own
-block: half the work of whole forward passes and, bit for bit, the same answer.
+block: half the work of whole forward passes. Ablations of one block share a forward pass, each
+with a copy of the micro-batch to itself: in copy k, the layer of rank r puts out what a change of
+column r of B adds, dy = s (x A_r^T) dB_r^T.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from loralloc.allocation.importance.copies import count_examples, num_copies, repeated
 from loralloc.allocation.importance.path import gates_at
-from loralloc.allocation.layers import block_index, block_list
+from loralloc.allocation.importance.prefix import Prefix
+from loralloc.allocation.layers import base_model
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
@@ -38,10 +43,10 @@ def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits)
 def measure(objective: Objective, weights_b: Mapping[str, Tensor], wanted: RankNames) -> Scores:
     """Both terms of eq. 6 for the wanted ranks; the terms of other ranks are NaN."""
     with objective.evaluating(), torch.no_grad():
-        zeros = {name: torch.zeros_like(b) for name, b in weights_b.items()}
-        s_off, s_full = _sweep(objective, weights_b, wanted, columns=zeros)
-        with gates_at(weights_b, 0) as trained:
-            s_on, s_base = _sweep(objective, weights_b, wanted, columns=trained)
+        off = {name: -weights_b[name] for name in wanted}
+        s_off, s_full = _sweep(objective, weights_b, wanted, changes=off)
+        with gates_at(weights_b, 0) as on:
+            s_on, s_base = _sweep(objective, weights_b, wanted, changes=on)
     return Scores(
         terms={
             "without": {name: s_full - s for name, s in s_off.items()},
@@ -58,9 +63,9 @@ def _sweep(
     weights_b: Mapping[str, Tensor],
     wanted: RankNames,
     *,
-    columns: Mapping[str, Tensor],
+    changes: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float]:
-    """S with one column of B put in from `columns`, for each wanted rank; and S as it stands."""
+    """S with one column of B changed, for each wanted rank; and S as it stands."""
     losses = {
         name: torch.full((b.shape[1],), torch.nan, dtype=torch.float64)
         for name, b in weights_b.items()
@@ -68,70 +73,75 @@ def _sweep(
     for name, indices in wanted.items():
         losses[name][list(indices)] = 0.0
     plain_loss = 0.0
-    prefix = _Prefix(objective.model, weights_b)
+    layers = {name: _layer(objective.model, name) for name in wanted}
+    prefix = Prefix(objective.model, weights_b)
     for batch in objective.batches:
-        with prefix.recording() as outputs:
-            plain_loss += float(objective.loss_sum(batch))
+        with prefix.recording() as outputs, _shapes(layers) as shapes:
+            plain = objective.losses(batch)
+        plain_loss += float(plain.sum())
+        size = count_examples(batch)
+        groups = defaultdict(list)
         for name, indices in wanted.items():
-            with prefix.replaying(outputs, until=name):
-                for index in indices:
-                    with _column(weights_b[name], index, columns[name][:, index]):
-                        losses[name][index] += float(objective.loss_sum(batch))
+            block = prefix.block(name)
+            most = 1
+            if block is not None and plain.ndim:
+                most = num_copies(
+                    batch,
+                    shapes.get(name),
+                    device=objective.device.type,
+                    num_blocks=len(prefix),
+                )
+            groups[block or 0, most] += [(name, index) for index in indices]
+        for (block, most), ranks in groups.items():
+            for first in range(0, len(ranks), most):
+                some = ranks[first : first + most]
+                output = repeated(outputs.get(block - 1), size, len(some))
+                with prefix.replaying(output, before=block), ExitStack() as hooks:
+                    for copy, (name, index) in enumerate(some):
+                        add = _adds(
+                            *_rank_one(layers[name], weights_b[name], index, changes[name]),
+                            copy,
+                            len(some),
+                        )
+                        hooks.callback(layers[name].register_forward_hook(add).remove)
+                    inputs = {k: repeated(v, size, len(some)) for k, v in batch.items()}
+                    found = objective.losses(inputs).view(len(some), -1).sum(1).tolist()
+                for (name, index), loss in zip(some, found, strict=True):
+                    losses[name][index] += loss
     scale = -1 / objective.num_targets
     return {name: loss * scale for name, loss in losses.items()}, plain_loss * scale
 
 
+def _layer(model, name):
+    return base_model(model).get_submodule(name)
+
+
 @contextmanager
-def _column(b: Tensor, index: int, values: Tensor) -> Iterator[None]:
-    """Column `index` of B replaced inside, and its very bits back outside."""
-    saved = b[:, index].clone()
-    b[:, index] = values
+def _shapes(layers):
+    shapes = {}
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _layer, args, name=name: shapes.update({name: args[0].shape})
+        )
+        for name, layer in layers.items()
+    ]
     try:
-        yield
+        yield shapes
     finally:
-        b[:, index] = saved
+        for handle in handles:
+            handle.remove()
 
 
-class _Prefix:
-    """Skipping the blocks before a module by giving back what they put out before.
+def _rank_one(layer, b, index, change):
+    adapter = next(key for key, other in layer.lora_B.items() if other.weight is b)
+    a = layer.lora_A[adapter].weight[index] * layer.scaling[adapter]
+    return a, change[:, index]
 
-    The rest of the model runs as it is, so nothing need be known about its embeddings, masks or
-    head. Modules outside the blocks, or a model with several lists of blocks, skip nothing.
-    """
 
-    def __init__(self, model: nn.Module, names: Mapping[str, Any]) -> None:
-        found = block_list(model, names)
-        self._list_name, self._blocks = found if found else ("", nn.ModuleList())
+def _adds(a, b, copy, num):
+    def add(_layer, args, output):
+        size = len(output) // num
+        rows = slice(copy * size, (copy + 1) * size)
+        output[rows] += (args[0][rows].to(a.dtype) @ a)[..., None] * b
 
-    @contextmanager
-    def recording(self) -> Iterator[dict[int, Any]]:
-        """Keep what each block puts out, by its index."""
-        outputs: dict[int, Any] = {}
-
-        def keep(index: int) -> Any:
-            return lambda _module, _args, output: outputs.update({index: output})
-
-        handles = [b.register_forward_hook(keep(i)) for i, b in enumerate(self._blocks)]
-        try:
-            yield outputs
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    @contextmanager
-    def replaying(self, outputs: Mapping[int, Any], *, until: str) -> Iterator[None]:
-        """Let no block before the one that holds the module `until` compute."""
-        index = (block_index(until, self._list_name) if self._list_name else None) or 0
-        skipped = list(self._blocks)[:index]
-        own = [vars(block).get("forward") for block in skipped]
-        for block in skipped:
-            # The block before the module's own is the only one whose output is read.
-            block.forward = lambda *_, _output=outputs[index - 1], **__: _output
-        try:
-            yield
-        finally:
-            for block, forward in zip(skipped, own, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+    return add

@@ -21,7 +21,7 @@ from loralloc.evaluation.judge.questions import Answers, Question, check_answers
 from loralloc.training.models import load_model, load_tokenizer
 from loralloc.training.settings import FILE_NAME as SETTINGS_NAME
 from loralloc.training.settings import saved
-from loralloc.training.trained import load_trained
+from loralloc.training.trained import config_of, load_trained
 
 ADAPTER_NAME = "adapter_model.safetensors"
 
@@ -83,7 +83,7 @@ def contestant(
         answers = read_answers(path)
         check_answers(answers, questions, source=str(path))
         return Contestant(name=name, source=path, answers=answers)
-    is_run = (path / "adapter_config.json").is_file()
+    is_run = config_of(path) is not None
     if path.is_dir() and not is_run and not (path / "config.json").is_file():
         raise ValueError(
             f"{path} is neither a finished run (adapter_config.json) nor a model (config.json); "

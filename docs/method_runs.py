@@ -1,0 +1,245 @@
+"""Every method trained and tested on SST-2 at one budget, and the page that tells what came out.
+
+Each run is a process of its own: `loralloc train`, then `loralloc eval`; a run whose result is in
+the output folder is taken as it is. Learning rates are chosen by the development loss, among three,
+method by method on `minilm-l6`; `smollm2-135m` takes the choice over. Writes
+docs/results/methods.json and, from it, docs/methods.md.
+
+Run: python docs/method_runs.py [--data FOLDER] [--out FOLDER] [--only METHOD ...] [--page]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from loralloc.methods.catalog import METHODS, get_method
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results" / "methods.json"
+PAGE = ROOT / "docs" / "methods.md"
+
+MODELS = {
+    "minilm-l6": ("--max_steps", "300"),
+    "smollm2-135m": ("--max_steps", "120"),
+}
+"""Backbones and the steps of every run, of 16 examples each."""
+
+RATES = (3e-4, 1e-3, 3e-3)
+"""Learning rates that are tried on `minilm-l6`."""
+
+SLOW_RATES = (3e-5, 1e-4, 3e-4)
+"""Those of full fine-tuning, which larger ones break."""
+
+
+TEST = ("--decode", "labels")
+"""How the language model answers: the most probable label."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is missing, collect, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods")
+    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        train(args.worker)
+        return
+    if not args.page:
+        for method in args.only:
+            rate = best_rate(args, method)
+            run(args, "smollm2-135m", method, rate)
+        untuned(args)
+        write_results(args)
+    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+
+
+def train(flags: Sequence[str]) -> None:
+    """Train in this process, and print what it took."""
+    from loralloc.cli.progress import prepare_process
+    from loralloc.training import run as runs
+    from loralloc.training.settings import resolve
+
+    prepare_process()
+    prepared = runs.prepare(resolve(flags))
+    method = prepared.method
+    begin, number = time.perf_counter(), method.num_trained()
+    runs.train(prepared)
+    seconds = time.perf_counter() - begin
+    losses = [entry for entry in prepared.trainer.state.log_history if "eval_loss" in entry]
+    result = {
+        "seconds": seconds - sum(entry["eval_runtime"] for entry in losses),
+        "steps": prepared.trainer.state.global_step,
+        "trained": number,
+        "stored": method.num_stored(),
+        "size": {method.size: getattr(method, method.size)},
+        "dev_loss": losses[-1]["eval_loss"],
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
+
+
+def best_rate(args: argparse.Namespace, method: str) -> float:
+    """The learning rate with the lowest development loss on the small backbone."""
+    rates = SLOW_RATES if method == "full" else RATES
+    return min(rates, key=lambda rate: run(args, "minilm-l6", method, rate)["dev_loss"])
+
+
+def run(args: argparse.Namespace, model: str, method: str, rate: float) -> dict[str, Any]:
+    """One run's result, from its folder or by running it."""
+    folder = args.out / model / f"{method}-{rate:g}"
+    kept = folder / "result.json"
+    if kept.is_file():
+        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
+        return found
+    flags = [
+        *("--task", "sst2", "--dataset_name", str(args.data / "sst2")),
+        *("--model_name_or_path", model, "--method", method, "--learning_rate", f"{rate:g}"),
+        *("--eval_strategy", "steps", "--eval_steps", MODELS[model][1], "--save_strategy", "no"),
+        *("--output_dir", str(folder), "--disable_tqdm", "true", *MODELS[model]),
+        *(rounds(model) if method.startswith("alora") else ()),
+    ]
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", *flags], check=True, capture_output=True, text=True
+    )
+    result = json.loads(done.stdout.strip().splitlines()[-1])
+    decode = TEST if model == "smollm2-135m" else ()
+    command("eval", str(folder), *decode, "--output_dir", str(folder / "eval"))
+    result |= {"model": model, "method": method, "learning_rate": rate, "test": tested(folder)}
+    kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def rounds(model: str) -> tuple[str, ...]:
+    """Eight rounds in the first two thirds of the run; 375 steps are an epoch."""
+    epochs = int(MODELS[model][1]) / 375
+    warmup, recovery = f"{epochs / 4:.3f}", f"{epochs / 20:.3f}"
+    return ("--num_rounds", "8", "--warmup_epochs", warmup, "--recovery_epochs", recovery)
+
+
+def untuned(args: argparse.Namespace) -> None:
+    """The language model as it was; an encoder's head is drawn at random and says nothing."""
+    folder, first = args.out / "smollm2-135m" / "untuned", args.out / "smollm2-135m"
+    trained = next(first.glob("lora-*"), None)
+    if trained is not None and not (folder / "eval.json").is_file():
+        command("eval", str(trained), "--base", *TEST, "--output_dir", str(folder))
+
+
+def tested(folder: Path) -> dict[str, Any]:
+    """Accuracy on the test split, in per cent, and of how many examples."""
+    found = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
+    return {"accuracy": found["figures"][0]["value"], "num_examples": found["num_examples"]}
+
+
+def write_results(args: argparse.Namespace) -> None:
+    """Collect every run's result."""
+    results = [json.loads(path.read_text("utf-8")) for path in args.out.glob("*/*/result.json")]
+    base = args.out / "smollm2-135m" / "untuned" / "eval.json"
+    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
+    data = {
+        "packages": packages,
+        "untuned": json.loads(base.read_text("utf-8"))["figures"][0]["value"]
+        if base.is_file()
+        else None,
+        "runs": sorted(results, key=lambda r: (r["model"], list(METHODS).index(r["method"]))),
+    }
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def page(data: dict[str, Any]) -> str:
+    """docs/methods.md."""
+    lines = [*INTRODUCTION, *_methods()]
+    for model, (_, steps) in MODELS.items():
+        runs = _chosen([r for r in data["runs"] if r["model"] == model])
+        if not runs:
+            continue
+        lines += ["", f"## SST-2, {model}, {steps} steps of 16 examples", "", *_table(model, runs)]
+        if model == "smollm2-135m" and data["untuned"] is not None:
+            lines += ["", f"Untuned, with labels scored as well: {data['untuned']:.1f}."]
+    return "\n".join([*lines, *NOTES]) + "\n"
+
+
+def _chosen(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of every method the run with the lowest development loss."""
+    best: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        if run["method"] not in best or run["dev_loss"] < best[run["method"]]["dev_loss"]:
+            best[run["method"]] = run
+    return list(best.values())
+
+
+def _table(model: str, runs: Sequence[dict[str, Any]]) -> list[str]:
+    lora = next((r for r in runs if r["method"] == "lora"), None)
+    lines = [
+        "| method | size | parameters trained | stored | learning rate | dev loss | "
+        "test accuracy | seconds a step | over LoRA | peak GiB |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for run in runs:
+        ((name, size),) = run["size"].items()
+        step = run["seconds"] / run["steps"]
+        over = f"{step / (lora['seconds'] / lora['steps']):.2f}" if lora else "-"
+        lines.append(
+            f"| {run['method']} | {name} {size} | {run['trained']:,} | {run['stored']:,} | "
+            f"{run['learning_rate']:g} | {run['dev_loss']:.3f} | {run['test']['accuracy']:.1f} | "
+            f"{step:.3f} | {over} | {run['peak_bytes'] / 2**30:.2f} |"
+        )
+    return lines
+
+
+def _methods() -> list[str]:
+    """What every method is and how it differs from its paper."""
+    lines = ["", "| method | paper | status | merges | what differs |", "|---|---|---|---|---|"]
+    for name in METHODS:
+        about = get_method(name).about
+        merges = "yes" if about.merges else "no"
+        lines.append(
+            f"| `{name}` | {about.paper} | {about.status} | {merges} | {about.differs or '-'} |"
+        )
+    return lines
+
+
+INTRODUCTION = (
+    "# Methods",
+    "",
+    "Every method of the paper's Table 1 and its two ablation variants, by `--method NAME`, at one",
+    "budget (`--budget N`; by default the parameters of LoRA with rank 8 on every linear layer of",
+    "every block) or at the size of the paper's comparison (`--paper`). `loralloc methods --model",
+    "MODEL` counts them for a model. Faithful: as published. Port: moved to other backbones.",
+    "Reconstruction: rebuilt from the paper's words, where no code was ever published.",
+)
+
+NOTES = (
+    "",
+    "Written by `python docs/method_runs.py --data DATA` from `docs/results/methods.json`. One seed",
+    "each, few steps, and a slice of the data: the table shows that every method trains and what it",
+    "costs, not which is better. `trained` counts at step 0, `stored` what one task keeps, both",
+    "without the head. The learning rate is the one with the lowest development loss of three on",
+    f"`minilm-l6` ({', '.join(f'{rate:g}' for rate in RATES)}; full fine-tuning "
+    f"{', '.join(f'{rate:g}' for rate in SLOW_RATES)}). Seconds are",
+    "of a shared machine with two cores: ratios within the table say more than they do. Methods",
+    "that search (ssp, spt, learned-adapter) search for a quarter of the steps.",
+)
+
+
+def command(*arguments: str) -> None:
+    """Run a verb of loralloc as a user does."""
+    subprocess.run(
+        [sys.executable, "-m", "loralloc", *arguments], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`loralloc methods`: the ways to adapt a model, and what each costs."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from loralloc.cli.console import console
+
+if TYPE_CHECKING:
+    from loralloc.methods.method import Method
+
+PAPERS_MODEL = "LLaMA-2-7B"
+"""Whose shape is taken where no model is named: the paper's, which needs no download."""
+
+NOTE = """
+Size and parameters are those nearest to the budget; `paper` is the paper's comparison (`--paper`).
+A method by name: loralloc train --method NAME [--budget N | --paper] ..."""
+
+
+def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = verbs.add_parser(
+        "methods",
+        help="list the ways to adapt a model",
+        description=(
+            "List every method of the paper's tables: where it comes from, how near it is to its "
+            "paper, whether it merges, and its size and parameters for a model at one budget."
+        ),
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help=f"smollm2-135m, minilm-l6, a folder or a Hub name (default: {PAPERS_MODEL}'s shape)",
+    )
+    parser.add_argument(
+        "--budget", type=int, metavar="N", help="parameters (default: LoRA's with rank 8)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the table."""
+    from rich.table import Table
+
+    from loralloc.cli.progress import prepare_process
+
+    prepare_process()
+    from loralloc.methods.catalog import METHODS, get_method
+    from loralloc.training.adaptation import default_budget
+    from loralloc.training.models import empty_model
+
+    model = _papers_shape() if args.model is None else empty_model(args.model)
+    budget = default_budget(model) if args.budget is None else args.budget
+    rows = [facts(get_method(name), model, budget) for name in METHODS]
+    out = console()
+    if args.json:
+        out.print_json(data={"model": args.model or PAPERS_MODEL, "budget": budget, "rows": rows})
+        return 0
+    table = Table(
+        title=f"{args.model or PAPERS_MODEL}, a budget of {budget:,} parameters",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("method", style="bold", no_wrap=True)
+    table.add_column("from\n[dim]what differs[/]")
+    table.add_column("status", no_wrap=True)
+    table.add_column("merges")
+    table.add_column("size", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    table.add_column("paper", justify="right")
+    for row in rows:
+        differs = f"\n[dim]{row['differs']}[/]" if row["differs"] else ""
+        table.add_row(
+            row["name"],
+            row["paper"] + differs,
+            row["status"],
+            "yes" if row["merges"] else "no",
+            _size(row),
+            "-" if row["parameters"] is None else f"{row['parameters']:,}",
+            "-" if row["paper_parameters"] is None else f"{row['paper_parameters']:,}",
+        )
+    out.print(table)
+    out.print(textwrap.dedent(NOTE), highlight=False, soft_wrap=True)
+    return 0
+
+
+def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
+    """What there is to know of a method, for a backbone and a budget."""
+    about = kind.about
+    method = kind()
+    too_large = ""
+    try:
+        method.fit(model, budget)
+    except ValueError as error:
+        too_large = str(error)
+    size = getattr(method, method.size)
+    of_paper = kind(**kind.paper) if kind.paper else None
+    return {
+        "name": about.name,
+        "title": about.title,
+        "paper": about.paper,
+        "status": about.status,
+        "differs": about.differs,
+        "merges": about.merges,
+        "size_name": method.size,
+        "size": size,
+        "parameters": None if too_large else method.count(model, size),
+        "too_large": too_large or None,
+        "paper_settings": dict(kind.paper),
+        "paper_parameters": of_paper.count(model, getattr(of_paper, of_paper.size))
+        if of_paper
+        else None,
+    }
+
+
+def _size(row: dict[str, Any]) -> str:
+    return "beyond it" if row["too_large"] else f"{row['size_name']} {row['size']}"
+
+
+def _papers_shape() -> Any:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)

@@ -1,0 +1,82 @@
+"""Choosing a candidate by what the network does without it, and with it alone.
+
+    CS(o) = S(M) - S(M without o) + S(M with only o)
+
+S is minus the mean loss on the scoring batch; o is left out of, or is all of, one mean in one
+adapter of the hyper-network M, the rest of which stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from loralloc.allocation.importance.prefix import Prefix
+from loralloc.allocation.objective import Objective
+from loralloc.methods.learned_adapter_cell import Cell
+
+CHOICES = ("activations", "operations")
+"""What is chosen in a cell, as its attributes are named."""
+
+Scores = dict[str, dict[str, float]]
+"""CS by choice and candidate."""
+
+
+def score(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Scores]:
+    """CS of every candidate in these cells, exactly.
+
+    What comes before a cell's block is the same for all of its candidates, and is computed once.
+
+    Args:
+        objective: The scoring batch and the model.
+        cells: By their names in the model.
+    """
+    plain = 0.0
+    scores: dict[str, Scores] = {
+        name: {choice: dict.fromkeys(getattr(cell, choice), 0.0) for choice in CHOICES}
+        for name, cell in cells.items()
+    }
+    prefix = Prefix(objective.model, cells)
+    with objective.evaluating(), torch.no_grad():
+        for batch in objective.batches:
+            with prefix.recording() as outputs:
+                plain += float(objective.loss_sum(batch))
+            for name, choice, candidate, others in _candidates(cells):
+                block = prefix.block(name) or 0
+                with prefix.replaying(outputs.get(block - 1), before=block):
+                    with _only(cells[name], choice, others):
+                        without = float(objective.loss_sum(batch))
+                    with _only(cells[name], choice, [candidate]):
+                        alone = float(objective.loss_sum(batch))
+                scores[name][choice][candidate] += without - alone
+    for name, choice, candidate, _ in _candidates(cells):
+        found = scores[name][choice]
+        found[candidate] = (found[candidate] - plain) / objective.num_targets
+    return scores
+
+
+def best(scores: Scores) -> dict[str, str]:
+    """The candidate with the highest score of every choice; of equals, the first."""
+    return {choice: max(found, key=found.__getitem__) for choice, found in scores.items()}
+
+
+def _candidates(cells: Mapping[str, Cell]) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Cell, choice, candidate, and the others that there are."""
+    for name, cell in cells.items():
+        for choice in CHOICES:
+            candidates = getattr(cell, choice)
+            for candidate in candidates:
+                yield name, choice, candidate, [other for other in candidates if other != candidate]
+
+
+@contextmanager
+def _only(cell: Cell, choice: str, candidates: Sequence[str]) -> Iterator[None]:
+    """Nothing but these to choose from."""
+    all_of_them = getattr(cell, choice)
+    setattr(cell, choice, candidates)
+    try:
+        yield
+    finally:
+        setattr(cell, choice, all_of_them)

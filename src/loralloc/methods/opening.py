@@ -1,0 +1,58 @@
+"""Opening what a run saved, whatever its method, on a backbone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, TaskType
+
+from loralloc.methods.catalog import get_method
+from loralloc.methods.in_place import CONFIG_NAME, read_config
+from loralloc.methods.method import Batch
+
+
+def open_adapter(model: Any, folder: str | Path) -> Any:
+    """Give a backbone the adapter in a folder, ready to predict.
+
+    Stock PEFT opens what methods on PEFT saved; the others put modules of their own into the
+    backbone, which only this does.
+
+    Args:
+        model: The backbone, with its head.
+        folder: A run folder, or a checkpoint.
+
+    Returns:
+        The adapted model, in evaluation mode.
+
+    Raises:
+        ValueError: The adapter is not for this model.
+
+    Example:
+        >>> model = AutoModelForCausalLM.from_pretrained("...")  # doctest: +SKIP
+        >>> model = open_adapter(model, "runs/sst2-houlsby")  # doctest: +SKIP
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_NAME).is_file():
+        return PeftModel.from_pretrained(model, folder)
+    config = read_config(folder)
+    method = get_method(config["method"])(**config["options"])
+    adapted = method.prepare(model, task_type=TaskType(config["task_type"]), heads=config["heads"])
+    method.load(folder)
+    return adapted.requires_grad_(False).eval()
+
+
+def shares_prompts(model: Any) -> bool:
+    """Whether an adapted model may read a prompt in pieces; see `About.shares_prompts`."""
+    method = getattr(model, "loralloc_method", None)
+    if method is not None:
+        return bool(method.about.shares_prompts)
+    configs = getattr(model, "peft_config", {}).values()
+    return not any(config.is_prompt_learning for config in configs)
+
+
+def show_batch(model: Any, batch: Batch) -> None:
+    """Let a model's method see a batch before the model does; see `Method.watch`."""
+    method = getattr(model, "loralloc_method", None)
+    if method is not None:
+        method.watch(batch)

@@ -1,0 +1,144 @@
+"""SaLoRA (Hu et al. 2023): hard-concrete gates, and a Lagrangian for the ranks that are left."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from peft import TaskType
+from torch import Tensor
+from torch.optim import Adam, Optimizer
+
+from loralloc.allocation.layers import lora_layers, weight_a, weight_b
+from loralloc.methods.gated import START, GatedLora
+from loralloc.methods.method import About, Batch
+from loralloc.methods.orthogonal import off_orthonormal
+
+BETA, GAMMA, ZETA = 1.0, -0.1, 1.1
+"""Temperature of the concrete distribution, and the interval that it is stretched to."""
+
+EPSILON = 1e-6
+"""Noise is uniform on (epsilon, 1 - epsilon)."""
+
+
+@dataclass(kw_only=True)
+class SaLora(GatedLora):
+    """Every rank has a gate z that is 0, 1 or between, of learned log-odds log a.
+
+    One z is drawn a step and shared by its batches; evaluation has u = 1/2,
+
+        z = clip(sigmoid((log u - log(1 - u) + log a) / beta) (zeta - gamma) + gamma, 0, 1)
+
+    With C the parameters expected to be left, C_0 all of them and t falling from 1 to 1/2, the loss
+    gains, at a minimum over log a and a maximum over the multipliers,
+
+        lambda_1 (C / C_0 - t) + lambda_2 (C / C_0 - t)^2
+
+    and 0.1 times the mean over modules of ||B^T B - I||_F + ||A A^T - I||_F. At the end of
+    `prune_by` the ranks with the highest log a are kept.
+    """
+
+    log_a: float = 2.94
+    """log a at the start: z > 0 with a probability of 0.995."""
+
+    gate_lr: float = 0.01
+    """Adam's learning rate of log a and of the multipliers."""
+
+    warmup_share: float = 0.3
+    """Share of the run in which t falls."""
+
+    orthogonality: float = 0.1
+
+    about: ClassVar[About] = About(
+        name="salora",
+        title="SaLoRA",
+        paper="Hu et al. 2023",
+        status="reconstruction",
+        differs="No code was published. The quadratic term and the falling target are FLOP's (Wang "
+        "et al. 2020), as is the start near open gates; B begins at zero; learning rates and the "
+        "step to prune at are chosen here.",
+        merges=True,
+    )
+    paper: ClassVar[Mapping[str, Any]] = {"rank": 8}
+
+    def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
+        """See `Method.prepare`."""
+        super().prepare(model, task_type=task_type, heads=heads)
+        self.multipliers = torch.zeros(2, device="cpu", requires_grad=True)
+        self.learned.append(self.multipliers)
+        self.noise: Tensor | None = None
+        return self.model
+
+    def first_gates(self, num_gates: int) -> Tensor:
+        """See `GatedLora.first_gates`."""
+        return torch.full((num_gates,), self.log_a, device="cpu")
+
+    def gate(self, where: slice) -> Tensor:
+        """See `GatedLora.gate`."""
+        # From the leaf in every call: a z that calls share would be gone after one's backward pass.
+        noise = self.noise if self.model.training else None
+        return hard_concrete(self.gates[where], None if noise is None else noise[where])
+
+    def final_gates(self) -> Tensor:
+        """See `GatedLora.final_gates`."""
+        return hard_concrete(self.gates.detach())
+
+    def importance(self) -> Tensor:
+        """See `GatedLora.importance`."""
+        return self.gates.detach()
+
+    def gate_optimizer(self) -> Optimizer:
+        """See `GatedLora.gate_optimizer`."""
+        ascending = {"params": [self.multipliers], "maximize": True}
+        return Adam([{"params": [self.gates]}, ascending], lr=self.gate_lr)
+
+    def watch(self, batch: Batch) -> None:
+        """See `Method.watch`: draw the step's z before its first batch."""
+        if self.is_gated and self.model.training and self.noise is None:
+            uniform = EPSILON + (1 - 2 * EPSILON) * torch.rand(len(self.gates), device="cpu")
+            self.noise = uniform.logit().to(self.gates)
+
+    def extra_loss(self) -> Tensor | None:
+        """See `Method.extra_loss`."""
+        if not self.is_gated:
+            return None
+        left = (self.costs * chance_open(self.gates)).sum() / self.costs.sum()
+        excess = left - self._target()
+        distances = [
+            off_orthonormal(weight_a(layer)) + off_orthonormal(weight_b(layer).T)
+            for layer in lora_layers(self.model).values()
+        ]
+        return (
+            self.multipliers[0] * excess
+            + self.multipliers[1] * excess**2
+            + self.orthogonality * torch.stack(distances).mean()
+        )
+
+    def update_gates(self) -> None:
+        """See `GatedLora.update_gates`."""
+        super().update_gates()
+        self.noise = None
+
+    def _target(self) -> float:
+        """t: the share of the parameters that is to be left."""
+        progress = self.num_steps_done / (self.warmup_share * self.session.num_steps)
+        return 1 - (1 - 1 / START) * min(1.0, progress)
+
+
+def hard_concrete(log_a: Tensor, noise: Tensor | None = None) -> Tensor:
+    """The gates z of log a, elementwise.
+
+    Args:
+        log_a: Of any shape.
+        noise: log u - log(1 - u), of the same shape; none for evaluation.
+    """
+    concrete = torch.sigmoid((log_a if noise is None else noise + log_a) / BETA)
+    return (concrete * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def chance_open(log_a: Tensor) -> Tensor:
+    """The probability that z > 0, elementwise."""
+    return torch.sigmoid(log_a - BETA * math.log(-GAMMA / ZETA))
