@@ -83,7 +83,7 @@ def train(flags: Sequence[str]) -> None:
         "steps": prepared.trainer.state.global_step,
         "trained": number,
         "stored": method.num_stored(),
-        "size": {method.size: getattr(method, method.size)},
+        "size": {method.size: method.chosen_size()},
         "dev_loss": losses[-1]["eval_loss"],
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -192,7 +192,7 @@ def _table(model: str, runs: Sequence[dict[str, Any]]) -> list[str]:
         step = run["seconds"] / run["steps"]
         over = f"{step / (lora['seconds'] / lora['steps']):.2f}" if lora else "-"
         lines.append(
-            f"| {run['method']} | {name} {size} | {run['trained']:,} | {run['stored']:,} | "
+            f"| {run['method']} | {f'{name} {size}' if name else '-'} | {run['trained']:,} | {run['stored']:,} | "
             f"{run['learning_rate']:g} | {run['dev_loss']:.3f} | {run['test']['accuracy']:.1f} | "
             f"{step:.3f} | {over} | {run['peak_bytes'] / 2**30:.2f} |"
         )

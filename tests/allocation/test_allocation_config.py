@@ -10,6 +10,8 @@ def test_the_defaults_are_the_papers():
     assert config.scoring_examples == 32
     assert (config.min_rank, config.max_rank, config.grace_rounds) == (0, None, 0)
     assert (config.score, config.budget) == ("gradient", "ranks")
+    assert (config.gate_lr, config.gate_weight_decay) == (3e-4, 1e-3)
+    assert AllocationConfig(gate_weight_decay=0).gate_weight_decay == 0
 
 
 @pytest.mark.parametrize(
@@ -38,8 +40,8 @@ def test_the_defaults_are_the_papers():
         (
             "score",
             "ablate",
-            "`score` is 'ablate'; use one of 'gradient', 'screened', 'ablation', 'shapley'. "
-            "Did you mean 'ablation'?",
+            "`score` is 'ablate'; use one of 'gradient', 'screened', 'ablation', 'shapley', "
+            "'architecture', 'sensitivity'. Did you mean 'ablation'?",
         ),
         ("budget", 7, "`budget` is 7; use one of 'ranks', 'parameters'."),
         ("warmup_epochs", 0, "`warmup_epochs` is 0; it must be a number of epochs above 0."),
@@ -48,6 +50,13 @@ def test_the_defaults_are_the_papers():
             "recovery_epochs",
             float("nan"),
             "`recovery_epochs` is nan; it must be a number of epochs above 0.",
+        ),
+        ("gate_lr", 0, "`gate_lr` is 0; it must be a number above 0."),
+        ("gate_lr", "1", "`gate_lr` is '1'; it must be a number above 0."),
+        (
+            "gate_weight_decay",
+            -1e-3,
+            "`gate_weight_decay` is -0.001; it must be a number from 0.",
         ),
     ],
 )

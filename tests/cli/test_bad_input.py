@@ -125,7 +125,7 @@ def test_a_configuration_that_is_not_there(refused, tmp_path):
         (["--lora_r", "four"], "invalid int value: 'four'"),
         (["--ranks_per_round", "["], "ranks_per_round"),
         (["--max_rank", "none"], "`max_rank` is 'none'"),
-        (["--budget", "rank"], "Did you mean 'ranks'"),
+        (["--allocation.budget", "rank"], "Did you mean 'ranks'"),
     ],
 )
 def test_flags_that_cannot_be_used(flags, words, refused):

@@ -107,4 +107,7 @@ def test_bad_input_gets_a_sentence(finished, call, task_data):
 
 
 def test_a_folder_without_a_run(call, tmp_path):
-    assert "holds no adapter_config.json and no method.json, so no trained" in call("eval", tmp_path).sentence
+    assert (
+        "holds no adapter_config.json and no method.json, so no trained"
+        in call("eval", tmp_path).sentence
+    )

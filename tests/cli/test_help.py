@@ -54,7 +54,7 @@ def test_the_flags_named_in_the_help_exist():
     from loralloc.training.settings import known_fields
 
     known = {n.removeprefix("allocation.") for g in known_fields().values() for n, _ in g}
-    named = set(re.findall(r"^  --(\w+)", FLAGS, flags=re.MULTILINE))
+    named = set(re.findall(r"^  --(?:allocation\.)?(\w+)", FLAGS, flags=re.MULTILINE))
     assert named and named <= known
 
 
@@ -66,7 +66,9 @@ def test_the_defaults_named_in_the_help_are_true():
 
     settings = resolve([])
     defaults = {**vars(settings.allocation), **settings.given}
-    named = dict(re.findall(r"^  --(\w+) .*\[([^\]]+)\]$", FLAGS, flags=re.MULTILINE))
+    named = dict(
+        re.findall(r"^  --(?:allocation\.)?(\w+) .*\[([^\]]+)\]$", FLAGS, flags=re.MULTILINE)
+    )
     named.pop("output_dir")
     assert len(named) >= 8
     for name, shown in named.items():

@@ -55,15 +55,11 @@ def test_blocks_left_out_are_the_papers_share(num_blocks, most, at_test):
     drawn = set()
     for number in range(20 * num_blocks):
         method.step(number + 1)
-        drawn.add(num_blocks - len(acting_by_state(method)))
+        drawn.add(method.state()["dropped"])
     assert drawn == set(range(most + 1))
     method.finish()
     method.model.eval()
     assert acting(method) == list(range(at_test, num_blocks))
-
-
-def acting_by_state(method):
-    return [s.block for s in sublayers(method.model) if s.block >= method._depth.training][::2]
 
 
 def test_a_step_leaves_out_the_first_blocks_and_takes_no_gradient_below():
@@ -130,17 +126,19 @@ def test_at_the_end_the_first_blocks_go_without_and_all_are_saved(tmp_path):
     assert torch.equal(logits(opened, batch), logits(whole, batch))
 
 
-def test_all_may_be_kept_at_test():
-    method = trained(dropped_at_test=0)
-    batch = tiny.batch_for(method.model)
-    before = logits(method, batch)
+@pytest.mark.parametrize("dropped", [0, 3, NUM_BLOCKS])
+def test_other_blocks_may_go_without_at_test(dropped):
+    method = trained(num_steps=2, dropped_at_test=dropped)
+    method.model.eval()
+    assert acting(method) == list(range(NUM_BLOCKS))
     method.finish()
-    assert torch.equal(logits(method, batch), before)
+    assert acting(method) == list(range(dropped, NUM_BLOCKS))
 
 
-def test_a_negative_number_of_blocks_is_refused():
-    with pytest.raises(ValueError, match="`dropped_at_test` is -1; it is a number of blocks"):
-        AdapterDrop(dropped_at_test=-1)
+@pytest.mark.parametrize("dropped", [-1, 3])
+def test_a_number_of_blocks_that_there_are_not_is_refused(dropped):
+    with pytest.raises(ValueError, match=f"`dropped_at_test` is {dropped} and the model has 2"):
+        prepared(AdapterDrop(dropped_at_test=dropped), tiny.llama())
 
 
 def test_another_seed_draws_other_blocks():

@@ -33,9 +33,7 @@ def test_every_weight_trains(build):
     method, before = prepared(Full(), build()), build().state_dict()
     Drive(method).begin().train(until=3)
     now = method.model.state_dict()
-    moved = [name for name in before if not torch.equal(now[name], before[name])]
-    # A bias of the keys shifts all scores of a query alike, so that it has no gradient to speak of.
-    assert len(moved) == len(list(before))
+    assert not [name for name in before if torch.equal(now[name], before[name])]
 
 
 def test_a_backbone_in_bfloat16_is_trained_in_float32():

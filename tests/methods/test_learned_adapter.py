@@ -251,11 +251,11 @@ def test_in_an_encoder_a_token_sees_both_neighbours():
     assert moved.tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize("shape", BUILDS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("shape", "side"),
+    [("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("roberta", "right")],
+)
 def test_padding_changes_nothing(shape, side):
-    if (shape, side) == ("roberta", "left"):
-        pytest.skip("its positions are counted from the left")
     model = made(shape, CONVOLUTION).model
     ids = torch.randint(3, tiny.VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(0))
     padding = torch.full((1, 3), tiny.PADDING)
@@ -342,7 +342,7 @@ def test_generation_with_convolutions_everywhere(shape, num_beams):
 
 def test_a_mask_that_does_not_tell_padding_is_refused():
     model = made("llama", CONVOLUTION).model
-    with pytest.raises(TypeError, match=r"give a mask of shape \(batch, length\)"):
+    with pytest.raises(TypeError, match=r"give a mask of shape \(batch, length\), and generate"):
         model(torch.ones(1, 4).long(), attention_mask=torch.zeros(1, 1, 4, 4))
 
 

@@ -183,3 +183,12 @@ def test_a_text_without_positions_left_is_refused(build, positions):
 def test_llama_has_positions_without_end():
     method = prepared(PTuning(virtual_tokens=20), tiny.llama())
     method.watch({"input_ids": torch.full((1, 100), 7)})
+
+
+def test_another_number_of_tokens_is_not_gone_on_with(tmp_path):
+    prepared(PTuning(virtual_tokens=6), tiny.llama()).save(tmp_path)
+    method = prepared(PTuning(virtual_tokens=7), tiny.llama())
+    before = prompt_of(method).clone()
+    with pytest.raises(ValueError, match="begun with `virtual_tokens` of 6, and now it is 7"):
+        method.load(tmp_path)
+    assert torch.equal(prompt_of(method), before)

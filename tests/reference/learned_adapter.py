@@ -37,12 +37,11 @@ def adapter(y: Tensor, mask: Tensor, weights, kept, *, is_causal: bool) -> Tenso
 def convolve(hidden: Tensor, mask: Tensor, kernel: Tensor, *, is_causal: bool) -> Tensor:
     """Three taps: the token and two before it, or its neighbours on both sides."""
     mixed = torch.zeros_like(hidden)
-    for row in range(hidden.shape[0]):
-        for token in range(hidden.shape[1]):
-            for tap in range(3):
-                source = token + tap - (2 if is_causal else 1)
-                if 0 <= source < hidden.shape[1] and mask[row, source]:
-                    mixed[row, token] += kernel[tap] * hidden[row, source]
+    for token in range(hidden.shape[1]):
+        for tap in range(3):
+            source = token + tap - (2 if is_causal else 1)
+            if 0 <= source < hidden.shape[1]:
+                mixed[:, token] += kernel[tap] * hidden[:, source] * mask[:, source, None]
     return mixed
 
 

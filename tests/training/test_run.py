@@ -382,7 +382,7 @@ def test_the_best_checkpoint_is_loaded(kind, settings_for, bert_folder):
         ["--dtype", "bfloat16"],
         ["--lora_target_modules", "q_proj", "v_proj"],
         ["--lora_target_modules", "all-linear"],
-        ["--score", "ablation", "--budget", "parameters", "--max_rank", "3"],
+        ["--score", "ablation", "--allocation.budget", "parameters", "--max_rank", "3"],
     ],
     ids=lambda flags: " ".join(flags[:2]),
 )
@@ -444,7 +444,7 @@ def test_several_data_sets_are_mixed_as_in_trl(tmp_path, write_rows, settings_fo
     ("flags", "words"),
     [
         (["--dtype", "float33"], "float33"),
-        (["--use_peft", "false"], "`use_peft` is false, but loralloc trains LoRA adapters"),
+        (["--use_peft", "false"], "`use_peft` is false; choose with `--method`"),
         (["--use_dora", "true"], "uses `use_dora`, for which ranks cannot be allocated"),
         (["--task", "sst3"], "There is no task 'sst3'"),
     ],

@@ -139,7 +139,7 @@ def test_spellings_of_an_allocation_flag(flags):
         ("--max_rank=null", None),
         ("--warmup_epochs=5e-1", 0.5),
         ("--score=gradient", "gradient"),
-        ("--budget=parameters", "parameters"),
+        ("--allocation.budget=parameters", "parameters"),
         ("--allocation.seed=7", 7),
     ],
 )

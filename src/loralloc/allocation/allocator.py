@@ -119,6 +119,11 @@ class Allocator:
         if self._tracker:
             self._tracker.observe()
 
+    @property
+    def is_gathering(self) -> bool:
+        """Whether the score is gathered while training, and rounds are to come."""
+        return self._tracker is not None
+
     def finish(self) -> None:
         """Leave plain LoRA: gates go into B, and what was gathered for rounds to come is dropped.
 

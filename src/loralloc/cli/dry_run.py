@@ -32,9 +32,7 @@ def show(run: Run) -> None:
     rows.add_row("data", f"{sizes} examples ({run.head} head)")
     everything = sum(parameter.numel() for parameter in run.model.parameters())
     rows.add_row("method", f"{sized(run.method)} ({run.method.about.paper})")
-    rows.add_row(
-        "parameters", f"{run.method.num_trained():,} of the method train; {everything:,} in all"
-    )
+    rows.add_row("parameters", f"{run.method.num_trained():,} trainable of {everything:,}")
     rows.add_row("steps", f"{total}, {epoch} an epoch")
     search = run.method.search_steps(total)
     if search:
@@ -56,7 +54,7 @@ def _rounds(run: Run) -> dict[str, str]:
         + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
         "ranks": f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round",
         "rounds": "after steps " + ", ".join(map(str, run.allocation.steps)),
-        "scoring a round": _scoring_cost(run.settings.allocation, sum(start.values()), rounded),
+        "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded),
     }
 
 
@@ -87,7 +85,7 @@ def _settings_table(run: Run) -> Table:
     for field in fields(AllocationConfig):
         name = f"allocation.{field.name}"
         if name not in settings.given:
-            value = getattr(settings.allocation, field.name)
+            value = getattr(run.allocation.config, field.name)
             shown = f"{settings.training.seed} (the run's)" if field.name == "seed" else value
             table.add_row(name, str(shown), "loralloc default")
     return table
@@ -127,6 +125,10 @@ def _first_eligible(run: Run) -> str:
 def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> str:
     """In forward passes over the scoring batch; a backward pass through frozen weights is one."""
     paper = 2 * num_ranks
+    if config.score == "sensitivity":
+        return "none: gathered from the gradients of every step"
+    if config.score == "architecture":
+        return "none: until the last round, gates learn from as many batches as the weights"
     if config.score == "ablation":
         return f"about {num_ranks:,} forward passes (the paper's 2R: {paper:,})"
     if config.score == "shapley":

@@ -97,7 +97,6 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         method.fit(model, budget)
     except ValueError as error:
         too_large = str(error)
-    size = getattr(method, method.size)
     of_paper = kind(**kind.paper) if kind.paper else None
     return {
         "name": about.name,
@@ -107,18 +106,18 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         "differs": about.differs,
         "merges": about.merges,
         "size_name": method.size,
-        "size": size,
-        "parameters": None if too_large else method.count(model, size),
+        "size": None if too_large else method.chosen_size(),
+        "parameters": None if too_large else method.count(model, method.chosen_size()),
         "too_large": too_large or None,
         "paper_settings": dict(kind.paper),
-        "paper_parameters": of_paper.count(model, getattr(of_paper, of_paper.size))
-        if of_paper
-        else None,
+        "paper_parameters": of_paper.count(model, of_paper.chosen_size()) if of_paper else None,
     }
 
 
 def _size(row: dict[str, Any]) -> str:
-    return "beyond it" if row["too_large"] else f"{row['size_name']} {row['size']}"
+    if row["too_large"]:
+        return "beyond it"
+    return f"{row['size_name']} {row['size']}" if row["size_name"] else "one only"
 
 
 def _papers_shape() -> Any:

@@ -78,7 +78,7 @@ class Progress:
             rounds, start = run.allocation.steps, run.allocation.record.initial_ranks
             self._say(
                 f"{sum(start.values()):,} ranks in {len(start)} modules; {len(rounds)} rounds of "
-                f"{run.allocation.num_pruned}, after steps {', '.join(map(str, rounds))}"
+                f"{run.allocation.num_pruned} ranks, after steps {', '.join(map(str, rounds))}"
             )
 
     def _say(self, line: str) -> None:
@@ -176,8 +176,8 @@ class _BarCallback(TrainerCallback):
 
 def sized(method: Method) -> str:
     """A method with its size: "houlsby with bottleneck 12"."""
-    size = getattr(method, method.size)
-    return f"{method.about.name} with {method.size.replace('_', ' ')} {size}"
+    name, size = method.about.name, method.size.replace("_", " ")
+    return f"{name} with {size} {method.chosen_size()}" if size else name
 
 
 def _by_kind(counts: Mapping[str, int], modules: Iterable[str]) -> str:

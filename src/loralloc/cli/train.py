@@ -18,7 +18,7 @@ the flags used most (defaults in brackets):
   --model_name_or_path MODEL    smollm2-135m, minilm-l6, a folder or a Hub name [smollm2-135m]
   --output_dir FOLDER           the run folder [runs/DATA-MODEL]
   --method NAME                 how the model is adapted (`loralloc methods`) [alora]
-  --budget N                    parameters that the method may add [those of LoRA with rank 8]
+  --budget N                    parameters it may add, instead of those of LoRA with rank 8
   --lora_r R                    rank of every module at the start [8]
   --num_train_epochs N          [3]
   --learning_rate LR            [1e-4]
@@ -27,8 +27,9 @@ the flags used most (defaults in brackets):
   --warmup_epochs E             epochs before the first round [1]
   --recovery_epochs E           epochs between rounds [0.25]
   --ranks_per_round N           a number, `block` or `model` [block]
-  --score NAME                  gradient, screened, ablation or shapley [gradient]
-  --budget UNIT                 ranks or parameters [ranks]
+  --score NAME                  gradient, screened, ablation, shapley; architecture (ALoRA-DNAS) or
+                                sensitivity (ALoRA-Sensi) [gradient]
+  --allocation.budget UNIT      what stays the same: ranks or parameters [ranks]
   --protocol paper              batch, length, evaluation and early stopping as in the paper
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag,

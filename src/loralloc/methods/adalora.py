@@ -66,6 +66,19 @@ class AdaLora(LoraShaped):
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}
 
+    def __post_init__(self) -> None:
+        """Check the shares.
+
+        Raises:
+            ValueError: One is not between 0 and 1.
+        """
+        for name in ("warmup_share", "final_share"):
+            share = getattr(self, name)
+            if not 0 <= share < 1:
+                raise ValueError(
+                    f"`{name}` is {share}; it is a share of the run, from 0 to less than 1."
+                )
+
     def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
         """See `PeftMethod.peft_config`."""
         assert self.rank is not None, "fit() chooses it"
@@ -97,7 +110,7 @@ class AdaLora(LoraShaped):
         config, num_steps = self._config, session.num_steps
         # E is zero before the first step, and so is every sensitivity in it.
         tinit = max(2, round(self.warmup_share * num_steps))
-        tfinal = round(self.final_share * num_steps)
+        tfinal = int(self.final_share * num_steps)
         if tinit >= num_steps - tfinal:
             raise ValueError(
                 f"Of the run's {num_steps} steps adalora keeps its ranks for the first {tinit} and "
@@ -120,7 +133,7 @@ class AdaLora(LoraShaped):
         self.model.base_model.update_and_allocate(number)
         if number < self.first_eligible_step():
             # PEFT saves what the pattern names, but until then any triplet may come back.
-            self._config.rank_pattern = None
+            pass
 
     def first_eligible_step(self) -> int:
         """See `Method.first_eligible_step`."""
@@ -190,10 +203,11 @@ class AdaLora(LoraShaped):
         self._set(state["weights"])
         parameters = dict(self.model.base_model.model.named_parameters())
         allocator = self.model.base_model.rankallocator
-        for key in ("sensitivity", "uncertainty"):
-            state[key] = {name: t.to(parameters[name]) for name, t in state[key].items()}
-        allocator.exp_avg_ipt, allocator.exp_avg_unc = state["sensitivity"], state["uncertainty"]
-        allocator.ipt = dict(state["sensitivity"])  # read for its names only
+        allocator.exp_avg_ipt, allocator.exp_avg_unc = (
+            {name: value.to(parameters[name]) for name, value in state[key].items()}
+            for key in ("sensitivity", "uncertainty")
+        )
+        allocator.ipt = dict(allocator.exp_avg_ipt)  # only its names are read
 
     def _layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]

@@ -16,12 +16,6 @@ from loralloc.methods.bottleneck import Bottleneck, act_sequentially
 from loralloc.methods.houlsby import Houlsby, draw_near_zero
 from loralloc.methods.method import About, Session
 
-MOST_DROPPED = 10 / 12
-"""Share of the blocks that a training step leaves without adapters at most."""
-
-MOST_DROPPED_AT_TEST = 5 / 12
-"""Share that is left without them for good at most."""
-
 
 @dataclass(kw_only=True)
 class Depth:
@@ -37,12 +31,12 @@ class AdapterDrop(Houlsby):
 
     n is uniform in 0 ... 10 of 12 blocks (of L, as great a share), and no gradient is computed
     below block n. All adapters act while the development set is evaluated in training, and all are
-    saved.
+    saved; once training is over the first blocks go without.
     """
 
-    dropped_at_test: int = 5
-    """First blocks without adapters once training is over, as in the paper's main setting; at most
-    5 in 12 of the blocks are left without."""
+    dropped_at_test: int | None = None
+    """First blocks without adapters once training is over. None for the paper's main setting: 5,
+    and of fewer than 12 blocks as great a share."""
 
     _depth: Depth = field(default_factory=Depth, init=False, repr=False, compare=False)
     _generator: torch.Generator | None = field(default=None, init=False, repr=False, compare=False)
@@ -52,21 +46,24 @@ class AdapterDrop(Houlsby):
         title="AdapterDrop",
         paper="Rücklé et al. 2021",
         status="faithful",
-        differs="The numbers of blocks are the paper's for 12, as shares of the backbone's.",
+        differs="Numbers of blocks are the paper's for 12 blocks, as shares of the backbone's. "
+        "After training the adapters of the first 5 are left out (`dropped_at_test`).",
     )
     paper: ClassVar[Mapping[str, Any]] = {"bottleneck": 40}
 
-    def __post_init__(self) -> None:
-        """Check the options.
+    def insert(self, model: Any) -> None:
+        """See `InPlaceMethod.insert`.
 
         Raises:
-            ValueError: The number of blocks is negative.
+            ValueError: There are not so many blocks as are to go without.
         """
-        if self.dropped_at_test < 0:
+        dropped, num_blocks = self.dropped_at_test, len(blocks(model))
+        if dropped is not None and not 0 <= dropped <= num_blocks:
             raise ValueError(
-                f"`dropped_at_test` is {self.dropped_at_test}; it is a number of blocks, 0 for all "
-                "adapters."
+                f"`dropped_at_test` is {dropped} and the model has {num_blocks} blocks; give a "
+                f"number from 0, for all adapters, to {num_blocks}."
             )
+        super().insert(model)
 
     def place(self, sublayer: Sublayer, adapter: Bottleneck) -> None:
         """See `BottleneckMethod.place`."""
@@ -94,7 +91,7 @@ class AdapterDrop(Houlsby):
         super().load(folder)
         self._drop_for_good()
 
-    def state(self) -> Any:
+    def state(self) -> dict[str, Any]:
         """See `Method.state`."""
         generator = self._generator
         return {
@@ -113,13 +110,13 @@ class AdapterDrop(Houlsby):
         assert self._generator is not None, "begin() makes it"
         num_blocks = len(blocks(self.model))
         # One block at least keeps its adapters: else nothing would train.
-        most = min(round(num_blocks * MOST_DROPPED), num_blocks - 1)
+        most = min(round(num_blocks * 10 / 12), num_blocks - 1)
         drawn = torch.randint(most + 1, (), generator=self._generator)
         self._depth.training = int(drawn)
 
     def _drop_for_good(self) -> None:
-        most = int(len(blocks(self.model)) * MOST_DROPPED_AT_TEST)
-        self._depth.otherwise = min(self.dropped_at_test, most)
+        usual = min(5, len(blocks(self.model)) * 5 // 12)
+        self._depth.otherwise = usual if self.dropped_at_test is None else self.dropped_at_test
 
 
 def _unless_dropped(depth: Depth, block: int, adapter: Bottleneck, y: Tensor) -> Tensor | None:

@@ -34,7 +34,16 @@ class _Variant(Alora):
     score: ClassVar[Literal["architecture", "sensitivity"]]
 
     def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
-        """See `Method.allocation`."""
+        """See `Method.allocation`.
+
+        Raises:
+            ValueError: The options ask for another score.
+        """
+        if config.score not in (AllocationConfig.score, self.score):
+            raise ValueError(
+                f"`score` is {config.score!r}, but {self.about.name} is ALoRA with `score` of "
+                f"{self.score!r}; leave it out, or use alora."
+            )
         return dataclasses.replace(config, score=self.score)
 
 
@@ -47,8 +56,8 @@ class AloraDnas(_Variant):
         title="ALoRA-DNAS",
         paper="Liu et al. 2024, Appendix F",
         status="reconstruction",
-        differs="Schedule, optimiser of the gates and their folding at a round are not in the "
-        "paper: DARTS's are taken, to first order.",
+        differs="The paper leaves open when and by which optimiser gates are updated, and what "
+        "becomes of them at a round: DARTS's first order and Adam are taken, and gates go into B.",
         merges=True,
     )
     score: ClassVar[Literal["architecture", "sensitivity"]] = "architecture"
@@ -63,8 +72,8 @@ class AloraSensi(_Variant):
         title="ALoRA-Sensi",
         paper="Liu et al. 2024, Appendix F",
         status="reconstruction",
-        differs="How a rank's elements are put together is AdaLoRA's rule, with the gradient of "
-        "the gate in the place of the singular value's.",
+        differs="How a rank's elements are put together is AdaLoRA's rule, with the gate, which is "
+        "always 1, in the place of the singular value.",
         merges=True,
     )
     score: ClassVar[Literal["architecture", "sensitivity"]] = "sensitivity"

@@ -39,6 +39,17 @@ class GatedLora(LoraShaped):
     prune_by: float = 0.6
     """Share of the run by whose end the budget is reached."""
 
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: The budget would never be reached.
+        """
+        if not 0 < self.prune_by <= 1:
+            raise ValueError(
+                f"`prune_by` is {self.prune_by}; it is a share of the run, above 0 and at most 1."
+            )
+
     @abstractmethod
     def first_gates(self, num_gates: int) -> Tensor:
         """What is learned of the gates, at the start: shape (num_gates,)."""

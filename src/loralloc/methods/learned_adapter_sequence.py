@@ -119,7 +119,8 @@ class Sequences:
         if not isinstance(self._mask, Tensor) or self._mask.ndim != 2:
             raise TypeError(
                 "The attention mask is not one number a token, so adapters with a convolution "
-                "cannot tell what is padding; give a mask of shape (batch, length)."
+                "cannot tell what is padding; give a mask of shape (batch, length), and generate "
+                "with a dynamic cache."
             )
         return hidden * self._mask[:, -hidden.shape[1] :, None].to(hidden)
 

@@ -94,7 +94,8 @@ class Ladder(nn.Module):
         for mu, block, rung in zip(mixing, self.blocks, rungs, strict=True):
             s = mu * s + (1 - mu) * rung.down
             s = _hidden(block(s, *rung.args, **{**rung.kwargs, **turned}))
-        return self.up(s if self.norm is None else self.norm(s))
+        last: Tensor = self.up(s if self.norm is None else self.norm(s))
+        return last
 
     def _enter(self, block: nn.Module, args: Any, kwargs: Any) -> Any:
         """Before the first block."""

@@ -25,7 +25,7 @@ def side_heads(config: Any, width: int) -> int | None:
     Returns:
         None where the width cannot be split so.
     """
-    for heads in range(config.num_attention_heads, 0, -1):
+    for heads in range(int(config.num_attention_heads), 0, -1):
         if width % (2 * heads) == 0 and width // heads <= head_width(config):
             return heads
     return None

@@ -105,8 +105,8 @@ class Method(ABC):
     about: ClassVar[About]
 
     size: ClassVar[str]
-    """The option that a budget chooses: a rank, a bottleneck, a number of tokens. Empty where the
-    backbone alone decides how many parameters there are."""
+    """The option that a budget chooses: a rank, a bottleneck, a number of tokens. Empty where there
+    is one size only."""
 
     paper: ClassVar[Mapping[str, Any]] = {}
     """The options of the paper's comparison (Liu et al. 2024, Appendix E)."""
@@ -120,6 +120,10 @@ class Method(ABC):
     def options(self) -> dict[str, Any]:
         """The options, as plain data."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+
+    def chosen_size(self) -> int:
+        """The size as given or as a budget chose it; 0 where there is one only."""
+        return int(getattr(self, self.size)) if self.size else 0
 
     @abstractmethod
     def count(self, model: nn.Module, size: int) -> int:
@@ -225,8 +229,8 @@ class Method(ABC):
     def load(self, folder: Path) -> None:
         """Give the prepared model the structure and the weights that were saved."""
 
-    def state(self) -> Any:
-        """What a resumed run needs beyond `save`: nested dicts and lists of data and tensors."""
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs beyond `save`, as nested data and tensors."""
         return {}
 
     def load_state(self, state: Any) -> None:

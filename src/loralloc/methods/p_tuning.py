@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import PeftConfig, PrefixTuningConfig, TaskType
 from torch import nn
+from transformers.utils import ModelOutput
 
 from loralloc.methods.method import About, Batch, Session
 from loralloc.methods.peft_method import PeftMethod
@@ -27,6 +29,8 @@ class PTuning(PeftMethod):
     init_std: float = 0.02
     """Standard deviation of keys and values at the start; the original has 1, as PyTorch's
     embeddings."""
+
+    _positions: int | None = field(default=None, init=False, repr=False, compare=False)
 
     about: ClassVar[About] = About(
         name="p-tuning-v2",
@@ -52,10 +56,25 @@ class PTuning(PeftMethod):
 
     def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
         """See `Method.prepare`."""
+        self._positions = learned_positions(model)
         prepared = super().prepare(model, task_type=task_type, heads=heads)
         nn.init.normal_(prepared.prompt_encoder["default"].embedding.weight, std=self.init_std)
         prepared.get_base_model().register_forward_hook(_forget_uncached, with_kwargs=True)
         return prepared
+
+    def check_saved(self, folder: Path) -> None:
+        """See `Method.check_saved`."""
+        saved = getattr(PeftConfig.from_pretrained(str(folder)), "num_virtual_tokens", None)
+        if saved != self.virtual_tokens:
+            raise ValueError(
+                f"The adapter in {folder} was begun with `virtual_tokens` of {saved}, and now it "
+                f"is {self.virtual_tokens}; go on with the value that it was begun with."
+            )
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        self.check_saved(folder)
+        super().load(folder)
 
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
@@ -75,11 +94,10 @@ class PTuning(PeftMethod):
         Raises:
             ValueError: The prefix leaves too few of the learned positions for the text.
         """
-        positions = learned_positions(self.model.get_base_model())
         length, taken = batch["input_ids"].shape[1], self.virtual_tokens
-        if positions is not None and length + taken > positions:
+        if self._positions is not None and length + taken > self._positions:
             raise ValueError(
-                f"The backbone has {positions} positions, of which {taken} are taken by the "
+                f"The backbone has {self._positions} positions, of which {taken} are taken by the "
                 f"prefix, and a text has {length} tokens; cut texts shorter or use fewer "
                 "`virtual_tokens`."
             )
@@ -104,8 +122,10 @@ def learned_positions(model: nn.Module) -> int | None:
     return None
 
 
-def _forget_uncached(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+def _forget_uncached(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     # The prefix is handed over as a cache, which Llama gives back even where none is wanted, and
     # generation would go on from it.
-    if kwargs.get("use_cache") is False and hasattr(output, "past_key_values"):
-        output.past_key_values = None
+    if kwargs.get("use_cache") is not False or not isinstance(output, ModelOutput):
+        return output
+    kept = {name: value for name, value in output.items() if name != "past_key_values"}
+    return type(output)(**kept)

@@ -145,7 +145,7 @@ class PromptSlots:
         if self._watched is not None and ids is not None:
             seen, is_before = self._watched
             if ids is seen or _begins_with(seen, ids):
-                return is_text
+                return is_text & is_before[: len(ids)].to(mask.device)
         if self._is_causal_lm and is_training:
             raise RuntimeError(
                 "The model is training on a batch whose labels its prompts have not been shown, so "

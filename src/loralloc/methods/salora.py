@@ -92,8 +92,9 @@ class SaLora(GatedLora):
 
     def gate_optimizer(self) -> Optimizer:
         """See `GatedLora.gate_optimizer`."""
-        ascending = {"params": [self.multipliers], "maximize": True}
-        return Adam([{"params": [self.gates]}, ascending], lr=self.gate_lr)
+        descending: dict[str, Any] = {"params": [self.gates]}
+        ascending: dict[str, Any] = {"params": [self.multipliers], "maximize": True}
+        return Adam([descending, ascending], lr=self.gate_lr)
 
     def watch(self, batch: Batch) -> None:
         """See `Method.watch`: draw the step's z before its first batch."""
@@ -124,8 +125,8 @@ class SaLora(GatedLora):
 
     def _target(self) -> float:
         """t: the share of the parameters that is to be left."""
-        progress = self.num_steps_done / (self.warmup_share * self.session.num_steps)
-        return 1 - (1 - 1 / START) * min(1.0, progress)
+        warmup = max(1.0, self.warmup_share * self.session.num_steps)
+        return 1 - (1 - 1 / START) * min(1.0, self.num_steps_done / warmup)
 
 
 def hard_concrete(log_a: Tensor, noise: Tensor | None = None) -> Tensor:

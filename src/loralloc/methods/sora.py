@@ -44,8 +44,8 @@ class Sora(GatedLora):
         paper="Ding et al. 2023",
         status="port",
         differs="Published without a budget: here the smallest gates are pruned when it is due, "
-        "and the rest trains on as plain LoRA. The proximal operator is the paper's; the code sets all "
-        "gates below 2 xi to zero.",
+        "and the rest trains on as plain LoRA. The proximal step is the paper's; in the code all "
+        "gates below 2 xi become zero.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}

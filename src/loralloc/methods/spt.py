@@ -167,13 +167,13 @@ class Spt(InPlaceMethod):
         if structure["layers"] is not None:
             self._keep(structure["layers"])
 
-    def state(self) -> Any:
+    def state(self) -> dict[str, Any]:
         """See `Method.state`."""
-        return None if self._search is None else self._search.state()
+        return {} if self._search is None else self._search.state()
 
     def load_state(self, state: Any) -> None:
         """See `Method.load_state`."""
-        if state is not None:
+        if state:
             assert self._search is not None, "load() has not ended the search"
             self._search.load_state(state)
 

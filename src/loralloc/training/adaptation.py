@@ -48,7 +48,8 @@ def method_of(settings: Settings) -> Method:
         if not kind.paper:
             raise ValueError(f"The paper gives no setting for {run.method}; leave out `--paper`.")
         values.update(kind.paper)
-    if run.budget is not None and (run.budget < 1 or values.get(kind.size) is not None):
+    is_open = kind.size and values.get(kind.size) is None
+    if run.budget is not None and (run.budget < 1 or not is_open):
         raise ValueError(_budget_sentence(settings, kind))
     return kind(**values)
 
@@ -62,8 +63,7 @@ def fit(method: Method, model: nn.Module, budget: int | None) -> None:
         budget: Parameters; by default those of LoRA with 8 ranks on every linear layer of every
             block (the paper's comparison).
     """
-    if getattr(method, method.size) is None:
-        method.fit(model, default_budget(model) if budget is None else budget)
+    method.fit(model, default_budget(model) if budget is None else budget)
 
 
 def default_budget(model: nn.Module) -> int:
@@ -130,6 +130,8 @@ def _budget_sentence(settings: Settings, kind: type[Method]) -> str:
     budget = settings.run.budget
     if budget is not None and budget < 1:
         return f"`budget` is {budget}; it must be a number of parameters of at least 1."
+    if not kind.size:
+        return f"{kind.about.name} has one size only, which `budget` cannot choose; leave it out."
     return (
         f"`budget` chooses the {kind.size} of {kind.about.name}, which was given too; leave out "
         "one of the two."

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -19,13 +21,19 @@ from transformers import (
 )
 
 from loralloc.allocation.allocator import Allocator
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import TRACKED, AllocationConfig
+from loralloc.allocation.objective import Batch
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import round_steps
 from loralloc.methods.restore import check_scaling, restore_shapes
 from loralloc.training import scoring_batch
+from loralloc.training.halves import second_half
 
 logger = logging.getLogger(__name__)
+
+STATE_NAME = "allocation_state.safetensors"
+"""What a score that is gathered while training needs to go on, in checkpoints before the last
+round."""
 
 
 def attach(
@@ -45,7 +53,7 @@ def attach(
             model that has one plain LoRA adapter.
         config: The options; the paper's by default.
         scoring_dataset: Held-out examples as the trainer evaluates on; its `eval_dataset` by
-            default.
+            default. None for a score that is gathered while training.
         on_round: Called with each round once it has taken place.
 
     Returns:
@@ -90,14 +98,11 @@ class AllocationCallback(TrainerCallback):
         self._config = config
         self._on_round = on_round
         self._is_training = False
-        self._batches = scoring_batch.draw(
-            trainer,
-            trainer.eval_dataset if scoring_dataset is None else scoring_dataset,
-            num_examples=config.scoring_examples,
-            seed=config.seed or 0,
-        )
+        self._batches = self._scoring_batches(scoring_dataset)
         self._allocator = Allocator(trainer.model, config, self._batches)
         self.steps = self._schedule()
+        # The last that can be refused: it lets the trainer draw its examples otherwise.
+        self._second_half = self._keep_second_half()
         self._join_saving()
         self._join_loading()
 
@@ -105,6 +110,11 @@ class AllocationCallback(TrainerCallback):
     def record(self) -> Record:
         """The rounds so far."""
         return self._allocator.record
+
+    @property
+    def config(self) -> AllocationConfig:
+        """The options, with the seed."""
+        return self._config
 
     @property
     def num_pruned(self) -> int:
@@ -115,7 +125,14 @@ class AllocationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Check the schedule against the run as it is now, resumed or not."""
-        self.steps = self._schedule()
+        steps = self._schedule()
+        if self._second_half and steps != self.steps:
+            raise ValueError(
+                f"The rounds would come after steps {steps}, but half of the training examples are "
+                f"kept for the gates as if after {self.steps}; change the trainer's arguments "
+                "before attach()."
+            )
+        self.steps = steps
         past = sum(step <= state.global_step for step in self.steps)
         if past != len(self.record.rounds):
             raise ValueError(
@@ -124,6 +141,23 @@ class AllocationCallback(TrainerCallback):
                 f"checkpoint that holds {FILE_NAME}, with the options it was begun with."
             )
         self._is_training = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let gates learn, where the score is theirs, before the weights do."""
+        if self._second_half and self._has_rounds_ahead:
+            self._trainer.model.train()
+            self._allocator.learn(
+                itertools.islice(self._second_half, args.gradient_accumulation_steps)
+            )
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Show the allocator the step's gradients, which are still there."""
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._allocator.observe()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -160,8 +194,9 @@ class AllocationCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Refuse to end in silence without any round."""
+        """Leave plain LoRA, and refuse to end in silence without any round."""
         self._is_training = False
+        self._allocator.finish()
         if not self.record.rounds:
             raise RuntimeError(
                 f"Training ended at step {state.global_step}, before the first round of "
@@ -172,6 +207,35 @@ class AllocationCallback(TrainerCallback):
     @property
     def _has_rounds_ahead(self) -> bool:
         return len(self.record.rounds) < len(self.steps)
+
+    def _scoring_batches(self, scoring_dataset: Any) -> list[Batch]:
+        trainer, config = self._trainer, self._config
+        if config.score not in TRACKED:
+            return scoring_batch.draw(
+                trainer,
+                trainer.eval_dataset if scoring_dataset is None else scoring_dataset,
+                num_examples=config.scoring_examples,
+                seed=config.seed or 0,
+            )
+        if scoring_dataset is not None:
+            raise ValueError(
+                f"`score` is {config.score!r}, which is gathered while the adapter trains, so that "
+                "a `scoring_dataset` would have no effect; leave it out."
+            )
+        return []
+
+    def _keep_second_half(self) -> Iterator[Batch] | None:
+        """Training examples for the gates, where the score is theirs."""
+        if self._config.score != "architecture":
+            return None
+        args = self._trainer.args
+        for option in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            if (getattr(args, option, None) or {}).get("use_reentrant"):
+                raise ValueError(
+                    f"`{option}` has `use_reentrant`, under which PyTorch gives no gradient of the "
+                    "gates alone; set it to False."
+                )
+        return second_half(self._trainer, until_step=self.steps[-1], seed=self._config.seed or 0)
 
     def _schedule(self) -> list[int]:
         steps_per_epoch, max_steps = planned_steps(self._trainer)
@@ -206,6 +270,8 @@ class AllocationCallback(TrainerCallback):
             result = save(folder, *args, **kwargs)
             if kwargs.get("is_main_process", True):
                 self.record.save(folder)
+                if self._allocator.is_gathering:
+                    save_file(self._allocator.state(), Path(folder) / STATE_NAME)
             return result
 
         model.save_pretrained = save_with_record
@@ -222,8 +288,10 @@ class AllocationCallback(TrainerCallback):
 
         @functools.wraps(load_best)
         def load_best_resized() -> Any:
-            assert trainer.state.best_model_checkpoint is not None
-            restore_shapes(trainer.model, trainer.state.best_model_checkpoint)
+            best = trainer.state.best_model_checkpoint
+            assert best is not None
+            restore_shapes(trainer.model, best)
+            self._load_state(best)  # of a run that ends before its last round
             return load_best()
 
         trainer._load_from_checkpoint = load_resized
@@ -231,10 +299,31 @@ class AllocationCallback(TrainerCallback):
 
     def _restore(self, checkpoint: str) -> None:
         record = Record.load(checkpoint)
-        model = self._trainer.model
+        model, score = self._trainer.model, self._config.score
+        begun = record.config["score"]
+        if begun != score and {begun, score} & set(TRACKED):
+            raise ValueError(
+                f"The run in {checkpoint} was begun with `score` of {begun!r}, and now it is "
+                f"{score!r}, of which nothing was gathered so far; resume with the one it was "
+                "begun with."
+            )
         check_scaling(model, checkpoint)
+        self._allocator.finish()
         restore_shapes(model, checkpoint, optimizer=self._trainer.optimizer)
         self._allocator = Allocator(model, self._config, self._batches, record=record)
+        self._load_state(checkpoint)
+
+    def _load_state(self, checkpoint: str) -> None:
+        """Go on with what was gathered until a checkpoint."""
+        if not self._allocator.is_gathering:
+            return
+        path = Path(checkpoint) / STATE_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} holds no {STATE_NAME}, without which `score` of "
+                f"{self._config.score!r} cannot go on; resume from another checkpoint."
+            )
+        self._allocator.load_state(load_file(path))
 
 
 def planned_steps(trainer: Trainer) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class SafeCheckpoints:
             _set_random_state(read_state(Path(checkpoint), NAME)["random"])
 
 
-def write_state(folder: Path, name: str, state: Any) -> None:
+def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """Keep nested data: its tensors in `name`.safetensors, all else in `name`.json.
 
     Args:
@@ -80,12 +81,12 @@ def write_state(folder: Path, name: str, state: Any) -> None:
         TypeError: Something else is in it.
     """
     tensors: dict[str, Tensor] = {}
-    values = _take_tensors(state, name, tensors)
+    values = {key: _take_tensors(value, key, tensors) for key, value in state.items()}
     save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
 
 
-def read_state(folder: Path, name: str) -> Any:
+def read_state(folder: Path, name: str) -> dict[str, Any]:
     """What `write_state` kept.
 
     Raises:
@@ -98,7 +99,8 @@ def read_state(folder: Path, name: str) -> Any:
                 f"{folder} lacks {path.name}, so training cannot go on where it was; resume from a "
                 "checkpoint that loralloc wrote."
             )
-    return _put_tensors(json.loads(values.read_text(encoding="utf-8")), load_file(tensors))
+    kept, data = load_file(tensors), json.loads(values.read_text(encoding="utf-8"))
+    return {key: _put_tensors(value, kept) for key, value in data.items()}
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -87,6 +87,7 @@ class RunArguments:
 
 DEFAULTS: dict[str, Any] = {
     "output_dir": None,
+    "method": "alora",
     "model_name_or_path": "smollm2-135m",
     "dtype": None,
     "lora_r": 8,

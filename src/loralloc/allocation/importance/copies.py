@@ -1,38 +1,151 @@
-"""Copies of a micro-batch in one forward pass, each for another ablation."""
+"""Several ablations in one forward pass, each in a copy of the micro-batch of its own.
+
+The copies lie one after the other along the batch. Only the layers that an ablation is about tell
+them apart: to what such a layer puts out for the copy of rank r is added what the change of column
+r of B, from B_r to B_r + dB_r, makes of it,
+
+    dy = s (x A_r^T) dB_r^T        dB_r = -B_r switches the rank off
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from loralloc.allocation.objective import Batch
 
 MOST_TOKENS = {"cpu": 256}
+"""Tokens of a forward pass that copies may add up to, by kind of device. [measured]"""
+
 MOST_TOKENS_ELSEWHERE = 4096
+"""Enough rows to keep a GPU's matrix units busy; fewer leave it waiting for the next kernel."""
+
+
+class Change(NamedTuple):
+    """A change of one column of a module's B, as what it adds to the output: (x a) b^T."""
+
+    name: str
+    """The module."""
+
+    index: int
+    """The column, which is to say the rank."""
+
+    layer: LoraLayer
+    """The module itself."""
+
+    a: Tensor
+    """The rank's row of A times the scaling, shape (in_features,)."""
+
+    b: Tensor
+    """What is added to the column of B, shape (out_features,)."""
+
+
+def changes_of(
+    layer: LoraLayer, name: str, *, b: Tensor, change: Tensor, indices: Sequence[int]
+) -> list[Change]:
+    """The changes of single columns of B.
+
+    Args:
+        layer: The module.
+        name: Its name.
+        b: B_m, shape (out_features, num_ranks), by which the adapter is known.
+        change: What would be added to all of B_m, of the same shape.
+        indices: The columns to change.
+    """
+    (adapter,) = (key for key, lora_b in layer.lora_B.items() if lora_b.weight is b)
+    a = layer.lora_A[adapter].weight * layer.scaling[adapter]
+    return [Change(name, index, layer, a[index], change[:, index]) for index in indices]
 
 
 def num_copies(batch: Batch, seen: torch.Size | None, *, device: str, num_blocks: int) -> int:
+    """How many ablations of a module may share a forward pass: as many as pay, and fit.
+
+    Without a graph a pass holds the activations of one block at a time, while a step of training
+    holds those of every block, of a micro-batch no smaller than scoring's. So as many copies as
+    there are blocks still hold less than a step, and a round does not raise the peak. Activation
+    checkpointing leaves a step little more than one block's: there the number of tokens is what
+    bounds the copies.
+
+    Args:
+        batch: The micro-batch.
+        seen: Shape of the module's input for it; None where that is not known.
+        device: Kind of device.
+        num_blocks: Blocks of the model.
+
+    Returns:
+        1 also where the module's input is not (num_examples, length, in_features): experts see
+        some of the tokens, in an order of their own, and a packed batch has tokens for examples.
+    """
     num_examples = count_examples(batch)
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
-    is_repeatable = all(len(tensor) in (1, num_examples) for tensor in tensors)
-    has_rows_of_examples = seen is not None and len(seen) == 3 and seen[0] == num_examples
-    if not is_repeatable or not has_rows_of_examples:
+    is_by_example = all(len(tensor) in (1, num_examples) for tensor in tensors)
+    if not is_by_example or seen is None or len(seen) != 3 or seen[0] != num_examples:
         return 1
     most = MOST_TOKENS.get(device, MOST_TOKENS_ELSEWHERE)
     return max(1, min(most // (seen[0] * seen[1]), num_blocks))
 
 
 def count_examples(batch: Batch) -> int:
+    """Rows of a micro-batch."""
     return len(batch["labels"] if "labels" in batch else batch["start_positions"])
 
 
 def repeated(value: Any, num_examples: int, times: int) -> Any:
+    """Copies, one after the other, of whatever has a row an example; all else as it is."""
     if times == 1:
         return value
+    if isinstance(value, Mapping):
+        return {key: repeated(part, num_examples, times) for key, part in value.items()}
     if isinstance(value, tuple):
         return tuple(repeated(part, num_examples, times) for part in value)
     if isinstance(value, Tensor) and value.ndim and len(value) == num_examples:
         return value.repeat(times, *[1] * (value.ndim - 1))
     return value
+
+
+@contextmanager
+def one_a_copy(changes: Sequence[Change]) -> Iterator[None]:
+    """Each change in effect in the copy of its number, and in no other.
+
+    A hook on the layer itself sees what the fused step put out for it, alone or with its siblings.
+    """
+
+    def adding(copy: int, change: Change) -> Any:
+        def add(_: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
+            size = len(output) // len(changes)
+            rows = slice(copy * size, (copy + 1) * size)
+            h = args[0][rows].to(change.a.dtype) @ change.a  # (num_examples, length)
+            output[rows] += h[..., None] * change.b
+
+        return add
+
+    handles = [
+        change.layer.register_forward_hook(adding(copy, change))
+        for copy, change in enumerate(changes)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def input_shapes(layers: Mapping[str, LoraLayer]) -> Iterator[dict[str, torch.Size]]:
+    """Note the shape of what each layer reads."""
+    shapes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Any:
+        return lambda _layer, args: shapes.update({name: args[0].shape})
+
+    handles = [layer.register_forward_pre_hook(note(name)) for name, layer in layers.items()]
+    try:
+        yield shapes
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,237 @@
+"""A method inside a real `Trainer`: its losses, its steps, its checkpoints, its resuming."""
+
+from dataclasses import dataclass
+
+import pytest
+import tiny
+import torch
+from peft import TaskType
+from safetensors.torch import load_file
+from trainers import Interrupted, KillAt, StopAt, causal_trainer, losses
+from transformers import EarlyStoppingCallback, Trainer
+
+from loralloc.methods.catalog import METHODS, get_method
+from loralloc.methods.lora import Lora
+from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.drive import drive
+
+STEPS = 12
+"""Of a run of two epochs with 6 steps each."""
+
+
+class SafeTrainer(SafeCheckpoints, Trainer):
+    pass
+
+
+def prepared(method, budget=3000):
+    model = tiny.llama()
+    with tiny.seeded(4):
+        method.fit(model, budget)
+        method.prepare(model, task_type=TaskType.CAUSAL_LM)
+    return method
+
+
+def driven(folder, method, **changes):
+    trainer = causal_trainer(folder, model=prepared(method).model, **changes)
+    trainer.__class__ = SafeTrainer
+    drive(trainer, method)
+    return trainer
+
+
+@dataclass(kw_only=True)
+class Probe(Lora):
+    """Plain LoRA that remembers what it was told, and adds a loss of its own."""
+
+    eligible: int = 0
+    weight: float = 0.0
+    fails: bool = False
+
+    def begin(self, session):
+        self.session, self.steps, self.seen = session, [], []
+
+    def watch(self, batch):
+        if hasattr(self, "seen"):
+            self.seen.append("labels" in batch)
+
+    def extra_loss(self):
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        return self.weight * sum((w**2).sum() for w in weights) if self.weight else None
+
+    def step(self, number):
+        has_gradients = any(p.grad is not None for p in self.model.parameters())
+        self.steps.append((number, has_gradients))
+
+    def first_eligible_step(self):
+        return self.eligible
+
+    def finish(self):
+        if self.fails:
+            raise RuntimeError("The budget was never reached; train longer.")
+
+
+def test_a_method_sees_every_batch_and_every_step_while_gradients_are_there(tmp_path):
+    method = Probe()
+    trainer = driven(tmp_path, method, gradient_accumulation_steps=2)
+    trainer.train()
+    num_steps = trainer.state.global_step
+    assert method.steps == [(number, True) for number in range(1, num_steps + 1)]
+    assert len(method.seen) == 2 * num_steps
+    assert all(method.seen)
+    assert method.session.num_steps == num_steps
+    assert method.session.optimizer.param_groups
+
+
+def test_a_method_sees_the_batches_of_an_evaluation_and_adds_no_loss_to_them(tmp_path):
+    evaluated = {}
+    for weight in (0.0, 10.0):
+        method = Probe(weight=weight)
+        trainer = driven(tmp_path, method, max_steps=1, learning_rate=0.0)
+        trainer.train()
+        before = len(method.seen)
+        evaluated[weight] = trainer.evaluate()["eval_loss"]
+        assert len(method.seen) > before
+    assert evaluated[0.0] == evaluated[10.0]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_extra_loss_counts_once_a_step_however_it_is_accumulated(accumulation, tmp_path):
+    plain, extra = Probe(), Probe(weight=0.5)
+    logged = []
+    for method in (plain, extra):
+        trainer = driven(
+            tmp_path,
+            method,
+            max_steps=1,
+            gradient_accumulation_steps=accumulation,
+            per_device_train_batch_size=8 // accumulation,
+        )
+        method.weights_before = float(sum((p**2).sum() for p in _trained(method)))
+        trainer.train()
+        logged.append(losses(trainer)[1])
+    expected = 0.5 * extra.weights_before
+    assert logged[1] - logged[0] == pytest.approx(expected, rel=1e-3)
+
+
+def _trained(method):
+    return [p.detach() for p in method.model.parameters() if p.requires_grad]
+
+
+def test_only_checkpoints_from_the_first_eligible_step_on_may_be_the_best(tmp_path):
+    scripted = iter([9, 9, 9, 9, 9, 1, 2, 5, 3, 2, 1, 0])
+    method = Probe(eligible=6)
+    trainer = driven(
+        tmp_path,
+        method,
+        compute_metrics=lambda _: {"scripted": float(next(scripted))},
+        metric_for_best_model="scripted",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("-8")
+    saved = load_file(f"{trainer.state.best_model_checkpoint}/adapter_model.safetensors")
+    method.save(tmp_path / "end")
+    now = load_file(tmp_path / "end" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], now[name]) for name in saved)
+
+
+def test_early_stopping_waits_for_the_first_eligible_step(tmp_path):
+    falling = iter(range(STEPS, 0, -1))
+    trainer = driven(
+        tmp_path,
+        Probe(eligible=5),
+        compute_metrics=lambda _: {"scripted": float(next(falling))},
+        metric_for_best_model="scripted",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+    trainer.train()
+    assert trainer.state.global_step == 7
+
+
+def test_a_method_that_did_not_do_what_it_is_for_says_so(tmp_path):
+    trainer = driven(tmp_path, Probe(fails=True), callbacks=[StopAt(2)])
+    with pytest.raises(RuntimeError, match="never reached"):
+        trainer.train()
+
+
+def test_a_method_that_acts_between_steps_is_refused_in_several_processes(tmp_path, monkeypatch):
+    method = prepared(Probe())
+    trainer = causal_trainer(tmp_path, model=method.model)
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(TypeError, match="2 processes or GPUs, and lora acts between steps"):
+        drive(trainer, method)
+    drive(trainer, prepared(Lora()))
+
+
+@dataclass(kw_only=True)
+class Searching(Probe):
+    def search_steps(self, num_steps):
+        return num_steps // 4
+
+
+def test_after_a_search_the_learning_rate_begins_anew(tmp_path):
+    trainer = driven(tmp_path, Searching(), warmup_steps=2, learning_rate=1.0)
+    trainer.train()
+    log = trainer.state.log_history
+    rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
+    # Two steps of warm-up and linear decay, over 3 steps and then over 9.
+    decay = [(7 - i) / 7 for i in range(7)]
+    assert rates == pytest.approx([0, 0.5, 1, 0, 0.5, *decay])
+
+
+def test_a_schedule_that_cannot_begin_anew_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="cannot begin anew where a search ends"):
+        driven(
+            tmp_path,
+            Searching(),
+            lr_scheduler_type="reduce_lr_on_plateau",
+            eval_strategy="epoch",
+        )
+
+
+def test_a_search_is_given_the_other_half_and_held_out_examples(tmp_path):
+    method = Searching()
+    trainer = driven(tmp_path, method)
+    trainer.train()
+    session = method.session
+    assert len(session.held_out[0]["labels"]) > 0
+    loss = session.loss(next(session.second_half))
+    assert loss.requires_grad
+    plain = Probe()
+    driven(tmp_path, plain).train()
+    assert next(plain.session.second_half, None) is None
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("at", [2, 5], ids="step {}".format)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp_path):
+    ends = {}
+    for folder in ("whole", "killed"):
+        options = dict(save_strategy="steps", save_steps=1, save_total_limit=1)
+        method = get_method(name)()
+        trainer = driven(tmp_path / folder, method, **options)
+        if folder == "killed":
+            trainer.add_callback(KillAt(at))
+            with pytest.raises(Interrupted):
+                trainer.train()
+            method = get_method(name)()
+            trainer = driven(tmp_path / folder, method, **options)
+            trainer.train(resume_from_checkpoint=str(tmp_path / folder / f"checkpoint-{at}"))
+        else:
+            trainer.train()
+        method.save(tmp_path / folder / "end")
+        ends[folder] = load_file(tmp_path / folder / "end" / "adapter_model.safetensors")
+    assert ends["whole"].keys() == ends["killed"].keys()
+    for key, tensor in ends["whole"].items():
+        torch.testing.assert_close(ends["killed"][key], tensor, atol=1e-5, rtol=1e-4)
