@@ -3,7 +3,7 @@ import tiny
 import torch
 from reference import importance as reference
 
-from loralloc.allocation.importance import ablation
+from loralloc.allocation.importance import ablation, copies
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits
@@ -84,14 +84,14 @@ def test_only_the_wanted_ranks_are_measured():
     everything = ablation.score(objective, weights, ANY)
     some = ablation.measure(objective, weights, {name: (0, 2)})
     assert some.verified == {name: (0, 2)}
-    assert torch.equal(
-        some.terms["without"][name][[0, 2]], everything.terms["without"][name][[0, 2]]
-    )
-    assert torch.equal(some.terms["only"][name][[0, 2]], everything.terms["only"][name][[0, 2]])
+    for term, measured_ranks in some.terms.items():
+        expected = everything.terms[term][name][[0, 2]]
+        torch.testing.assert_close(measured_ranks[name][[0, 2]], expected, rtol=0, atol=2e-6)
     assert sum(int(term.isfinite().sum()) for term in some.importance.values()) == 2
 
 
-def test_every_ablation_starts_at_its_own_block():
+def test_every_ablation_starts_at_its_own_block(monkeypatch):
+    monkeypatch.setattr(copies, "MOST_TOKENS", {"cpu": 1})  # a forward pass for every rank
     model = tiny.with_trained_b(tiny.adapted(tiny.llama(num_hidden_layers=4), r=2))
     # A hook on a block fires even when its computation is skipped; on its inside it does not.
     computed = [0] * 4

@@ -89,6 +89,13 @@ def test_the_cost_of_scoring_against_the_papers(changes, cost, rows_of):
     assert "the paper's 2R: 56" in shown
 
 
+@pytest.mark.parametrize("score", ["sensitivity", "architecture"])
+def test_scores_gathered_while_training_cost_no_scoring(score, rows_of):
+    rows = rows_of(score=score)
+    assert rows["scoring a round"][0].startswith("none: ")
+    assert rows["allocation.score"] == [score, "flag"]
+
+
 def test_a_round_never_costs_more_than_verifying_every_rank(rows_of):
     (shown,) = rows_of()["scoring a round"]
     most = int(re.search(r"(\d+) forward passes", shown).group(1))

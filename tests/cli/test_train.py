@@ -155,6 +155,21 @@ def test_resuming_with_another_rank_is_refused(killed, call, output):
     assert contents(output) == before
 
 
+def test_a_method_without_rounds_is_trained_resumed_and_shown(call, data, output, llama_folder):
+    words = ("--dataset_name", data, "--model_name_or_path", llama_folder, "--method", "houlsby")
+    answer = call("train", *words, "--output_dir", output, "--max_steps", "4", "--save_steps", "2")
+    assert (answer.code, answer.err) == (0, "")
+    assert "houlsby with bottleneck" in answer.out
+    assert "ranks" not in answer.out
+    assert not (output / "allocation.json").exists()
+    weights = load_file(output / "adapter_model.safetensors")
+    resumed = call("train", "--resume", "--output_dir", output)
+    assert (resumed.code, resumed.err) == (0, "")
+    torch.testing.assert_close(load_file(output / "adapter_model.safetensors"), weights)
+    refused = call("train", "--resume", "--output_dir", output, "--method", "bitfit")
+    assert "is of the method houlsby, not of bitfit" in refused.sentence
+
+
 def test_resuming_where_there_is_no_run(train, output):
     assert "so there is no run to resume; leave out `--resume`" in train("--resume").sentence
     assert not output.exists()

@@ -31,8 +31,8 @@ def tensors(num_tokens=TOKENS, dtype=torch.float32, scale=1.0):
 
 def in_one_piece(hidden, weight, targets, bias=None):
     logits = functional.linear(hidden, weight, bias).float()
-    loss = functional.cross_entropy(logits, targets, reduction="sum")
-    return loss, (logits.argmax(1) == targets).sum()
+    losses = functional.cross_entropy(logits, targets, reduction="none")
+    return losses, (logits.argmax(1) == targets).sum()
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
@@ -40,9 +40,9 @@ def test_loss_gradient_and_right_answers_equal_those_of_full_logits(rows, has_bi
     results = []
     for function in (in_one_piece, linear_cross_entropy):
         hidden, weight, targets, bias = tensors()
-        loss, correct = function(hidden, weight, targets, bias if has_bias else None)
-        (3 * loss).backward()
-        results.append((loss, correct, hidden.grad))
+        losses, correct = function(hidden, weight, targets, bias if has_bias else None)
+        (losses * torch.arange(TOKENS)).sum().backward()  # each token weighs something else
+        results.append((losses, correct, hidden.grad))
     torch.testing.assert_close(*results)
     assert results[0][1] >= (TOKENS // 2 if has_bias else 1)
 
@@ -51,14 +51,14 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_autograd(rows):
     def mean_and_gradient(function, dtype):
         hidden, weight, targets, _ = tensors(300)
         hidden = hidden.detach().to(torch.bfloat16).to(dtype).requires_grad_()
-        loss, _ = function(hidden, weight.to(torch.bfloat16).to(dtype), targets)
-        loss = loss / 300
+        losses, _ = function(hidden, weight.to(torch.bfloat16).to(dtype), targets)
+        loss = losses.mean()
         loss.backward()
         return torch.cat([loss.detach().view(1).double(), hidden.grad.flatten().double()])
 
     def in_double(hidden, weight, targets):
         logits = hidden @ weight.t()
-        return functional.cross_entropy(logits, targets, reduction="sum"), None
+        return functional.cross_entropy(logits, targets, reduction="none"), None
 
     truth = mean_and_gradient(in_double, torch.float64)
     autograd = (mean_and_gradient(in_one_piece, torch.bfloat16) - truth).abs()
@@ -71,7 +71,7 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bfloat16():
     gradients = []
     for factor in (1.0, 1 / 3):
         hidden, weight, targets, _ = tensors(300, torch.bfloat16)
-        (linear_cross_entropy(hidden, weight, targets)[0] * factor).backward()
+        (linear_cross_entropy(hidden, weight, targets)[0] * factor).sum().backward()
         gradients.append(hidden.grad)
     whole, third = gradients
     assert torch.equal(third, (whole.float() / 3).to(torch.bfloat16))
@@ -79,11 +79,11 @@ def test_the_factor_of_the_loss_is_not_rounded_to_bfloat16():
 
 def test_large_logits_stay_finite(rows):
     hidden, weight, targets, _ = tensors(scale=100.0)  # logits of about 1e4
-    loss, _ = linear_cross_entropy(hidden, weight, targets)
-    loss.backward()
+    losses, _ = linear_cross_entropy(hidden, weight, targets)
+    losses.sum().backward()
     expected, _ = in_one_piece(hidden.detach(), weight, targets)
-    torch.testing.assert_close(loss.detach(), expected)
-    assert hidden.grad.isfinite().all() and expected > 1e4
+    torch.testing.assert_close(losses.detach(), expected)
+    assert hidden.grad.isfinite().all() and expected.sum() > 1e4
 
 
 def test_without_a_gradient_none_is_computed():
@@ -99,15 +99,15 @@ def test_without_a_gradient_none_is_computed():
 
 def test_no_row_at_all():
     hidden, weight, targets, _ = tensors(0)
-    loss, correct = linear_cross_entropy(hidden, weight, targets)
-    loss.backward()
-    assert (float(loss.detach()), int(correct), hidden.grad.shape) == (0, 0, (0, WIDTH))
+    losses, correct = linear_cross_entropy(hidden, weight, targets)
+    losses.sum().backward()
+    assert (losses.shape, int(correct), hidden.grad.shape) == ((0,), 0, (0, WIDTH))
 
 
 def test_a_second_derivative_is_refused():
     hidden, weight, targets, _ = tensors()
-    loss, _ = linear_cross_entropy(hidden, weight, targets)
-    (gradient,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    losses, _ = linear_cross_entropy(hidden, weight, targets)
+    (gradient,) = torch.autograd.grad(losses.sum().square(), hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
 
@@ -128,5 +128,5 @@ class Largest(TorchDispatchMode):
 def test_no_more_rows_are_held_than_asked(rows):
     hidden, weight, targets, _ = tensors()
     with Largest() as largest:
-        linear_cross_entropy(hidden, weight, targets)[0].backward()
+        linear_cross_entropy(hidden, weight, targets)[0].sum().backward()
     assert largest.rows == min(rows, TOKENS)

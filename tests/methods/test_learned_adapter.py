@@ -22,7 +22,7 @@ from loralloc.allocation.objective import Objective
 from loralloc.methods.blocks import sublayers
 from loralloc.methods.learned_adapter import LearnedAdapter, round_steps
 from loralloc.methods.learned_adapter_cell import ACTIVATIONS, OPERATIONS, Cell
-from loralloc.methods.learned_adapter_search import best, score
+from loralloc.methods.learned_adapter_search import best, by_ablation, by_gradient
 from loralloc.methods.learned_adapter_sequence import Sequences
 
 EVERYTHING = {"activations": list(ACTIVATIONS), "operations": list(OPERATIONS)}
@@ -86,7 +86,7 @@ def test_scores_are_those_of_whole_forward_passes(shape):
         is_causal=shape != "roberta",
     )
     method.model.train()
-    found = score(Objective(method.model, tiny.micro_batches(batch, 2)), cells)
+    found = by_ablation(Objective(method.model, tiny.micro_batches(batch, 2)), cells)
     assert found.keys() == expected.keys()
     for name in expected:
         for choice in EVERYTHING:
@@ -94,6 +94,27 @@ def test_scores_are_those_of_whole_forward_passes(shape):
             assert found[name][choice] == pytest.approx(expected[name][choice], abs=1e-5)
     assert method.structure() == dict.fromkeys(cells, EVERYTHING)
     assert method.model.training
+    assert all(parameter.grad is None for parameter in method.model.parameters())
+
+
+@pytest.mark.parametrize("shape", BUILDS)
+def test_where_adapters_do_little_the_gradient_gives_the_same_scores(shape):
+    method = made(shape)
+    cells = method.cells()
+    for cell in cells.values():
+        cell.up.data *= 0.05
+    objective = Objective(method.model, tiny.micro_batches(tiny.batch_for(method.model), 4))
+    exact, found = by_ablation(objective, cells), by_gradient(objective, cells)
+    for name in cells:
+        for choice in EVERYTHING:
+            # S(M) is in every score; what the candidates differ by is compared.
+            middle = sum(exact[name][choice].values()) / len(exact[name][choice])
+            expected = torch.tensor([value - middle for value in exact[name][choice].values()])
+            first_order = torch.tensor([value - middle for value in found[name][choice].values()])
+            torch.testing.assert_close(
+                first_order, expected, rtol=0, atol=0.05 * expected.abs().max()
+            )
+            assert not cells[name].leanings
     assert all(parameter.grad is None for parameter in method.model.parameters())
 
 
@@ -123,14 +144,17 @@ def test_a_run_too_short_for_its_rounds_is_refused():
         Drive(made("llama"), num_steps=12).begin()
 
 
-@pytest.mark.parametrize("options", [{"search_share": 1.0}, {"search_share": 0}, {"num_rounds": 0}])
+@pytest.mark.parametrize(
+    "options", [{"search_share": 1.0}, {"search_share": 0}, {"num_rounds": 0}, {"score": "x"}]
+)
 def test_options_that_no_run_could_use_are_refused(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):
         LearnedAdapter(**options)
 
 
-def test_each_round_chooses_for_a_quarter_and_the_last_for_the_rest():
-    drive = Drive(prepared(LearnedAdapter(), tiny.llama(num_hidden_layers=4))).begin()
+@pytest.mark.parametrize("score", ["gradient", "ablation"])
+def test_each_round_chooses_for_a_quarter_and_the_last_for_the_rest(score):
+    drive = Drive(prepared(LearnedAdapter(score=score), tiny.llama(num_hidden_layers=4))).begin()
     chosen = []
     for step in (5, 6, 7, 9, 10):  # the rounds are at 6, 7, 9 and 10 of 40
         drive.train(until=step)

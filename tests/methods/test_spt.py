@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from loralloc.methods.blocks import backbone, blocks
+from loralloc.methods.prompt_generator import PromptGenerator
 from loralloc.methods.prompt_slots import pooling
-from loralloc.methods.spt import PromptGenerator, Spt, evenly_spaced
+from loralloc.methods.spt import Spt, evenly_spaced
 from loralloc.methods.spt_search import shared_gates
 
 DEEP = {
@@ -432,8 +433,14 @@ def test_a_single_block_has_no_place_for_prompts():
 
 
 @pytest.mark.parametrize(
-    ("option", "value"), [("prompt_length", 0), ("tau", 0.0), ("search_share", 1.0)]
+    ("option", "value"),
+    [("prompt_length", 0), ("tau", 0.0), ("search_share", 1.0), ("consistency", -1.0)],
 )
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"`{option}` is {value}"):
         Spt(**{option: value})
+
+
+def test_layers_are_named_or_counted():
+    with pytest.raises(ValueError, match="`layers` names the layers and `num_layers` counts them"):
+        Spt(layers=[1], num_layers=1)

@@ -46,6 +46,18 @@ def test_the_default_budget_is_that_of_lora_with_rank_8():
     assert default_budget(model) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
 
 
+def test_all_linear_layers_are_counted_as_peft_matches_them():
+    method = asked("--method", "lora", "--budget", "3000", "--lora_target_modules", "all-linear")
+    model = tiny.llama()
+    fit(method, model, 3000)
+    assert method.count(model, 1) == method.count(model, method.rank) // method.rank > 900
+
+
+def test_a_method_of_one_size_takes_no_budget():
+    with pytest.raises(ValueError, match="bitfit has one size only, which `budget` cannot choose"):
+        asked("--method", "bitfit", "--budget", "5000")
+
+
 def test_a_budget_below_one_unit_is_refused():
     method = asked("--method", "lora", "--budget", "10")
     with pytest.raises(ValueError, match=r"budget is 10 parameters, but lora with `rank` of 1 has"):

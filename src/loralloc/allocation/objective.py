@@ -107,14 +107,17 @@ class Objective:
 
 
 def _span_losses(outputs: Any, inputs: Batch) -> Tensor:
-    """Cross-entropy of each example's span, the mean of its beginning's and its end's."""
-    begin, end = (
-        F.cross_entropy(
-            outputs[f"{side}_logits"].float(), inputs[f"{side}_positions"], reduction="none"
-        )
-        for side in ("start", "end")
-    )
-    return (begin + end) / 2
+    """Cross-entropy of each example's span: the mean of its beginning's and its end's.
+
+    As Transformers has it, positions past the end of the text were cut off and count for nothing.
+    """
+    losses = []
+    for side in ("start", "end"):
+        logits: Tensor = outputs[f"{side}_logits"].float()  # (num_examples, length)
+        length = logits.shape[1]
+        target = inputs[f"{side}_positions"].view(-1).clamp(0, length)
+        losses.append(F.cross_entropy(logits, target, ignore_index=length, reduction="none"))
+    return torch.stack(losses).mean(0)
 
 
 def is_causal_lm(model: nn.Module) -> bool:

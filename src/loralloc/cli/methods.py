@@ -97,7 +97,6 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         method.fit(model, budget)
     except ValueError as error:
         too_large = str(error)
-    of_paper = kind(**kind.paper) if kind.paper else None
     return {
         "name": about.name,
         "title": about.title,
@@ -110,8 +109,19 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         "parameters": None if too_large else method.count(model, method.chosen_size()),
         "too_large": too_large or None,
         "paper_settings": dict(kind.paper),
-        "paper_parameters": of_paper.count(model, of_paper.chosen_size()) if of_paper else None,
+        "paper_parameters": _papers_count(kind, model),
     }
+
+
+def _papers_count(kind: type[Method], model: Any) -> int | None:
+    """Parameters of the paper's settings; None where there are none, or they do not fit."""
+    if not kind.paper:
+        return None
+    method = kind(**kind.paper)
+    try:
+        return method.count(model, method.chosen_size())
+    except ValueError:  # fewer blocks than the paper's settings have prompts for
+        return None
 
 
 def _size(row: dict[str, Any]) -> str:

@@ -33,7 +33,8 @@ the flags used most (defaults in brackets):
   --protocol paper              batch, length, evaluation and early stopping as in the paper
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag,
-and a method's options are, as --method.NAME; `loralloc train --help-all` lists them. A TRL SFT YAML is taken as it is, with one more block:
+and so are a method's options, as --method.NAME; `loralloc train --help-all` lists all. A TRL SFT
+YAML is taken as it is, with one more block:
 
   allocation:
     num_rounds: 8
@@ -106,18 +107,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from loralloc.training.settings import resolve, saved
+    from loralloc.training.settings import resolve, saved, saved_defaults
 
     settings = resolve(args.rest, config=args.config)
     if args.resume:
-        settings = resolve(args.rest, config=args.config, base=saved(settings.output_dir))
+        folder = settings.output_dir
+        settings = resolve(
+            args.rest,
+            config=args.config,
+            base=saved(folder),
+            base_defaults=saved_defaults(folder),
+        )
     return settings
 
 
 def _print_all_flags() -> None:
-    from loralloc.training.settings import known_fields
-
     from loralloc.methods.catalog import METHODS, get_method
+    from loralloc.training.settings import known_fields
 
     out = console()
     groups = known_fields()

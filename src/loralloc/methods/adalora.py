@@ -133,7 +133,7 @@ class AdaLora(LoraShaped):
         self.model.base_model.update_and_allocate(number)
         if number < self.first_eligible_step():
             # PEFT saves what the pattern names, but until then any triplet may come back.
-            pass
+            self._config.rank_pattern = None
 
     def first_eligible_step(self) -> int:
         """See `Method.first_eligible_step`."""

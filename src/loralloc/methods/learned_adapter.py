@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import nn
@@ -15,9 +15,11 @@ from loralloc.methods.blocks import backbone, blocks, hidden_size, sublayers
 from loralloc.methods.bottleneck import ADAPTER, act_sequentially
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.learned_adapter_cell import Cell, most_parameters
-from loralloc.methods.learned_adapter_search import best, score
+from loralloc.methods.learned_adapter_search import best, by_ablation, by_gradient
 from loralloc.methods.learned_adapter_sequence import Sequences, is_causal
 from loralloc.methods.method import About, Session
+
+Score = Literal["gradient", "ablation"]
 
 WARMUP = 4
 """Training before the first round over training between two: K1 of 1 epoch, K2 of a quarter."""
@@ -45,6 +47,11 @@ class LearnedAdapter(InPlaceMethod):
     retrain: bool = True
     """Whether weights are drawn anew after the last round; otherwise they train on."""
 
+    score: Score = "gradient"
+    """How candidates are compared: "gradient" is the score to first order, one backward pass a
+    round; "ablation" is the score exactly, 14 forward passes an adapter, whose differences are
+    smaller than the rounding of a bf16 backbone."""
+
     size: ClassVar[str] = "bottleneck"
     about: ClassVar[About] = About(
         name="learned-adapter",
@@ -54,8 +61,8 @@ class LearnedAdapter(InPlaceMethod):
         differs="No code was published. Of its space: sequential adapters without bias, one "
         "activation of ReLU, GELU, SiLU and Tanh, then nothing, a b x b matrix or a depthwise "
         "convolution over three tokens (causal in decoders, around the token in encoders); no "
-        "self-attention, parallel adapters or links between adapters. The order of the rounds is "
-        "drawn, and the weights are trained anew after the search.",
+        "self-attention, parallel adapters or links between adapters. The score is taken to first "
+        "order, the order of the rounds is drawn, and weights are trained anew after the search.",
     )
     paper: ClassVar[Mapping[str, Any]] = {"bottleneck": 40, "search_share": 0.175}
 
@@ -65,6 +72,8 @@ class LearnedAdapter(InPlaceMethod):
             raise ValueError(
                 f"`search_share` is {self.search_share!r}; it must be above 0 and below 1."
             )
+        if self.score not in get_args(Score):
+            raise ValueError(f"`score` is {self.score!r}; use one of {get_args(Score)}.")
         if self.num_rounds < 1:
             raise ValueError(
                 f"`num_rounds` is {self.num_rounds!r}; it must be a whole number of at least 1."
@@ -121,6 +130,7 @@ class LearnedAdapter(InPlaceMethod):
         if number not in self._rounds:
             return
         cells = self.cells()
+        score = by_gradient if self.score == "gradient" else by_ablation
         scores = score(self._objective, {name: cells[name] for name in self._rounds[number]})
         self.restructure(
             {

@@ -7,7 +7,7 @@ Until one is chosen, act and op are the means of what is left to choose from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ class Cell(nn.Module):
     """One adapter and everything that it may become; 0 at the start, for W_up is.
 
     Weights are float32, and computed with in the type of what is read. `mix` and `convolution` are
-    also the names of two operations, and None once these are given up.
+    also the names of two operations, and None once these are given up. `leanings`, empty but while
+    candidates are scored, move the means: by choice, one number a candidate.
 
     Args:
         width: Size d of what is read and written.
@@ -43,6 +44,7 @@ class Cell(nn.Module):
         super().__init__()
         self.activations: Sequence[str] = tuple(ACTIVATIONS)
         self.operations: Sequence[str] = OPERATIONS
+        self.leanings: Mapping[str, Tensor] = {}
         self.sequences = sequences
         self.down = nn.Parameter(torch.empty(bottleneck, width))
         self.up = nn.Parameter(torch.empty(width, bottleneck))
@@ -64,8 +66,10 @@ class Cell(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """What is added to a sublayer's output y: (batch, length, width), as y."""
         hidden = _linear(y, self.down)
-        hidden = _mean(ACTIVATIONS[name](hidden) for name in self.activations)
-        hidden = _mean(self._operate(name, hidden) for name in self.operations)
+        activated = [ACTIVATIONS[name](hidden) for name in self.activations]
+        hidden = _mean(activated, self.leanings.get("activations"))
+        operated = [self._operate(name, hidden) for name in self.operations]
+        hidden = _mean(operated, self.leanings.get("operations"))
         return _linear(hidden, self.up)
 
     def _operate(self, name: str, hidden: Tensor) -> Tensor:
@@ -99,9 +103,14 @@ def most_parameters(width: int, bottleneck: int) -> int:
     return 2 * width * bottleneck + max(bottleneck, WINDOW) * bottleneck
 
 
-def _mean(values: Iterable[Tensor]) -> Tensor:
+def _mean(values: Sequence[Tensor], leaning: Tensor | None) -> Tensor:
+    """The mean, moved towards each value by what is leant to it."""
     first, *rest = values
-    return sum(rest, first) / (1 + len(rest)) if rest else first
+    mean = sum(rest, first) / len(values) if rest else first
+    if leaning is None:
+        return mean
+    towards = (e * (value - mean) for e, value in zip(leaning.to(mean), values, strict=True))
+    return sum(towards, mean)
 
 
 def _linear(x: Tensor, weight: Tensor) -> Tensor:

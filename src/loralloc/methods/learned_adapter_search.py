@@ -3,7 +3,11 @@
     CS(o) = S(M) - S(M without o) + S(M with only o)
 
 S is minus the mean loss on the scoring batch; o is left out of, or is all of, one mean in one
-adapter of the hyper-network M, the rest of which stays as it is.
+adapter of the hyper-network M, the rest of which stays as it is. Let e be how far that mean of n
+candidates is moved towards each: only o is e_o = 1, without o is e_o = -1 / (n - 1). So to first
+order, from one backward pass for all candidates of all adapters,
+
+    CS(o) ~ S(M) + n / (n - 1) dS/de_o  at e = 0
 """
 
 from __future__ import annotations
@@ -24,7 +28,44 @@ Scores = dict[str, dict[str, float]]
 """CS by choice and candidate."""
 
 
-def score(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Scores]:
+def by_gradient(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Scores]:
+    """CS of every candidate in these cells, to first order.
+
+    Args:
+        objective: The scoring batch and the model.
+        cells: By their names in the model.
+    """
+    leanings = {
+        (name, choice): torch.zeros(len(getattr(cell, choice)), device=cell.up.device)
+        for name, cell in cells.items()
+        for choice in CHOICES
+    }
+    derivatives = {key: torch.zeros_like(leaning) for key, leaning in leanings.items()}
+    plain = 0.0
+    for (name, choice), leaning in leanings.items():
+        leaning.requires_grad_()
+        cells[name].leanings = {**cells[name].leanings, choice: leaning}
+    try:
+        with objective.evaluating(), torch.enable_grad():
+            for batch in objective.batches:
+                loss = objective.loss_sum(batch)
+                plain += float(loss.detach())
+                found = torch.autograd.grad(loss, list(leanings.values()))
+                for key, derivative in zip(leanings, found, strict=True):
+                    derivatives[key] += derivative
+    finally:
+        for cell in cells.values():
+            cell.leanings = {}
+    scores: dict[str, Scores] = {name: {} for name in cells}
+    for (name, choice), derivative in derivatives.items():
+        candidates = getattr(cells[name], choice)
+        n = len(candidates)
+        values = -(plain + n / (n - 1) * derivative) / objective.num_targets
+        scores[name][choice] = dict(zip(candidates, values.tolist(), strict=True))
+    return scores
+
+
+def by_ablation(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Scores]:
     """CS of every candidate in these cells, exactly.
 
     What comes before a cell's block is the same for all of its candidates, and is computed once.

@@ -13,7 +13,7 @@ from torch import nn
 from loralloc.methods.blocks import blocks
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.lst_ladder import Ladder
-from loralloc.methods.lst_narrow import STEP, side_widths
+from loralloc.methods.lst_narrow import side_widths
 from loralloc.methods.lst_prune import prune_into
 from loralloc.methods.method import About, Session
 
@@ -94,12 +94,6 @@ class Lst(InPlaceMethod):
     def insert(self, model: Any) -> None:
         """See `InPlaceMethod.insert`."""
         assert self.width is not None, "fit() chooses it"
-        widths = side_widths(model.config)
-        if self.width not in widths:
-            raise ValueError(
-                f"`width` is {self.width}; for this backbone it must be a multiple of {STEP} up to "
-                f"{widths[-1]} that splits into heads of even width."
-            )
         ladder = Ladder(model, width=self.width, beside=self._beside(model))
         ladder.to(next(model.parameters()).device)
         if self.init == "pruned":

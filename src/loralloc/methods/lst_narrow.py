@@ -47,9 +47,16 @@ def side_config(config: Any, width: int, *, beside: Sequence[int]) -> Any:
         width: One of `side_widths`.
         beside: Indices of the backbone's blocks that have a side block. In a cache, side blocks
             come after all of the backbone's.
+
+    Raises:
+        ValueError: The width cannot be split into heads.
     """
     heads = side_heads(config, width)
-    assert heads is not None, "the method checks it"
+    if heads is None or width % STEP or width > config.hidden_size:
+        raise ValueError(
+            f"`width` is {width}; for this backbone it must be a multiple of {STEP} up to "
+            f"{side_widths(config)[-1]} that splits into heads of even width."
+        )
     inner = "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
     wide = getattr(config, inner) or 4 * config.hidden_size  # GPT-2 leaves it open
     widths = {

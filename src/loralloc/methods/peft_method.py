@@ -9,6 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import (
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -112,9 +116,8 @@ def rank_parameters(model: nn.Module, targets: Sequence[str] | str) -> int:
 
 def targeted_shapes(model: nn.Module, targets: Sequence[str] | str) -> dict[str, tuple[int, int]]:
     """Input and output features of every targeted linear layer, by name."""
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     config = LoraConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    _maybe_include_all_linear_layers(config, model)
     return {
         name: (module.in_features, module.out_features)
         if isinstance(module, nn.Linear)

@@ -7,14 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 from torch.optim import Optimizer
 
 from loralloc.methods.blocks import blocks, hidden_size
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About, Batch, Session
+from loralloc.methods.prompt_generator import PromptGenerator, mix
 from loralloc.methods.prompt_slots import PromptSlots, Writer
 from loralloc.methods.spt_search import LayerSearch
 
@@ -96,6 +95,10 @@ class Spt(InPlaceMethod):
                 f"`search_share` is {self.search_share}; it must be above 0 and below 1, and "
                 "`search` of false does without."
             )
+        if self.consistency < 0:
+            raise ValueError(f"`consistency` is {self.consistency}; it must be at least 0.")
+        if self.layers is not None and self.num_layers is not None:
+            raise ValueError("`layers` names the layers and `num_layers` counts them; give one.")
         if self.layers is not None:
             self.layers = sorted(set(self.layers))
 
@@ -208,9 +211,9 @@ class Spt(InPlaceMethod):
     def _writers(self) -> dict[int, Writer]:
         """What makes prompts, by block, with the gates of this moment."""
         if self._search is None:
-            return {i: functools.partial(_mix, made, None) for i, made in self._generators.items()}
+            return {i: functools.partial(mix, made, None) for i, made in self._generators.items()}
         gates = self._search.gates()
-        return {i: functools.partial(_mix, made, gates[i]) for i, made in self._generators.items()}
+        return {i: functools.partial(mix, made, gates[i]) for i, made in self._generators.items()}
 
     def _keep(self, layers: Sequence[int]) -> None:
         """End the search: only generators before these blocks are left, for good."""
@@ -231,39 +234,9 @@ class Spt(InPlaceMethod):
             self._session.optimizer.state.pop(parameter, None)
 
 
-class PromptGenerator(nn.Module):
-    """W_up relu(W_down h): what is read at a few positions, as prompts.
-
-    Weights are float32, and computed with in the type of what is read.
-    """
-
-    def __init__(self, width: int, bottleneck: int) -> None:
-        super().__init__()
-        self.down = nn.Parameter(torch.empty(bottleneck, width))
-        self.up = nn.Parameter(torch.empty(width, bottleneck))
-        self.draw()
-
-    @torch.no_grad()
-    def draw(self) -> None:
-        """Draw the weights as PyTorch's linear layers do, from the global generator."""
-        for weight in (self.down, self.up):
-            weight.copy_(nn.init.kaiming_uniform_(torch.empty(weight.shape), a=5**0.5))
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        """Prompts of shape (..., num_slots, width) from hidden states of that shape."""
-        inner = functional.relu(functional.linear(pooled, self.down.to(pooled.dtype)))
-        return functional.linear(inner, self.up.to(inner.dtype))
-
-
 def evenly_spaced(candidates: Sequence[int], count: int) -> list[int]:
     """As many of the candidates as that, each in the middle of an equal share of them."""
     return [candidates[len(candidates) * (2 * j + 1) // (2 * count)] for j in range(count)]
-
-
-def _mix(generator: PromptGenerator, gate: Tensor | None, slots: Tensor, pooled: Tensor) -> Tensor:
-    """(1 - gate) p_{i-1} + gate P_i; without a gate, P_i."""
-    made: Tensor = generator(pooled)
-    return made if gate is None else slots + gate.to(made) * (made - slots)
 
 
 def _forget(optimizer: Optimizer, module: nn.Module) -> None:

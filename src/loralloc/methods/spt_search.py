@@ -74,10 +74,8 @@ class LayerSearch:
 
     def state(self) -> dict[str, Any]:
         """What a resumed search needs."""
-        return {
-            "alpha": self.alpha.detach().clone(),
-            "adam": dict(self._optimizer.state[self.alpha]),
-        }
+        moments = dict(self._optimizer.state[self.alpha])
+        return {"alpha": self.alpha.detach().clone(), "moments": moments}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Take up what `state` gave."""

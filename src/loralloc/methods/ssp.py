@@ -31,7 +31,7 @@ class Ssp(InPlaceMethod):
     a probability p_i such that the expected size is the budget. After each step on the weights,
     the architecture weights alpha take one on training examples that the weights never see
     (first-order DARTS). Then units are kept by falling p while they fit the budget; they are drawn
-    anew and trained for the rest of the run.
+    anew and trained for the rest of the run. Adapters are among them, so it does not merge.
     """
 
     rank: int | None = None
@@ -61,8 +61,8 @@ class Ssp(InPlaceMethod):
         title="SSP",
         paper="Hu et al. 2022",
         status="port",
-        differs="Searched to first order, with ranks and adapters of the budget's size in the "
-        "place of T5's rank 1; a task's head goes on from the search as it is.",
+        differs="Searched to first order; LoRA and adapters are as wide as the budget asks for, "
+        "not of rank 1; adapters begin at 0; a task's head goes on from the search as it is.",
     )
     size: ClassVar[str] = "rank"
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}

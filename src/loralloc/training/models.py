@@ -173,7 +173,15 @@ def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | 
         if name.endswith(".position_embeddings") and module.padding_idx is not None:
             # RoBERTa counts positions from behind that of its padding.
             limits.append(module.num_embeddings - module.padding_idx - 1)
+    prefix = max((c.num_virtual_tokens for c in _prompt_configs(model)), default=0)
+    limits = [limit - prefix for limit in limits]
     return min(limits if wanted is None else [*limits, wanted])
+
+
+def _prompt_configs(model: Any) -> list[Any]:
+    """PEFT's adapters that put tokens of their own before a text, which take positions too."""
+    configs = getattr(model, "peft_config", {}).values()
+    return [config for config in configs if config.is_prompt_learning]
 
 
 def _from_pretrained(loader: Any, name_or_path: str, options: dict[str, Any]) -> Any:

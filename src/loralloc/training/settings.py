@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -181,8 +181,18 @@ def saved(folder: Path) -> dict[str, Any]:
     return {name: entry["value"] for name, entry in json.loads(path.read_text("utf-8")).items()}
 
 
+def saved_defaults(folder: Path) -> set[str]:
+    """Names of the values that nobody had given to an earlier run."""
+    data = json.loads((folder / FILE_NAME).read_text("utf-8"))
+    return {name for name, entry in data.items() if entry["source"] == DEFAULT}
+
+
 def resolve(
-    flags: Sequence[str], *, config: Path | None = None, base: Mapping[str, Any] | None = None
+    flags: Sequence[str],
+    *,
+    config: Path | None = None,
+    base: Mapping[str, Any] | None = None,
+    base_defaults: Collection[str] = (),
 ) -> Settings:
     """Put defaults, an earlier run, a YAML file and flags together, later ones winning.
 
@@ -191,6 +201,7 @@ def resolve(
             `--allocation.name`, or by their bare name where TRL has no such field.
         config: A TRL SFT YAML with an optional block `allocation:`.
         base: Values of an earlier run, as `saved` gives them.
+        base_defaults: Those among them that nobody had given.
 
     Raises:
         ValueError: An option is unknown or a value cannot be used.
@@ -201,7 +212,8 @@ def resolve(
         action.default, action.required = argparse.SUPPRESS, False
     layers = [(DEFAULT, dict(DEFAULTS))]
     if base:
-        layers.append(("earlier run", dict(base)))
+        layers.append(("earlier run", {k: v for k, v in base.items() if k not in base_defaults}))
+        layers.append((DEFAULT, {k: v for k, v in base.items() if k in base_defaults}))
     if config:
         layers.append((f"file {config}", _read_yaml(config, types)))
     layers.append(("flag", _read_flags(flags, parser)))

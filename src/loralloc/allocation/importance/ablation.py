@@ -2,22 +2,26 @@
 
 A gate of block l leaves every hidden state before block l as it is. So each block's output is
 kept once for the full model and once for the base model, and every ablation starts at its own
-block: half the work of whole forward passes. Ablations of one block share a forward pass, each
-with a copy of the micro-batch to itself: in copy k, the layer of rank r puts out what a change of
-column r of B adds, dy = s (x A_r^T) dB_r^T.
+block: half the work of whole forward passes. Ablations of one block share passes where that pays.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from loralloc.allocation.importance.copies import count_examples, num_copies, repeated
+from loralloc.allocation.importance.copies import (
+    Change,
+    changes_of,
+    count_examples,
+    input_shapes,
+    num_copies,
+    one_a_copy,
+    repeated,
+)
 from loralloc.allocation.importance.path import gates_at
 from loralloc.allocation.importance.prefix import Prefix
 from loralloc.allocation.layers import base_model
@@ -43,10 +47,10 @@ def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits)
 def measure(objective: Objective, weights_b: Mapping[str, Tensor], wanted: RankNames) -> Scores:
     """Both terms of eq. 6 for the wanted ranks; the terms of other ranks are NaN."""
     with objective.evaluating(), torch.no_grad():
-        off = {name: -weights_b[name] for name in wanted}
-        s_off, s_full = _sweep(objective, weights_b, wanted, changes=off)
+        off = {name: -b for name, b in weights_b.items()}
+        s_off, s_full = _sweep(objective, weights_b, wanted, added=off)
         with gates_at(weights_b, 0) as on:
-            s_on, s_base = _sweep(objective, weights_b, wanted, changes=on)
+            s_on, s_base = _sweep(objective, weights_b, wanted, added=on)
     return Scores(
         terms={
             "without": {name: s_full - s for name, s in s_off.items()},
@@ -63,9 +67,9 @@ def _sweep(
     weights_b: Mapping[str, Tensor],
     wanted: RankNames,
     *,
-    changes: Mapping[str, Tensor],
+    added: Mapping[str, Tensor],
 ) -> tuple[dict[str, Tensor], float]:
-    """S with one column of B changed, for each wanted rank; and S as it stands."""
+    """S with one column of `added` added to B, for each wanted rank; and S as it stands."""
     losses = {
         name: torch.full((b.shape[1],), torch.nan, dtype=torch.float64)
         for name, b in weights_b.items()
@@ -73,75 +77,51 @@ def _sweep(
     for name, indices in wanted.items():
         losses[name][list(indices)] = 0.0
     plain_loss = 0.0
-    layers = {name: _layer(objective.model, name) for name in wanted}
+    layers = {name: base_model(objective.model).get_submodule(name) for name in wanted}
+    changes = [
+        change
+        for name, indices in wanted.items()
+        for change in changes_of(layers[name], name, weights_b[name], added[name], indices)
+    ]
     prefix = Prefix(objective.model, weights_b)
     for batch in objective.batches:
-        with prefix.recording() as outputs, _shapes(layers) as shapes:
+        num_examples = count_examples(batch)
+        with prefix.recording() as outputs, input_shapes(layers) as shapes:
             plain = objective.losses(batch)
         plain_loss += float(plain.sum())
-        size = count_examples(batch)
-        groups = defaultdict(list)
-        for name, indices in wanted.items():
-            block = prefix.block(name)
-            most = 1
-            if block is not None and plain.ndim:
-                most = num_copies(
-                    batch,
-                    shapes.get(name),
-                    device=objective.device.type,
-                    num_blocks=len(prefix),
-                )
-            groups[block or 0, most] += [(name, index) for index in indices]
-        for (block, most), ranks in groups.items():
-            for first in range(0, len(ranks), most):
-                some = ranks[first : first + most]
-                output = repeated(outputs.get(block - 1), size, len(some))
-                with prefix.replaying(output, before=block), ExitStack() as hooks:
-                    for copy, (name, index) in enumerate(some):
-                        add = _adds(
-                            *_rank_one(layers[name], weights_b[name], index, changes[name]),
-                            copy,
-                            len(some),
-                        )
-                        hooks.callback(layers[name].register_forward_hook(add).remove)
-                    inputs = {k: repeated(v, size, len(some)) for k, v in batch.items()}
-                    found = objective.losses(inputs).view(len(some), -1).sum(1).tolist()
-                for (name, index), loss in zip(some, found, strict=True):
-                    losses[name][index] += loss
+        most = {
+            name: num_copies(
+                batch, shape, device=objective.device.type, num_blocks=prefix.num_blocks
+            )
+            for name, shape in shapes.items()
+            # A scalar is the loss of the whole batch, and no copy's share of it is known; outside
+            # the blocks, a layer may read one row an example, or one a target.
+            if plain.ndim and prefix.block(name) is not None
+        }
+        for block, together in _passes(prefix, changes, most):
+            times = len(together)
+            output = repeated(outputs.get(block - 1), num_examples, times)
+            with prefix.replaying(output, before=block), one_a_copy(together):
+                found = objective.losses(repeated(batch, num_examples, times))
+            for change, loss in zip(together, found.view(times, -1).sum(1).tolist(), strict=True):
+                losses[change.name][change.index] += loss
     scale = -1 / objective.num_targets
     return {name: loss * scale for name, loss in losses.items()}, plain_loss * scale
 
 
-def _layer(model, name):
-    return base_model(model).get_submodule(name)
+def _passes(
+    prefix: Prefix, changes: Sequence[Change], most: Mapping[str, int]
+) -> Iterator[tuple[int, Sequence[Change]]]:
+    """The forward passes to run: the block where each begins, and the changes it measures.
 
-
-@contextmanager
-def _shapes(layers):
-    shapes = {}
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _layer, args, name=name: shapes.update({name: args[0].shape})
-        )
-        for name, layer in layers.items()
-    ]
-    try:
-        yield shapes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _rank_one(layer, b, index, change):
-    adapter = next(key for key, other in layer.lora_B.items() if other.weight is b)
-    a = layer.lora_A[adapter].weight[index] * layer.scaling[adapter]
-    return a, change[:, index]
-
-
-def _adds(a, b, copy, num):
-    def add(_layer, args, output):
-        size = len(output) // num
-        rows = slice(copy * size, (copy + 1) * size)
-        output[rows] += (args[0][rows].to(a.dtype) @ a)[..., None] * b
-
-    return add
+    Args:
+        prefix: The blocks.
+        changes: All changes to be measured.
+        most: By module, how many may share a pass; 1 where none is given.
+    """
+    groups = defaultdict(list)
+    for change in changes:
+        groups[prefix.block(change.name) or 0, most.get(change.name, 1)].append(change)
+    for (block, size), group in groups.items():
+        for first in range(0, len(group), size):
+            yield block, group[first : first + size]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -26,7 +27,8 @@ MOST_TOKENS_ELSEWHERE = 4096
 """Enough rows to keep a GPU's matrix units busy; fewer leave it waiting for the next kernel."""
 
 
-class Change(NamedTuple):
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Change:
     """A change of one column of a module's B, as what it adds to the output: (x a) b^T."""
 
     name: str
@@ -46,23 +48,26 @@ class Change(NamedTuple):
 
 
 def changes_of(
-    layer: LoraLayer, name: str, *, b: Tensor, change: Tensor, indices: Sequence[int]
+    layer: LoraLayer, name: str, b: Tensor, added: Tensor, indices: Sequence[int]
 ) -> list[Change]:
-    """The changes of single columns of B.
+    """The changes of single columns of a module's B.
 
     Args:
         layer: The module.
         name: Its name.
-        b: B_m, shape (out_features, num_ranks), by which the adapter is known.
-        change: What would be added to all of B_m, of the same shape.
-        indices: The columns to change.
+        b: B_m, shape (out_features, num_ranks), which tells the adapter.
+        added: What is added to each column, of the same shape.
+        indices: The columns that are to change, each by itself.
     """
     (adapter,) = (key for key, lora_b in layer.lora_B.items() if lora_b.weight is b)
     a = layer.lora_A[adapter].weight * layer.scaling[adapter]
-    return [Change(name, index, layer, a[index], change[:, index]) for index in indices]
+    return [
+        Change(name=name, index=index, layer=layer, a=a[index], b=added[:, index])
+        for index in indices
+    ]
 
 
-def num_copies(batch: Batch, seen: torch.Size | None, *, device: str, num_blocks: int) -> int:
+def num_copies(batch: Batch, shape: torch.Size, *, device: str, num_blocks: int) -> int:
     """How many ablations of a module may share a forward pass: as many as pay, and fit.
 
     Without a graph a pass holds the activations of one block at a time, while a step of training
@@ -73,7 +78,7 @@ def num_copies(batch: Batch, seen: torch.Size | None, *, device: str, num_blocks
 
     Args:
         batch: The micro-batch.
-        seen: Shape of the module's input for it; None where that is not known.
+        shape: Shape of the module's input for it.
         device: Kind of device.
         num_blocks: Blocks of the model.
 
@@ -84,10 +89,10 @@ def num_copies(batch: Batch, seen: torch.Size | None, *, device: str, num_blocks
     num_examples = count_examples(batch)
     tensors = [value for value in batch.values() if isinstance(value, Tensor) and value.ndim]
     is_by_example = all(len(tensor) in (1, num_examples) for tensor in tensors)
-    if not is_by_example or seen is None or len(seen) != 3 or seen[0] != num_examples:
+    if not is_by_example or len(shape) != 3 or shape[0] != num_examples:
         return 1
     most = MOST_TOKENS.get(device, MOST_TOKENS_ELSEWHERE)
-    return max(1, min(most // (seen[0] * seen[1]), num_blocks))
+    return max(1, min(most // (shape[0] * shape[1]), num_blocks))
 
 
 def count_examples(batch: Batch) -> int:

@@ -27,7 +27,8 @@ class Prefix:
         found = block_list(model, names)
         self._list_name, self._blocks = found if found else ("", nn.ModuleList())
 
-    def __len__(self) -> int:
+    @property
+    def num_blocks(self) -> int:
         """How many blocks there are; 0 where nothing can be skipped."""
         return len(self._blocks)
 
