@@ -3,7 +3,13 @@
 import pytest
 import tiny
 import torch
-from transformers import BertForQuestionAnswering, OPTConfig, OPTForCausalLM
+from transformers import (
+    BertForQuestionAnswering,
+    GPTJConfig,
+    GPTJForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from loralloc.allocation.importance import ablation, copies
 from loralloc.allocation.layers import base_model, lora_layers, weights_b
@@ -95,6 +101,19 @@ def test_of_every_kind_of_model(build, is_fused, passes_saved):
         assert fuse(model) > 0
     # Three copies: 14, 12 or 8 ranks of a block take 5, 4 or 3 passes.
     assert passes_saved(model, *tiny.micro_batches(tiny.batch_for(model), 4)) > 2.3
+
+
+def test_of_blocks_that_put_out_more_than_hidden_states(passes_saved):
+    options = dict(n_embd=32, n_layer=NUM_BLOCKS, n_head=4, rotary_dim=4, n_positions=64)
+    off = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    ids = dict(bos_token_id=1, eos_token_id=2, initializer_range=0.15)
+    config = GPTJConfig(vocab_size=tiny.VOCABULARY, **options, **off, **ids)
+    with tiny.seeded(0):
+        model = GPTJForCausalLM(config).eval()
+    put_out = model.transformer.h[0](torch.zeros(1, 2, 32), position_ids=torch.arange(2)[None])
+    assert isinstance(put_out, tuple)
+    model = adapted(model, target_modules=["v_proj", "fc_in"], task_type="CAUSAL_LM")
+    assert passes_saved(model, tiny.causal_batch()) > 1.8  # four ranks a block in two passes
 
 
 @pytest.mark.parametrize("build", [llama, bert])
@@ -210,8 +229,8 @@ def test_as_many_copies_as_pay_and_fit(monkeypatch):
     assert number(device="cuda", num_blocks=99) == copies.MOST_TOKENS_ELSEWHERE // 72
     assert number(tiny.causal_batch(1), torch.Size((1, 12, 32))) == 16
     assert number(shape=torch.Size((6, 120, 32))) == 1  # longer than pays
-    assert number(shape=torch.Size((72, 32))) == 1
-    assert number(shape=torch.Size((12, 6, 32))) == 1
+    for other in ((72, 32), (6, 32), (12, 6, 32)):  # tokens; rows of an expert; length first
+        assert number(shape=torch.Size(other)) == 1
 
 
 def test_a_batch_with_more_than_rows_of_examples_is_not_copied():

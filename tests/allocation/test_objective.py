@@ -89,6 +89,31 @@ def test_span_prediction_is_the_models_own_loss():
     assert_is_the_models_own_loss(model, batch)
 
 
+def test_an_answer_that_was_cut_off_counts_for_nothing():
+    model = BertForQuestionAnswering(tiny.bert_classifier(num_labels=2).config).eval()
+    batch = tiny.classification_batch()
+    del batch["labels"]
+    batch |= {"start_positions": torch.arange(6), "end_positions": torch.arange(6)}
+    whole = Objective(model, [batch]).losses(batch)
+    past = torch.tensor([0, 1, 99, 3, 4, 12])  # of 12 tokens
+    cut = Objective(model, [batch]).losses(
+        {**batch, "start_positions": past, "end_positions": past}
+    )
+    torch.testing.assert_close(cut, whole * torch.tensor([1, 1, 0, 1, 1, 0]))
+
+
+def test_losses_are_those_of_each_target():
+    model, batch = tiny.llama(), tiny.causal_batch()
+    losses = Objective(model, [batch]).losses(batch)
+    supervised = batch["labels"][:, 1:] != tiny.IGNORED
+    expected = torch.nn.functional.cross_entropy(
+        model(**batch).logits[:, :-1][supervised],
+        batch["labels"][:, 1:][supervised],
+        reduction="none",
+    )
+    torch.testing.assert_close(losses, expected)
+
+
 def test_regression_is_the_models_own_loss():
     model = tiny.bert_classifier(num_labels=1)
     batch = {**tiny.classification_batch(), "labels": torch.linspace(-1, 1, 6)}

@@ -381,8 +381,8 @@ def test_it_attends_as_the_backbone_is_told_to():
     assert model.ladder.blocks[0].self_attn.config._attn_implementation == "eager"
 
 
-def test_a_task_type_of_each_head_reads_the_side_output():
-    method = prepared(Lst(width=8), tiny.bert_classifier())  # with a pooler between
+def test_bert_pools_the_side_output():
+    method = prepared(Lst(width=8), tiny.bert_classifier())
     batch = tiny.batch_for(method.model)
     before = session.logits(method, batch)
     nn.init.zeros_(method.model.ladder.up.weight)

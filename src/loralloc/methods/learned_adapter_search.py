@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from loralloc.allocation.importance.prefix import Prefix
 from loralloc.allocation.objective import Objective
@@ -35,33 +36,23 @@ def by_gradient(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Sc
         objective: The scoring batch and the model.
         cells: By their names in the model.
     """
-    leanings = {
-        (name, choice): torch.zeros(len(getattr(cell, choice)), device=cell.up.device)
-        for name, cell in cells.items()
-        for choice in CHOICES
-    }
-    derivatives = {key: torch.zeros_like(leaning) for key, leaning in leanings.items()}
     plain = 0.0
-    for (name, choice), leaning in leanings.items():
-        leaning.requires_grad_()
-        cells[name].leanings = {**cells[name].leanings, choice: leaning}
-    try:
-        with objective.evaluating(), torch.enable_grad():
-            for batch in objective.batches:
-                loss = objective.loss_sum(batch)
-                plain += float(loss.detach())
-                found = torch.autograd.grad(loss, list(leanings.values()))
-                for key, derivative in zip(leanings, found, strict=True):
-                    derivatives[key] += derivative
-    finally:
-        for cell in cells.values():
-            cell.leanings = {}
+    with _leanings(cells) as leanings, objective.evaluating(), torch.enable_grad():
+        derivatives = {key: torch.zeros_like(leaning) for key, leaning in leanings.items()}
+        for batch in objective.batches:
+            loss = objective.loss_sum(batch)
+            plain += float(loss.detach())
+            found = torch.autograd.grad(loss, list(leanings.values()))
+            for key, derivative in zip(leanings, found, strict=True):
+                derivatives[key] += derivative
     scores: dict[str, Scores] = {name: {} for name in cells}
     for (name, choice), derivative in derivatives.items():
         candidates = getattr(cells[name], choice)
-        n = len(candidates)
-        values = -(plain + n / (n - 1) * derivative) / objective.num_targets
-        scores[name][choice] = dict(zip(candidates, values.tolist(), strict=True))
+        weight = len(candidates) / (len(candidates) - 1)
+        scores[name][choice] = {
+            candidate: -(plain + weight * value) / objective.num_targets
+            for candidate, value in zip(candidates, derivative.tolist(), strict=True)
+        }
     return scores
 
 
@@ -101,6 +92,21 @@ def by_ablation(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Sc
 def best(scores: Scores) -> dict[str, str]:
     """The candidate with the highest score of every choice; of equals, the first."""
     return {choice: max(found, key=found.__getitem__) for choice, found in scores.items()}
+
+
+@contextmanager
+def _leanings(cells: Mapping[str, Cell]) -> Iterator[dict[tuple[str, str], Tensor]]:
+    """The numbers e by cell and choice, all 0, for derivatives to be taken by them."""
+    for cell in cells.values():
+        cell.leanings = {
+            choice: cell.up.new_zeros(len(getattr(cell, choice))).requires_grad_()
+            for choice in CHOICES
+        }
+    try:
+        yield {(name, choice): cells[name].leanings[choice] for name in cells for choice in CHOICES}
+    finally:
+        for cell in cells.values():
+            cell.leanings = {}
 
 
 def _candidates(cells: Mapping[str, Cell]) -> Iterator[tuple[str, str, str, list[str]]]:

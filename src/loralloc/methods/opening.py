@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,10 @@ def open_adapter(model: Any, folder: str | Path) -> Any:
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
-        return PeftModel.from_pretrained(model, folder)
+        with warnings.catch_warnings():
+            # AdaLoRA's name tensors, not modules; PEFT reads them when it loads the weights.
+            warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
+            return PeftModel.from_pretrained(model, folder)
     config = read_config(folder)
     method = get_method(config["method"])(**config["options"])
     adapted = method.prepare(model, task_type=TaskType(config["task_type"]), heads=config["heads"])

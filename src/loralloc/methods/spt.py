@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import nn
-from torch.optim import Optimizer
 
 from loralloc.methods.blocks import blocks, hidden_size
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About, Batch, Session
+from loralloc.methods.optimizer import train_what_is_left
 from loralloc.methods.prompt_generator import PromptGenerator, mix
 from loralloc.methods.prompt_slots import PromptSlots, Writer
 from loralloc.methods.spt_search import LayerSearch
@@ -218,10 +218,8 @@ class Spt(InPlaceMethod):
     def _keep(self, layers: Sequence[int]) -> None:
         """End the search: only generators before these blocks are left, for good."""
         for index in [index for index in self._generators if index not in layers]:
-            generator = self._generators.pop(index)
+            del self._generators[index]
             delattr(blocks(self.model)[index], GENERATOR)
-            if self._session is not None:
-                _forget(self._session.optimizer, generator)
         self._search = None
 
     def _draw_anew(self) -> None:
@@ -230,19 +228,10 @@ class Spt(InPlaceMethod):
         self._slots.draw_soft_prompt()
         for generator in self._generators.values():
             generator.draw()
-        for parameter in self.adapter_parameters().values():
-            self._session.optimizer.state.pop(parameter, None)
+        drawn = self.adapter_parameters().values()
+        train_what_is_left(self._session.optimizer, self.model, anew=drawn)
 
 
 def evenly_spaced(candidates: Sequence[int], count: int) -> list[int]:
     """As many of the candidates as that, each in the middle of an equal share of them."""
     return [candidates[len(candidates) * (2 * j + 1) // (2 * count)] for j in range(count)]
-
-
-def _forget(optimizer: Optimizer, module: nn.Module) -> None:
-    """Take a module's parameters out of the optimiser."""
-    gone = set(module.parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [p for p in group["params"] if p not in gone]
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)

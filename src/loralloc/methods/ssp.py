@@ -9,11 +9,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 from torch.utils.hooks import RemovableHandle
 
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About, Session
+from loralloc.methods.optimizer import train_what_is_left
 from loralloc.methods.peft_method import rank_parameters
 from loralloc.methods.ssp_gates import probabilities, relaxed_gates, within_budget
 from loralloc.methods.ssp_units import Candidate, Unit, search_space
@@ -237,7 +238,8 @@ class Ssp(InPlaceMethod):
             fresh = chosen[name].build().parameters()
             for parameter, new in zip(unit.parameters(), fresh, strict=True):
                 parameter.copy_(new)
-        _start_anew(self._session.optimizer, self.model)
+        anew = self.model.parameters()  # the head's past was with what is gone, too
+        train_what_is_left(self._session.optimizer, self.model, anew=anew)
         del self._session
 
     def _keep(self, names: Collection[str]) -> None:
@@ -250,11 +252,3 @@ class Ssp(InPlaceMethod):
         for unit in self._units.values():
             unit.sampled = unit.expected = None
         self._is_found = True
-
-
-def _start_anew(optimizer: Optimizer, model: nn.Module) -> None:
-    """Let an optimiser forget what it knew, and the parameters that have left the model."""
-    there = set(model.parameters())
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter in there]
-    optimizer.state.clear()
