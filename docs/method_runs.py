@@ -204,9 +204,9 @@ NOTES = (
     "seed each, few steps, and a slice of the data: the tables show that every method trains and",
     "what it costs, not which is better. Parameters are at step 0, and what one task keeps, both",
     "without the head. Learning rates were not searched for. Seconds are of two cores: ratios",
-    "within a table say more than they do. Methods that search (ssp, spt, learned-adapter) do so in",
-    "the first quarter of the steps. On `smollm2-135m` the test is the first 400 rows, by the most",
-    "probable label.",
+    "within a table say more than they do. Methods that search (ssp, spt, learned-adapter) do so",
+    "in the first quarter of the steps. On `smollm2-135m` the test is the first 400 rows, by the",
+    "most probable label.",
 )
 
 

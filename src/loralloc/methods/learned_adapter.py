@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -18,6 +18,7 @@ from loralloc.methods.learned_adapter_cell import Cell, most_parameters
 from loralloc.methods.learned_adapter_search import best, by_ablation, by_gradient
 from loralloc.methods.learned_adapter_sequence import Sequences, is_causal
 from loralloc.methods.method import About, Session
+from loralloc.methods.optimizer import train_what_is_left
 
 Score = Literal["gradient", "ablation"]
 
@@ -138,10 +139,13 @@ class LearnedAdapter(InPlaceMethod):
                 for name, found in scores.items()
             }
         )
+        assert self._optimizer is not None, "begin() comes first"
+        anew: list[nn.Parameter] = []
         if number == self._first_eligible_step and self.retrain:
             for cell in cells.values():
                 cell.draw()
-                self._forget(cell.parameters(), leave=False)
+                anew += cell.parameters()
+        train_what_is_left(self._optimizer, self.model, anew=anew)
 
     def structure(self) -> dict[str, Any]:
         """See `InPlaceMethod.structure`: what there is to choose from, by adapter."""
@@ -154,7 +158,7 @@ class LearnedAdapter(InPlaceMethod):
         """See `InPlaceMethod.restructure`."""
         for name, cell in self.cells().items():
             if name in structure:
-                self._forget(cell.keep(**structure[name]), leave=True)
+                cell.keep(**structure[name])
 
     def finish(self) -> None:
         """See `Method.finish`."""
@@ -165,17 +169,6 @@ class LearnedAdapter(InPlaceMethod):
                 f"train for more steps than the {self._first_eligible_step} of the search."
             )
         self._optimizer = None  # the model holds its method, and need not hold the run's moments
-
-    def _forget(self, parameters: Iterable[nn.Parameter], *, leave: bool) -> None:
-        """Drop the optimiser's state of these, and where they leave, the parameters as well."""
-        if self._optimizer is None:
-            return
-        forgotten = list(parameters)
-        for parameter in forgotten:
-            self._optimizer.state.pop(parameter, None)
-        gone = {id(parameter) for parameter in forgotten} if leave else set()
-        for group in self._optimizer.param_groups:
-            group["params"][:] = [p for p in group["params"] if id(p) not in gone]
 
 
 def round_steps(search_steps: int, num_rounds: int) -> list[int]:

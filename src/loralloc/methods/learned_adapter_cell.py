@@ -86,16 +86,12 @@ class Cell(nn.Module):
         """Whether nothing is left to choose."""
         return len(self.activations) == len(self.operations) == 1
 
-    def keep(self, *, activations: Sequence[str], operations: Sequence[str]) -> list[nn.Parameter]:
-        """Leave only these to choose from; the weights that left with the others are returned."""
+    def keep(self, *, activations: Sequence[str], operations: Sequence[str]) -> None:
+        """Leave only these to choose from; the weights of the others leave the model."""
         self.activations, self.operations = tuple(activations), tuple(operations)
-        dropped = []
         for name in ("mix", "convolution"):
-            weight = getattr(self, name)
-            if name not in operations and weight is not None:
-                dropped.append(weight)
+            if name not in operations:
                 setattr(self, name, None)
-        return dropped
 
 
 def most_parameters(width: int, bottleneck: int) -> int:

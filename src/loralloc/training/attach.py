@@ -12,7 +12,6 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from transformers import (
-    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -27,6 +26,7 @@ from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import round_steps
 from loralloc.methods.restore import check_scaling, restore_shapes
 from loralloc.training import scoring_batch
+from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.halves import second_half
 
 logger = logging.getLogger(__name__)
@@ -168,9 +168,7 @@ class AllocationCallback(TrainerCallback):
         entry = self._allocator.step(
             kwargs["optimizer"], step=state.global_step, epoch=float(state.epoch or 0.0)
         )
-        _forget_best(state)
-        for callback in self._early_stopping():
-            callback.early_stopping_patience_counter = 0
+        begin_counting(self._trainer, state)
         should_log = control.should_log
         self._report(entry)
         control.should_log = should_log  # logging the round is not logging the step
@@ -179,17 +177,8 @@ class AllocationCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Keep early stopping off until the last round is over."""
-        if not self._has_rounds_ahead:
-            return
-        for callback in self._early_stopping():
-            if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
-                control.should_training_stop = False
-            # One below zero: a callback that comes after this one counts this evaluation too.
-            callback.early_stopping_patience_counter = -1
-
-    def _early_stopping(self) -> list[EarlyStoppingCallback]:
-        callbacks = self._trainer.callback_handler.callbacks
-        return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
+        if self._has_rounds_ahead:
+            leave_uncounted(self._trainer, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -355,13 +344,3 @@ def _check_way_of_running(trainer: Trainer) -> None:
             "rounds take place in one process on one device so far: make a single GPU visible "
             "with CUDA_VISIBLE_DEVICES and start one process."
         )
-
-
-def _forget_best(state: TrainerState) -> None:
-    """Only checkpoints after the last round are eligible as the best one.
-
-    Called at every round: where a run is stopped early, the best one still has the ranks of now.
-    """
-    state.best_metric = None
-    state.best_model_checkpoint = None
-    state.best_global_step = 0

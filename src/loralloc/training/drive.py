@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import (
-    EarlyStoppingCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -23,6 +22,7 @@ from loralloc.methods.method import Batch, Method, Session
 from loralloc.training import scoring_batch
 from loralloc.training.attach import planned_steps
 from loralloc.training.checkpoint import read_state, write_state
+from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.halves import second_half
 from loralloc.training.learning_rate import restart_schedule
 
@@ -98,44 +98,20 @@ class MethodCallback(TrainerCallback):
     ) -> None:
         """Forget the best checkpoint of the time before the method's budget was reached."""
         if state.global_step == self._method.first_eligible_step():
-            forget_best(state)
-            for callback in early_stopping(self._trainer):
-                callback.early_stopping_patience_counter = 0
+            begin_counting(self._trainer, state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Keep early stopping off until then."""
         if state.global_step < self._method.first_eligible_step():
-            hold_early_stopping(self._trainer, control)
+            leave_uncounted(self._trainer, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Let the method end, or say that it did nothing."""
         self._method.finish()
-
-
-def early_stopping(trainer: Trainer) -> list[EarlyStoppingCallback]:
-    """The trainer's callbacks that stop it early."""
-    callbacks = trainer.callback_handler.callbacks
-    return [callback for callback in callbacks if isinstance(callback, EarlyStoppingCallback)]
-
-
-def hold_early_stopping(trainer: Trainer, control: TrainerControl) -> None:
-    """Let an evaluation count for nothing."""
-    for callback in early_stopping(trainer):
-        if callback.early_stopping_patience_counter >= callback.early_stopping_patience:
-            control.should_training_stop = False
-        # One below zero: a callback that comes after the caller counts this evaluation too.
-        callback.early_stopping_patience_counter = -1
-
-
-def forget_best(state: TrainerState) -> None:
-    """Only checkpoints from now on are eligible as the best one."""
-    state.best_metric = None
-    state.best_model_checkpoint = None
-    state.best_global_step = 0
 
 
 def _check_way_of_running(trainer: Trainer, method: Method) -> None:

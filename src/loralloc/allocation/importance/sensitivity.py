@@ -98,7 +98,7 @@ class Sensitivity(Tracker):
         """See `Tracker.state`."""
         both = {"mean": self._mean, "deviation": self._deviation}
         return {
-            f"{name}.{part}.{kind}": value
+            f"{name}.{part}.{kind}": value.contiguous()
             for kind, means in both.items()
             for (name, part), value in means.items()
         }
