@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "methods.json"
 PAGE = ROOT / "docs" / "methods.md"
 
-MODELS = {"minilm-l6": 300, "smollm2-135m": 48}
-"""Backbones and the steps of every run, of 16 examples each."""
+MODELS = {"minilm-l6": (300, 16), "smollm2-135m": (48, 8)}
+"""Backbones; steps of every run, and examples of a step."""
 
 RATE = 1e-3
 RATES = {"p-tuning-v2": 1e-2, "lst": 3e-3, "full": 1e-4}
@@ -36,7 +36,7 @@ full fine-tuning less. They were not searched for."""
 TEST = {"minilm-l6": (), "smollm2-135m": ("--decode", "labels", "--limit", "200")}
 """How the test split is predicted: a language model chooses the most probable label."""
 
-STEPS_PER_EPOCH = 375
+NUM_EXAMPLES = 6000
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -85,6 +85,7 @@ def train(flags: Sequence[str]) -> None:
 def run(args: argparse.Namespace, model: str, method: str) -> dict[str, Any]:
     """One run's result, from its folder or by running it."""
     folder, rate = args.out / model / method, RATES.get(method, RATE)
+    steps, batch = MODELS[model]
     kept = folder / "result.json"
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -92,7 +93,8 @@ def run(args: argparse.Namespace, model: str, method: str) -> dict[str, Any]:
     flags = [
         *("--task", "sst2", "--dataset_name", str(args.data / "sst2")),
         *("--model_name_or_path", model, "--method", method, "--learning_rate", f"{rate:g}"),
-        *("--eval_strategy", "no", "--save_strategy", "no", "--max_steps", str(MODELS[model])),
+        *("--eval_strategy", "no", "--save_strategy", "no", "--max_steps", str(steps)),
+        *("--per_device_train_batch_size", str(batch)),
         *("--output_dir", str(folder), "--disable_tqdm", "true"),
         *(rounds(model) if get_method(method).allocates else ()),
     ]
@@ -108,7 +110,8 @@ def run(args: argparse.Namespace, model: str, method: str) -> dict[str, Any]:
 
 def rounds(model: str) -> tuple[str, ...]:
     """Eight rounds in the first two thirds of the run."""
-    epochs = MODELS[model] / STEPS_PER_EPOCH
+    steps, batch = MODELS[model]
+    epochs = steps * batch / NUM_EXAMPLES
     warmup, recovery = f"{epochs / 4:.4f}", f"{epochs / 20:.4f}"
     return ("--num_rounds", "8", "--warmup_epochs", warmup, "--recovery_epochs", recovery)
 
@@ -146,11 +149,11 @@ def write_results(args: argparse.Namespace) -> None:
 def page(data: dict[str, Any]) -> str:
     """docs/methods.md."""
     lines = [*INTRODUCTION, *_methods()]
-    for model, steps in MODELS.items():
+    for model, (steps, batch) in MODELS.items():
         runs = [r for r in data["runs"] if r["model"] == model]
         if not runs:
             continue
-        lines += ["", f"## SST-2, {model}, {steps} steps of 16 examples", "", *_table(runs)]
+        lines += ["", f"## SST-2, {model}, {steps} steps of {batch} examples", "", *_table(runs)]
         if model == "smollm2-135m" and data["untuned"] is not None:
             lines += ["", f"Untuned, with labels scored as well: {data['untuned']:.1f}."]
     return "\n".join([*lines, *NOTES]) + "\n"
