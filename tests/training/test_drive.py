@@ -213,12 +213,13 @@ def test_a_search_is_given_the_other_half_and_held_out_examples(tmp_path):
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("at", [2, 5], ids="step {}".format)
+@pytest.mark.parametrize("at", [3, 9], ids="step {}".format)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp_path):
     ends = {}
     for folder in ("whole", "killed"):
-        options = dict(save_strategy="steps", save_steps=1, save_total_limit=1)
+        # Of 24 steps a quarter is searched in: one kill comes in the search, one after it.
+        options = dict(save_strategy="steps", save_steps=1, save_total_limit=1, num_train_epochs=4)
         method = get_method(name)()
         trainer = driven(tmp_path / folder, method, **options)
         if folder == "killed":

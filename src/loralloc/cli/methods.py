@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.training.adaptation import default_budget
     from loralloc.training.models import empty_model
 
-    model = _papers_shape() if args.model is None else empty_model(args.model)
+    model = papers_shape() if args.model is None else empty_model(args.model)
     budget = default_budget(model) if args.budget is None else args.budget
     rows = [facts(get_method(name), model, budget) for name in METHODS]
     out = console()
@@ -109,11 +109,11 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         "parameters": None if too_large else method.count(model, method.chosen_size()),
         "too_large": too_large or None,
         "paper_settings": dict(kind.paper),
-        "paper_parameters": _papers_count(kind, model),
+        "paper_parameters": papers_count(kind, model),
     }
 
 
-def _papers_count(kind: type[Method], model: Any) -> int | None:
+def papers_count(kind: type[Method], model: Any) -> int | None:
     """Parameters of the paper's settings; None where there are none, or they do not fit."""
     if not kind.paper:
         return None
@@ -130,7 +130,8 @@ def _size(row: dict[str, Any]) -> str:
     return f"{row['size_name']} {row['size']}" if row["size_name"] else "one only"
 
 
-def _papers_shape() -> Any:
+def papers_shape() -> Any:
+    """LLaMA-2-7B without its weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from loralloc.allocation.objective import is_causal_lm
 from loralloc.allocation.supervised import SupervisedLoss
+from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import Batch, Method, Session
 from loralloc.training import scoring_batch
 from loralloc.training.attach import planned_steps
@@ -117,6 +118,12 @@ class MethodCallback(TrainerCallback):
 def _check_way_of_running(trainer: Trainer, method: Method) -> None:
     kind = type(method)
     acts = kind.step is not Method.step or kind.extra_loss is not Method.extra_loss
+    if isinstance(method, InPlaceMethod) and trainer.args.n_gpu > 1:
+        raise TypeError(
+            f"There are {trainer.args.n_gpu} GPUs, between which one process would copy the model "
+            f"without the hooks of {method.about.name}; make a single GPU visible with "
+            "CUDA_VISIBLE_DEVICES."
+        )
     count = max(trainer.args.world_size, trainer.args.n_gpu)
     if acts and count > 1:
         raise TypeError(
