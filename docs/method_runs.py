@@ -29,6 +29,10 @@ PAGE = ROOT / "docs" / "methods.md"
 MODELS = {"minilm-l6": (300, 16), "smollm2-135m": (48, 8)}
 """Backbones; steps of every run, and examples of a step."""
 
+LONGER = {"smollm2-135m": {"p-tuning-v2": 240, "spt": 240, "lst": 240}}
+"""Methods that begin far from the backbone, and the steps of a second run of theirs: in a few they
+do not yet get back to where it was."""
+
 RATE = 1e-3
 RATES = {"p-tuning-v2": 1e-2, "lst": 3e-3, "full": 1e-4}
 """Learning rates: prefixes and side networks want more than the rest, as in their own papers, and
@@ -80,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.page:
         for model in MODELS:
             for method in args.only:
-                run(args, model, method)
+                run(args, model, method, MODELS[model][0])
+            for method, steps in LONGER.get(model, {}).items():
+                run(args, model, method, steps)
         untuned(args)
         write_results(args)
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
@@ -108,10 +114,11 @@ def train(flags: Sequence[str]) -> None:
     sys.stdout.write("\n" + json.dumps(result) + "\n")
 
 
-def run(args: argparse.Namespace, model: str, method: str) -> dict[str, Any]:
+def run(args: argparse.Namespace, model: str, method: str, steps: int) -> dict[str, Any]:
     """One run's result, from its folder or by running it."""
-    folder, rate = args.out / model / method, RATES.get(method, RATE)
-    steps, batch = MODELS[model]
+    usual, batch = MODELS[model]
+    folder = args.out / model / (method if steps == usual else f"{method}-{steps}")
+    rate = RATES.get(method, RATE)
     kept = folder / "result.json"
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
@@ -166,7 +173,9 @@ def write_results(args: argparse.Namespace) -> None:
         "untuned": json.loads(base.read_text("utf-8"))["figures"][0]["value"]
         if base.is_file()
         else None,
-        "runs": sorted(results, key=lambda r: (r["model"], list(METHODS).index(r["method"]))),
+        "runs": sorted(
+            results, key=lambda r: (r["model"], list(METHODS).index(r["method"]), r["steps"])
+        ),
     }
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
@@ -216,8 +225,9 @@ def _table(runs: Sequence[dict[str, Any]]) -> list[str]:
         step = run["seconds"] / run["steps"]
         over = f"{step / (lora['seconds'] / lora['steps']):.2f}" if lora else "-"
         chosen = f"{name} {size}" if name else "-"
+        more = "" if run["steps"] == MODELS[run["model"]][0] else f", {run['steps']} steps"
         lines.append(
-            f"| {run['method']} | {chosen} | {run['trained']:,} | {run['stored']:,} | "
+            f"| {run['method']}{more} | {chosen} | {run['trained']:,} | {run['stored']:,} | "
             f"{run['learning_rate']:g} | {run['test']['accuracy']:.1f} | "
             f"{step:.3f} | {over} | {run['peak_bytes'] / 2**30:.2f} |"
         )

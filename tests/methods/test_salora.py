@@ -86,7 +86,7 @@ def test_the_multipliers_climb_while_too_much_is_left():
     method = made(warmup_share=0.0)
     drive = Drive(method).begin()
     drive.train(until=1)  # t is 1 before the first step, and C / C_0 is 0.995
-    assert method.multipliers.tolist() == pytest.approx([-0.01, 0.01])
+    assert method.multipliers.tolist() == pytest.approx([-0.01, 0.01], rel=1e-2)
     drive.train(until=8)
     assert (method.multipliers > 0.02).all()
 
