@@ -260,10 +260,17 @@ NOTES = (
     "Written by `python docs/method_runs.py --data DATA` from `docs/results/methods.json`. One",
     "seed each, few steps, and a slice of the data: the tables show that every method trains and",
     "what it costs, not which is better. Parameters are at step 0, and what one task keeps, both",
-    "without the head. Learning rates were not searched for. Seconds are of two cores: ratios",
-    "within a table say more than they do. Methods that search (ssp, spt, learned-adapter) do so",
-    "in the first quarter of the steps. On `smollm2-135m` the test is the first 200 rows, by the",
-    "most probable label.",
+    "without the head. Learning rates were not searched for. Methods that search (ssp, spt,",
+    "learned-adapter) do so in the first quarter of the steps. On `smollm2-135m` the test is the",
+    "first 200 rows, by the most probable label.",
+    "",
+    "Seconds are of two cores that did other work as well, some runs more than others: take them",
+    "as rough. They hold everything between the first step and the last, so for ALoRA eight rounds,",
+    "which in 48 steps are most of it; [performance](performance.md) has what a round costs.",
+    "",
+    "`lst` on `smollm2-135m` is no better than the untuned model after 48 steps: its side network",
+    "takes the place of the last block's output and begins far from it (loss 12 against 6). With",
+    "more steps it learns.",
 )
 
 
