@@ -378,8 +378,10 @@ def test_a_run_learns_spans_while_its_ranks_move(kind, score, finished):
     assert any(entry.added for entry in record.rounds)
     assert ranks_now(prepared.model) == present(record.ranks)
     assert sum(record.ranks.values()) == sum(record.initial_ranks.values())
-    trained = losses(prepared.trainer)
-    assert trained[max(trained)] < trained[1] / 2
+    trained = list(losses(prepared.trainer).values())
+    epoch = len(trained) // 6
+    # Single batches of four rows go up and down.
+    assert sum(trained[-epoch:]) < 0.75 * sum(trained[:epoch])
     measured = [e["eval_loss"] for e in prepared.trainer.state.log_history if "eval_loss" in e]
     assert measured[-1] < measured[0]
 
