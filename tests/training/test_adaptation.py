@@ -79,6 +79,13 @@ def test_the_papers_settings_by_name():
         ),
         (("--method", "houlsby", "--lora_r", "4"), "`lora_r` is an option of LoRA and has no"),
         (("--method", "lora", "--num_rounds", "4"), "`allocation.num_rounds` is an option of rank"),
+        (
+            ("--method", "houlsby", "--method.bottleneck", "x"),
+            "`method.bottleneck` is 'x'; it must",
+        ),
+        (("--method", "houlsby", "--method.bottleneck", "-3"), "is -3; it must be at least 1"),
+        (("--method", "parallel-adapter", "--method.scale", "no"), "it must be float"),
+        (("--lora_r", "0"), "`lora_r` is 0; it must be at least 1"),
         (("--method", "lora", "--budget", "0"), "`budget` is 0; it must be a number"),
         (
             ("--method", "lora", "--budget", "5000", "--lora_r", "4"),

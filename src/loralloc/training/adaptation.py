@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
 from loralloc.methods.catalog import get_method
@@ -48,7 +48,10 @@ def method_of(settings: Settings) -> Method:
         if not kind.paper:
             raise ValueError(f"The paper gives no setting for {run.method}; leave out `--paper`.")
         values.update(kind.paper)
-    is_open = kind.size and values.get(kind.size) is None
+    size = values.get(kind.size)
+    if size is not None and size < 1:
+        raise ValueError(f"`{OPTIONS}.{kind.size}` is {size}; it must be at least 1.")
+    is_open = kind.size and size is None
     if run.budget is not None and (run.budget < 1 or not is_open):
         raise ValueError(_budget_sentence(settings, kind))
     return kind(**values)
@@ -94,6 +97,8 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
                 f"out. Its own options are {_listed(fields)}."
             )
     lora = settings.model
+    if lora.lora_r < 1:
+        raise ValueError(f"`lora_r` is {lora.lora_r}; it must be at least 1.")
     rank_is_open = settings.run.budget is not None or settings.run.paper
     values = {
         "rank": None if rank_is_open and not settings.gives("lora_r") else lora.lora_r,
@@ -108,13 +113,28 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
 
 def _own_values(settings: Settings, kind: type[Method], fields: set[str]) -> dict[str, Any]:
     """The options given as `method.NAME`."""
-    own: Mapping[str, Any] = settings.method_options
-    for name in own:
+    own = dict(settings.method_options)
+    types = get_type_hints(kind)
+    for name, value in own.items():
         if name not in fields:
             near = get_close_matches(name, sorted(fields), n=1)
             hint = f"did you mean `{OPTIONS}.{near[0]}`?" if near else f"it has {_listed(fields)}."
             raise ValueError(f"{kind.about.name} has no option `{OPTIONS}.{name}`; {hint}")
-    return dict(own)
+        own[name] = _of_type(types[name], name, value)
+    return own
+
+
+def _of_type(expected: Any, name: str, value: Any) -> Any:
+    """The value, a whole number as a fraction where one is wanted."""
+    kinds = get_args(expected) or (expected,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    try:
+        type_validator(name, value, expected)
+    except TypeError as error:
+        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"`{OPTIONS}.{name}` is {value!r}; it must be {wanted}.") from error
+    return value
 
 
 def _refuse_allocation(settings: Settings) -> None:

@@ -56,7 +56,7 @@ def drive(trainer: Trainer, method: Method) -> MethodCallback:
     known: dict[str, Any] = {
         "num_steps": num_steps,
         "steps_per_epoch": steps_per_epoch,
-        "loss": functools.partial(_mean_loss, trainer, method),
+        "loss": _mean_loss(trainer, method),
         "seed": trainer.args.seed,
     }
     search = method.search_steps(num_steps)
@@ -143,16 +143,21 @@ def _what_a_search_reads(trainer: Trainer, search: int) -> dict[str, Any]:
     }
 
 
-def _mean_loss(trainer: Trainer, method: Method, batch: Batch) -> Tensor:
+def _mean_loss(trainer: Trainer, method: Method) -> Callable[[Batch], Tensor]:
     """Mean loss of a batch with its graph; the model stays in the mode it is in."""
     model: Any = trainer.model
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-    method.watch(inputs)
-    if is_causal_lm(model):
-        found = SupervisedLoss(model)(inputs)
-        return found.total / found.num_targets
-    loss: Tensor = model(**inputs).loss
+    supervised = SupervisedLoss(model) if is_causal_lm(model) else None
+
+    def loss(batch: Batch) -> Tensor:
+        device = next(model.parameters()).device
+        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        method.watch(inputs)
+        if supervised is not None:
+            found = supervised(inputs)
+            return found.total / found.num_targets
+        mean: Tensor = model(**inputs).loss
+        return mean
+
     return loss
 
 
