@@ -8,6 +8,7 @@ from trainers import (
     adapter,
     causal_trainer,
     classification_trainer,
+    following,
     options,
     present,
     ranks_now,
@@ -27,14 +28,7 @@ def trainer_of(request, tmp_path):
         values = iter(metrics)
         return build(
             tmp_path,
-            compute_metrics=lambda _: {"scripted": float(next(values))},
-            metric_for_best_model="scripted",
-            greater_is_better=True,
-            load_best_model_at_end=True,
-            eval_strategy="steps",
-            eval_steps=1,
-            save_strategy="steps",
-            save_steps=1,
+            **following(values),
             **changes,
         )
 

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import TaskType
 from safetensors.torch import load_file
-from trainers import Interrupted, KillAt, StopAt, causal_trainer, losses
+from trainers import Interrupted, KillAt, StopAt, causal_trainer, following, losses
 from transformers import EarlyStoppingCallback, Trainer
 
 from loralloc.methods.catalog import METHODS, get_method
@@ -122,14 +122,7 @@ def test_only_checkpoints_from_the_first_eligible_step_on_may_be_the_best(tmp_pa
     trainer = driven(
         tmp_path,
         method,
-        compute_metrics=lambda _: {"scripted": float(next(scripted))},
-        metric_for_best_model="scripted",
-        greater_is_better=True,
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **following(scripted),
     )
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("-8")
@@ -144,14 +137,7 @@ def test_early_stopping_waits_for_the_first_eligible_step(tmp_path):
     trainer = driven(
         tmp_path,
         Probe(eligible=5),
-        compute_metrics=lambda _: {"scripted": float(next(falling))},
-        metric_for_best_model="scripted",
-        greater_is_better=True,
-        load_best_model_at_end=True,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_strategy="steps",
-        save_steps=1,
+        **following(falling),
     )
     trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
     trainer.train()

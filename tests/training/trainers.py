@@ -80,6 +80,20 @@ def sft_trainer(folder, *, model_folder, **changes) -> SFTTrainer:
     )
 
 
+def following(values) -> dict:
+    """Arguments of a trainer that evaluates and saves every step, with a scripted metric."""
+    return dict(
+        compute_metrics=lambda _: {"scripted": float(next(values))},
+        metric_for_best_model="scripted",
+        greater_is_better=True,
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+    )
+
+
 def causal_rows(count: int, seed: int = 0) -> Dataset:
     return _rows(tiny.causal_batch(count, seed=seed))
 
