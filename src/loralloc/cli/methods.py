@@ -66,17 +66,14 @@ def run(args: argparse.Namespace) -> int:
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
-    table.add_column("from\n[dim]what differs[/]")
     table.add_column("status", no_wrap=True)
     table.add_column("merges")
-    table.add_column("size", no_wrap=True)
-    table.add_column("parameters", justify="right")
-    table.add_column("paper", justify="right")
+    table.add_column("size", overflow="fold")
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("paper", justify="right", no_wrap=True)
     for row in rows:
-        differs = f"\n[dim]{row['differs']}[/]" if row["differs"] else ""
         table.add_row(
             row["name"],
-            row["paper"] + differs,
             row["status"],
             "yes" if row["merges"] else "no",
             _size(row),
@@ -84,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
             "-" if row["paper_parameters"] is None else f"{row['paper_parameters']:,}",
         )
     out.print(table)
+    out.print("\nWhere they come from, and what differs")
+    for row in rows:
+        words = f"{row['paper']}. {row['differs']}".strip()
+        out.print(f"[bold]{row['name']}[/]: [dim]{words}[/]", highlight=False)
     out.print(textwrap.dedent(NOTE), highlight=False, soft_wrap=True)
     return 0
 

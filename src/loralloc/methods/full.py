@@ -23,7 +23,7 @@ class Full(InPlaceMethod):
     about: ClassVar[About] = About(
         name="full",
         title="Full fine-tuning",
-        paper="-",
+        paper="no paper: every weight trains",
         status="faithful",
         differs="The backbone is cast to float32 whatever the run's `dtype`.",
         merges=True,
