@@ -57,6 +57,6 @@ def test_the_table_shows_names_and_numbers(capsys, monkeypatch, llama_folder):
     monkeypatch.setenv("COLUMNS", "160")
     assert main(["methods", "--model", str(llama_folder), "--budget", "20000"]) == 0
     out = capsys.readouterr().out
-    assert "a budget of 20,000 parameters" in out
+    assert "a budget of 20,000 parameters" in " ".join(out.split())  # a long folder wraps
     for name in METHODS:
         assert name in out
