@@ -9,9 +9,10 @@ from lora_steps import assert_equal_steps, fused_copy, loss_and_gradients
 from peft import LoraConfig
 from peft.tuners.lora import Linear
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from loralloc.kernels.lora import fuse, is_fused, unfuse
+from loralloc.kernels.lora import MULTIPLE, fuse, is_fused, unfuse
 
 
 def qwen2():
@@ -189,7 +190,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.parametrize("base_trains", [False, True], ids=["linear", "update"])
 def test_backward_keeps_the_input_and_small_matrices_only(base_trains):
-    num_tokens, width, out, rank = 40, 6, 5, 2
+    num_tokens, width, out, rank = 40, 6, 5, MULTIPLE
     x = torch.randn(num_tokens, width, dtype=torch.bfloat16, requires_grad=True)
     kept = []
     for layer in layers():
@@ -198,6 +199,35 @@ def test_backward_keeps_the_input_and_small_matrices_only(base_trains):
     peft, fused = kept
     assert fused == 2 * rank * (num_tokens + width + out)  # A x, A and B, two bytes a number
     assert peft >= 4 * num_tokens * width  # PEFT: the input once more, in float32
+
+
+def test_products_of_many_ranks_have_the_shapes_and_strides_of_a_few():
+    ranks = {
+        f"layers.{block}.self_attn.{name}": rank
+        for block, pair in enumerate(((1, 7), (3, 8)))
+        for name, rank in zip(("q_proj", "v_proj"), pair, strict=True)
+    }
+    uniform, mixed = (
+        products(fused_copy(adapted(tiny.llama, r=5, rank_pattern=pattern)))
+        for pattern in ({}, ranks)
+    )
+    assert len(uniform) > 10
+    assert mixed == uniform
+
+
+def products(model):
+    """Shapes and strides of all that is multiplied in a training step."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm_):
+                seen.add(tuple((t.shape, t.stride()) for t in args if isinstance(t, torch.Tensor)))
+            return op(*args, **(kwargs or {}))
+
+    with Watch():
+        model(**tiny.batch_for(model)).loss.backward()
+    return seen
 
 
 def bytes_kept_for_backward(layer, x):

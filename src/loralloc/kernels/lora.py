@@ -5,9 +5,13 @@ Here the weights stay float32 masters, the arithmetic is the activation's, and b
 input and A x only. The frozen weight gets no gradient. Linears that read the same input (q, k, v;
 gate, up) are one function with their A stacked, R rows in all:
 
-    forward     h = x (sA)^T          y_i = x W_i^T + b_i + h_i B_i^T
-    backward    dh_i = dy_i B_i       dx = sum_i dy_i W_i + dh (sA)
-                dA = s dh^T x         dB_i = dy_i^T h_i
+    forward     h = (sA) x^T             y_i = x W_i^T + b_i + h_i^T B_i^T
+    backward    dh_i = B_i^T dy_i^T      dx = sum_i dy_i W_i + dh^T (sA)
+                dA = s dh x              dB_i = (h_i dy_i)^T
+
+After a few rounds every module has a rank of its own, and oneDNN compiles and keeps a product for
+every shape and stride. So ranks are rounded up to a multiple of `MULTIPLE` with zeros, which change
+no sum, and h lies with a row a rank, so that no part of it depends on its siblings' ranks.
 """
 
 from __future__ import annotations
@@ -23,6 +27,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from loralloc.kernels.linear import linear
+
+MULTIPLE = 8
+"""Ranks of a product: what oneDNN takes as long for as for fewer, and what tensor cores want."""
 
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -210,14 +217,15 @@ class _LoraLinears(torch.autograd.Function):
         w, bias, a, b = (tensors[start : start + n] for start in range(0, 4 * n, n))
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         sa = _scaled(a, scalings, x.dtype)  # (R, in)
-        bt = [b_i.to(x.dtype).t().contiguous() for b_i in b]  # (rank, out)
-        h = flat @ sa.t()  # (tokens, R)
+        bt = [_transposed(b_i, x.dtype) for b_i in b]  # (R_i, out)
+        h = sa @ flat.t()  # (R, tokens)
         outputs = []
-        for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt, dim=1), bt, strict=True):
-            y = linear(flat, w_i, bias_i).addmm_(h_i, bt_i)
+        for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt), bt, strict=True):
+            y = linear(flat, w_i, bias_i).addmm_(h_i.t(), bt_i)
             outputs.append(y.resize_(*x.shape[:-1], len(w_i)))  # views may not be changed in place
         ctx.save_for_backward(flat, h, sa, *w, *bt)
-        ctx.scalings, ctx.shape, ctx.dtypes = scalings, x.shape, (a[0].dtype, b[0].dtype)
+        ctx.scalings, ctx.ranks, ctx.shape = scalings, [len(a_i) for a_i in a], x.shape
+        ctx.dtypes = a[0].dtype, b[0].dtype
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -230,7 +238,7 @@ class _LoraLinears(torch.autograd.Function):
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
         dh, da, db = _update_gradients(
             flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
-            *(h, bt, flat_dys, ctx.scalings, ctx.dtypes),
+            *(h, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes),
         )
         dx = None
         if ctx.needs_input_grad[0]:
@@ -247,11 +255,11 @@ class _LoraUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        sa, bt = _scaled([a], [s], x.dtype), b.to(x.dtype).t().contiguous()
-        h = flat @ sa.t()
-        y = torch.addmm(base.reshape(-1, base.shape[-1]), h.to(base.dtype), bt.to(base.dtype))
+        sa, bt = _scaled([a], [s], x.dtype), _transposed(b, x.dtype)
+        h = sa @ flat.t()
+        y = torch.addmm(base.reshape(-1, base.shape[-1]), h.t().to(base.dtype), bt.to(base.dtype))
         ctx.save_for_backward(flat, h, sa, bt)
-        ctx.s, ctx.shape, ctx.dtypes = s, x.shape, (a.dtype, b.dtype)
+        ctx.s, ctx.rank, ctx.shape, ctx.dtypes = s, len(a), x.shape, (a.dtype, b.dtype)
         return y.resize_(base.shape)
 
     @staticmethod
@@ -261,20 +269,37 @@ class _LoraUpdate(torch.autograd.Function):
         flat_dy = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
         dh, (da,), (db,) = _update_gradients(
             flat if ctx.needs_input_grad[2] else None,
-            *(h, [bt], [flat_dy], [ctx.s], ctx.dtypes),
+            *(h, [bt], [flat_dy], [ctx.s], [ctx.rank], ctx.dtypes),
         )
         dx = (dh.t() @ sa).view(ctx.shape) if ctx.needs_input_grad[0] else None
         return dx, dy, da, db, None
 
 
+def _rounded(rank: int) -> int:
+    return -(-rank // MULTIPLE) * MULTIPLE
+
+
 def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
     """s_i A_i stacked, shape (R, in): scaling the weights spares scaling activations."""
-    parts = [(a_i * s).to(dtype) for a_i, s in zip(a, scalings, strict=True)]
+    parts = []
+    for a_i, s in zip(a, scalings, strict=True):
+        parts.append((a_i * s).to(dtype))
+        if missing := _rounded(len(a_i)) - len(a_i):
+            parts.append(parts[-1].new_zeros(missing, a_i.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _parts(stacked: Tensor, bt: Sequence[Tensor], *, dim: int) -> tuple[Tensor, ...]:
-    return torch.split(stacked, [len(bt_i) for bt_i in bt], dim)
+def _transposed(b: Any, dtype: torch.dtype) -> Tensor:
+    """B^T, shape (R_i, out)."""
+    rank = b.shape[1]
+    bt = b.new_empty(_rounded(rank), len(b), dtype=dtype)
+    bt[:rank].copy_(b.t())
+    bt[rank:].zero_()
+    return bt
+
+
+def _parts(stacked: Tensor, bt: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return torch.split(stacked, [len(bt_i) for bt_i in bt])
 
 
 def _update_gradients(
@@ -283,6 +308,7 @@ def _update_gradients(
     bt: Sequence[Tensor],
     dys: Sequence[Tensor | None],
     scalings: Sequence[float],
+    ranks: Sequence[int],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """dh, of shape (R, tokens), and every dA and dB in the master weights' dtypes.
@@ -292,15 +318,21 @@ def _update_gradients(
     Products with few rows and many columns: on CPUs they run up to three times as fast as their
     transposes.
     """
-    dh = h.new_zeros(h.shape[::-1]) if None in dys else h.new_empty(h.shape[::-1])
+    dh = torch.zeros_like(h) if None in dys else torch.empty_like(h)
     db: list[Tensor | None] = []
-    for dy, bt_i, dh_i, h_i in zip(
-        dys, bt, _parts(dh, bt, dim=0), _parts(h, bt, dim=1), strict=True
+    for dy, bt_i, dh_i, h_i, rank in zip(
+        dys, bt, _parts(dh, bt), _parts(h, bt), ranks, strict=True
     ):
-        if dy is not None:
+        if dy is None:
+            db.append(None)
+        else:
             torch.mm(bt_i, dy.t(), out=dh_i)
-        db.append(None if dy is None else (h_i.t() @ dy).t().to(dtypes[1]))
+            db_i = dy.new_empty(dy.shape[1], rank, dtype=dtypes[1])
+            db.append(db_i.copy_((h_i @ dy)[:rank].t()))
     if x is None:
         return dh, [None] * len(bt), db
-    da = _parts(dh @ x, bt, dim=0)
-    return dh, [da_i.to(dtypes[0]) * s for da_i, s in zip(da, scalings, strict=True)], db
+    da = [
+        da_i[:rank].to(dtypes[0]) * s
+        for da_i, rank, s in zip(_parts(dh @ x, bt), ranks, scalings, strict=True)
+    ]
+    return dh, da, db
