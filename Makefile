@@ -33,7 +33,7 @@ check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/codespell
 
 bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and write docs/performance.md
-	for name in step scoring end_to_end memory; do \
+	for name in step after_rounds scoring end_to_end memory; do \
 		$(BIN)/python benchmarks/$$name.py $(QUICK) --json docs/results/$$name.json || exit 1; done
 	$(BIN)/python docs/performance.py
 

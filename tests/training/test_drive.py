@@ -159,6 +159,15 @@ def test_a_method_that_acts_between_steps_is_refused_in_several_processes(tmp_pa
     drive(trainer, prepared(Lora()))
 
 
+def test_a_method_that_acts_between_steps_is_refused_where_the_loss_is_scaled(tmp_path):
+    method = prepared(Probe())
+    trainer = causal_trainer(tmp_path, model=method.model)
+    trainer.args.fp16 = True
+    with pytest.raises(TypeError, match="lora reads gradients between steps; train with bf16"):
+        drive(trainer, method)
+    drive(trainer, prepared(Lora()))
+
+
 @dataclass(kw_only=True)
 class Searching(Probe):
     def search_steps(self, num_steps):

@@ -45,7 +45,8 @@ def drive(trainer: Trainer, method: Method) -> MethodCallback:
         The callback, which the trainer has already.
 
     Raises:
-        TypeError: The method acts between steps, and there are several processes or devices.
+        TypeError: The method acts between steps, and there are several processes or devices, or
+            the loss is scaled.
         ValueError: The learning rate's schedule cannot begin anew after a search.
     """
     _check_way_of_running(trainer, method)
@@ -130,6 +131,11 @@ def _check_way_of_running(trainer: Trainer, method: Method) -> None:
             f"The run has {count} processes or GPUs, and {method.about.name} acts between steps, "
             "which takes place in one process on one device so far: make a single GPU visible with "
             "CUDA_VISIBLE_DEVICES and start one process."
+        )
+    if acts and trainer.args.fp16:
+        raise TypeError(
+            f"The run is in fp16, whose loss is scaled and whose steps may be skipped, and "
+            f"{method.about.name} reads gradients between steps; train with bf16 or in float32."
         )
 
 
