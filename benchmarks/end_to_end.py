@@ -31,13 +31,15 @@ from loralloc.training import scoring_batch
 
 PAPER_STEPS = 42_061 // 16 * 10
 PAPER_ROUNDS = 8
-RUNS = {
-    "minilm-l6": ("sst2", ("--num_train_epochs", "4", "--learning_rate", "1e-3")),
+RUNS: dict[str, tuple[int, str, tuple[str, ...]]] = {
+    "minilm-l6": (2, "sst2", ("--num_train_epochs", "4", "--learning_rate", "1e-3")),
     "smollm2-135m": (
+        1,
         "e2e",
         ("--max_steps", "189", "--warmup_epochs", "0.16", "--recovery_epochs", "0.04"),
     ),
 }
+"""Model -> turns (a run of `smollm2-135m` takes long), task, flags."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         peaks = {name: peak_bytes(name, *first_task(sets)) for name in ("lora", "alora")}
         result["alora_over_lora_peak_memory"] = peaks["alora"] / peaks["lora"]
     else:
-        result["runs"] = {model: runs_of(model, sets, repeats=2) for model in RUNS}
+        result["runs"] = {model: runs_of(model, sets) for model in RUNS}
         for model, taken in result["runs"].items():
             show(model, taken)
         whole = {"time": "seconds", "cpu_time": "cpu_seconds", "peak_memory": "peak_bytes"}
@@ -79,8 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 SHORT = (
-    *("--max_steps", "10", "--num_rounds", "2"),
-    *("--warmup_epochs", "0.01", "--recovery_epochs", "0.01"),
+    *("--max_steps", "8", "--num_rounds", "2"),
+    *("--warmup_epochs", "0.005", "--recovery_epochs", "0.01"),
 )
 
 
@@ -139,12 +141,12 @@ def compose(round_s: float, step_s: float) -> float:
     return 1 + PAPER_ROUNDS * round_s / (PAPER_STEPS * step_s)
 
 
-def runs_of(model: str, sets: dict[str, str], *, repeats: int) -> dict[str, list[Any]]:
+def runs_of(model: str, sets: dict[str, str]) -> dict[str, list[Any]]:
     """Every contestant's whole runs, one after the other in each turn."""
-    task, flags = RUNS[model]
+    turns, task, flags = RUNS[model]
     task = task if task in sets else next(iter(sets))
     taken: dict[str, list[Any]] = {name: [] for name in CONTESTANTS}
-    for turn in range(repeats):
+    for turn in range(turns):
         for name in CONTESTANTS[:2] if turn else CONTESTANTS:  # AdaLoRA, the slowest, once
             taken[name].append(whole_run(name, task, sets[task], model, *flags))
     return taken
