@@ -223,12 +223,13 @@ def whole_runs(result: dict[str, Any]) -> list[str]:
         lora, alora = taken["lora"], taken["alora"]
         rounds = [sum(r["round_seconds"]) for r in alora]
         share = ratio(rounds, [r["seconds"] for r in lora])
-        cpu = ratio(*([r["cpu_seconds"] for r in runs] for runs in (alora, lora)))
+        turns = " and ".join(
+            f"{a['seconds'] / b['seconds']:.3f}" for a, b in zip(alora, lora, strict=True)
+        )
         lines += [
             "",
             f"ALoRA's {len(alora[0]['round_seconds'])} rounds take {statistics.median(rounds):.1f} "
-            f"s, {share:.1%} of LoRA's run. In seconds of the processor, which other work on the "
-            f"machine disturbs less, the run takes {cpu:.3f} times as long as LoRA's.",
+            f"s, {share:.1%} of LoRA's run; turn by turn its run took {turns} times as long.",
         ]
     return lines
 

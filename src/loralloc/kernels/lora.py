@@ -292,7 +292,7 @@ def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> 
 def _transposed(b: Any, dtype: torch.dtype) -> Tensor:
     """B^T, shape (R_i, out)."""
     rank = b.shape[1]
-    bt = b.new_empty(_rounded(rank), len(b), dtype=dtype)
+    bt: Tensor = b.new_empty(_rounded(rank), len(b), dtype=dtype)
     bt[:rank].copy_(b.t())
     bt[rank:].zero_()
     return bt
@@ -331,7 +331,7 @@ def _update_gradients(
             db.append(db_i.copy_((h_i @ dy)[:rank].t()))
     if x is None:
         return dh, [None] * len(bt), db
-    da = [
+    da: list[Tensor | None] = [
         da_i[:rank].to(dtypes[0]) * s
         for da_i, rank, s in zip(_parts(dh @ x, bt), ranks, scalings, strict=True)
     ]
