@@ -45,7 +45,13 @@ BARS = (
         "a round over training on as many examples",
         "<= 2.2",
     ),
-    ("end_to_end", "alora_over_lora_peak_memory", "peak memory, ALoRA over LoRA", "<= 1.01"),
+    (
+        "end_to_end",
+        "alora_over_lora_peak_memory",
+        "peak resident memory, ALoRA over LoRA, whole run",
+        "<= 1.01",
+    ),
+    ("memory", "alora_over_lora_peak_memory", "the same, memory held in a short run", "<= 1.01"),
 )
 
 
@@ -240,9 +246,9 @@ def memory(result: dict[str, Any]) -> list[str]:
         "## Memory",
         "",
         command("memory", result),
-        f"smollm2-135m on {result['task']}, 8 steps with two rounds, the longest batch first. Large "
-        "blocks are mapped, so this is what was held. Whole runs stand higher: glibc keeps freed "
-        "blocks of changing sizes, and oneDNN up to 1,024 compiled products "
+        f"smollm2-135m on {result['task']}, 8 steps with two rounds, the longest batch first. "
+        "Large blocks are mapped, so this is what was held. Whole runs stand higher: glibc keeps "
+        "freed blocks of changing sizes, and oneDNN up to 1,024 compiled products "
         "(`ONEDNN_PRIMITIVE_CACHE_CAPACITY` sets how many).",
         "",
     ]
