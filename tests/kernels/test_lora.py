@@ -215,6 +215,15 @@ def test_products_of_many_ranks_have_the_shapes_and_strides_of_a_few():
     assert mixed == uniform
 
 
+def test_a_wide_sibling_changes_no_stride_of_the_others():
+    strides = []
+    for pattern in ({}, {"q_proj": MULTIPLE + 1}):
+        model = fused_copy(adapted(tiny.llama, r=MULTIPLE, rank_pattern=pattern))
+        added = [tensors[1] for tensors in products(model) if len(tensors) == 3]  # by addmm_
+        strides.append({(shape, stride) for shape, stride in added if shape[1] == MULTIPLE})
+    assert strides[0] == strides[1] != set()
+
+
 def products(model):
     """Shapes and strides of all that is multiplied in a training step."""
     seen = set()
