@@ -25,7 +25,7 @@ from typing import Any
 
 import harness
 import torch
-from end_to_end import MAP_LARGE_BLOCKS
+from processes import MAP_LARGE_BLOCKS
 
 from loralloc.allocation.layers import lora_layers
 from loralloc.allocation.resize import resize

@@ -56,6 +56,12 @@ def data_sets(folder: Path) -> dict[str, str]:
     return {"demo": "demo"}
 
 
+def first_task(sets: Mapping[str, str]) -> tuple[str, str]:
+    """E2E where it is at hand, else the demo."""
+    task = "e2e" if "e2e" in sets else next(iter(sets))
+    return task, sets[task]
+
+
 def prepare(task: str, data: str, *flags: str, model: str = "smollm2-135m") -> runs.Run:
     """A run as `loralloc train` makes it, ready to be trained."""
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,8 @@
 """One whole run of one contestant in a process of its own, for `end_to_end.py` and `memory.py`.
 
-Prints one line of JSON: seconds of training, by the clock and of the processor (which say the same
-of an idle machine only), seconds of every round, peak resident memory.
+Contestants take turns: each trains ten steps for every line that it is sent, and answers with a
+line, so that a machine that slows down slows all of them. The last line is JSON: the seconds of
+every turn (waiting does not count), seconds of every round, peak resident memory.
 
     lora       `loralloc train --method lora`
     alora      `loralloc train`
@@ -15,15 +16,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import harness
 from peft import AdaLoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback
+from processes import WAITING
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from loralloc.methods.targets import resolve_targets
@@ -32,6 +35,33 @@ from loralloc.training.settings import resolve
 
 CONTESTANTS = ("lora", "alora", "adalora")
 ROUNDS = ("--num_rounds", "--warmup_epochs", "--recovery_epochs")
+STEPS = 10
+"""Steps of a turn."""
+
+
+class Turns(TrainerCallback):
+    """Waits for a line before every turn, and keeps the seconds of each."""
+
+    def __init__(self) -> None:
+        """Nothing has begun."""
+        self.seconds: list[float] = []
+
+    def begin(self) -> None:
+        """Wait for a line; where there is no one to send any, go on at once."""
+        sys.stdout.write(WAITING + "\n")
+        sys.stdout.flush()
+        sys.stdin.readline()
+        self._begun = time.perf_counter()
+
+    def end(self) -> None:
+        """The turn is over."""
+        self.seconds.append(time.perf_counter() - self._begun)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """After the last step of a turn."""
+        if state.global_step % STEPS == 0:
+            self.end()
+            self.begin()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,17 +88,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer = run.trainer
         if args.contestant == "adalora":
             trainer = adalora(run)
-        begin = _cpu_seconds()
-        _, seconds = harness.timed(trainer.train)
-        cpu_seconds = _cpu_seconds() - begin
+        turns = Turns()
+        trainer.add_callback(turns)
+        trainer.remove_callback(PrinterCallback)  # standard output is for the answers
+        turns.begin()
+        trainer.train()
+        turns.end()
         record = run.allocation.record.rounds if run.allocation else []
         rounds = [entry.seconds for entry in record]
         result = {
-            "seconds": seconds,
-            "cpu_seconds": cpu_seconds,
+            "seconds": sum(turns.seconds),
+            "turn_seconds": turns.seconds,
             "round_seconds": rounds,
             "steps": trainer.state.global_step,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_bytes": _peak_bytes(),
         }
     sys.stdout.write(json.dumps(result) + "\n")
 
@@ -79,10 +112,13 @@ def _without_rounds(flags: Sequence[str]) -> list[str]:
     return [part for pair in pairs if pair[0] not in ROUNDS for part in pair]
 
 
-def _cpu_seconds() -> float:
-    """Seconds that all threads of this process have computed so far."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+def _peak_bytes() -> int:
+    """Peak resident memory of this process, as Linux tells it.
+
+    `getrusage` would begin with what the process that started this one held.
+    """
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
 def adalora(run: runs.Run) -> Any:

@@ -34,6 +34,13 @@ def adapted(build, **options):
     return tiny.with_trained_b(tiny.adapted(build(), **options))
 
 
+def with_base_in_bfloat16(model):
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 MODELS = (*tiny.MODELS, qwen2, tiny.t5)
 
 
@@ -43,12 +50,14 @@ def test_loss_and_gradients_equal_those_of_peft(build):
     assert_equal_steps(model, fused_copy(model))
 
 
-@pytest.mark.parametrize("build", (*tiny.MODELS, qwen2))
-def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(build):
-    model = adapted(build)
-    for name, parameter in model.named_parameters():
-        if "lora_" not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+MIXED = dict(rank_pattern={"q_proj": 1, "v_proj": 7, "up_proj": 3})
+
+
+@pytest.mark.parametrize(
+    ("build", "options"), [*((build, {}) for build in (*tiny.MODELS, qwen2)), (tiny.llama, MIXED)]
+)
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(build, options):
+    model = with_base_in_bfloat16(adapted(build, **options))
     assert next(p for n, p in model.named_parameters() if "lora_A" in n).dtype == torch.float32
     truth, peft, fused = (
         torch.cat([g.flatten().float() for g in loss_and_gradients(m)[1].values()])
@@ -59,11 +68,8 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(build):
 
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_ranks_and_scalings_may_differ_between_siblings(use_rslora):
-    patterns = dict(
-        rank_pattern={"q_proj": 1, "v_proj": 7, "up_proj": 3},
-        alpha_pattern={"k_proj": 40, "gate_proj": 1},
-    )
-    model = adapted(tiny.llama, use_rslora=use_rslora, **patterns)
+    scalings = dict(alpha_pattern={"k_proj": 40, "gate_proj": 1}, use_rslora=use_rslora)
+    model = adapted(tiny.llama, **MIXED, **scalings)
     assert len({layer.scaling["default"] for layer in model.modules() if type(layer) is Linear}) > 3
     assert_equal_steps(model, fused_copy(model))
 
@@ -201,32 +207,41 @@ def test_backward_keeps_the_input_and_small_matrices_only(base_trains):
     assert peft >= 4 * num_tokens * width  # PEFT: the input once more, in float32
 
 
-def test_products_of_many_ranks_have_the_shapes_and_strides_of_a_few():
-    ranks = {
+def ranks_of_their_own():
+    return {
         f"layers.{block}.self_attn.{name}": rank
         for block, pair in enumerate(((1, 7), (3, 8)))
         for name, rank in zip(("q_proj", "v_proj"), pair, strict=True)
     }
+
+
+def test_products_of_many_ranks_have_the_shapes_and_strides_of_a_few():
     uniform, mixed = (
-        products(fused_copy(adapted(tiny.llama, r=5, rank_pattern=pattern)))
-        for pattern in ({}, ranks)
+        products(with_base_in_bfloat16(adapted(tiny.llama, r=5, rank_pattern=pattern)))
+        for pattern in ({}, ranks_of_their_own())
     )
     assert len(uniform) > 10
     assert mixed == uniform
 
 
+def test_in_float32_products_have_the_ranks_that_there_are():
+    seen = products(adapted(tiny.llama, r=5, rank_pattern=ranks_of_their_own()))
+    stacked = {shape[0] for (shape, _), *_ in seen if shape[1:] == (32,)}
+    assert {1 + 5 + 7, 3 + 5 + 8} <= stacked
+
+
 def test_a_wide_sibling_changes_no_stride_of_the_others():
     strides = []
     for pattern in ({}, {"q_proj": MULTIPLE + 1}):
-        model = fused_copy(adapted(tiny.llama, r=MULTIPLE, rank_pattern=pattern))
+        model = with_base_in_bfloat16(adapted(tiny.llama, r=MULTIPLE, rank_pattern=pattern))
         added = [tensors[1] for tensors in products(model) if len(tensors) == 3]  # by addmm_
         strides.append({(shape, stride) for shape, stride in added if shape[1] == MULTIPLE})
     assert strides[0] == strides[1] != set()
 
 
 def products(model):
-    """Shapes and strides of all that is multiplied in a training step."""
-    seen = set()
+    """Shapes and strides of all that is multiplied in a training step of a fused copy."""
+    model, seen = fused_copy(model), set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):

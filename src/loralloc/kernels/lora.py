@@ -9,9 +9,10 @@ gate, up) are one function with their A stacked, R rows in all:
     backward    dh_i = B_i^T dy_i^T      dx = sum_i dy_i W_i + dh^T (sA)
                 dA = s dh x              dB_i = (h_i dy_i)^T
 
-After a few rounds every module has a rank of its own, and oneDNN compiles and keeps a product for
-every shape and stride. So ranks are rounded up to a multiple of `MULTIPLE` with zeros, which change
-no sum, and h lies with a row a rank, so that no part of it depends on its siblings' ranks.
+After a few rounds every module has a rank of its own, and oneDNN compiles and keeps a product of
+half precision for every shape and stride. So there ranks are rounded up to a multiple of `MULTIPLE`
+with zeros, which change no sum, and h lies with a row a rank, so that no part of it depends on its
+siblings' ranks. Products of float32 are not compiled, and have the ranks that there are.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch.autograd.function import once_differentiable
 from loralloc.kernels.linear import linear
 
 MULTIPLE = 8
-"""Ranks of a product: what oneDNN takes as long for as for fewer, and what tensor cores want."""
+"""Ranks of a product of half precision: oneDNN takes no longer for them than for fewer, and tensor
+cores want them."""
 
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -275,8 +277,8 @@ class _LoraUpdate(torch.autograd.Function):
         return dx, dy, da, db, None
 
 
-def _rounded(rank: int) -> int:
-    return -(-rank // MULTIPLE) * MULTIPLE
+def _rounded(rank: int, dtype: torch.dtype) -> int:
+    return -(-rank // MULTIPLE) * MULTIPLE if dtype.itemsize == 2 else rank
 
 
 def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -284,7 +286,7 @@ def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> 
     parts = []
     for a_i, s in zip(a, scalings, strict=True):
         parts.append((a_i * s).to(dtype))
-        if missing := _rounded(len(a_i)) - len(a_i):
+        if missing := _rounded(len(a_i), dtype) - len(a_i):
             parts.append(parts[-1].new_zeros(missing, a_i.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -292,7 +294,7 @@ def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> 
 def _transposed(b: Any, dtype: torch.dtype) -> Tensor:
     """B^T, shape (R_i, out)."""
     rank = b.shape[1]
-    bt: Tensor = b.new_empty(_rounded(rank), len(b), dtype=dtype)
+    bt: Tensor = b.new_empty(_rounded(rank, dtype), len(b), dtype=dtype)
     bt[:rank].copy_(b.t())
     bt[rank:].zero_()
     return bt
