@@ -79,7 +79,7 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "## Against the bars",
         "",
-        "The worst task counts where there are several.",
+        "The worst task or model counts where there are several.",
         "",
         "| figure | bar | measured | met | settings |",
         "|---|---:|---:|---|---|",
@@ -92,10 +92,23 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
             met = "yes" if is_met(value, bar) else "no"
             how = settings(results[name])
             lines.append(f"| {words} | {bar} | {value:.4g} | {met} | {how} |")
+            lines += by_model(key, results[name], bar)
     for name, section in SECTIONS.items():
         if name in results:
             lines += ["", *section(results[name])]
     return lines
+
+
+def by_model(key: str, result: dict[str, Any], bar: str) -> list[str]:
+    """Rows of single models below that of the worst whole run."""
+    of = {"alora_over_lora_time": "seconds", "alora_over_lora_peak_memory": "peak_bytes"}.get(key)
+    rows = []
+    for model, taken in result.get("runs", {}).items() if of else ():
+        value = taken["alora"][of] / taken["lora"][of]
+        met = "yes" if is_met(value, bar) else "no"
+        steps = f"{taken['lora']['steps']:,} steps"
+        rows.append(f"| - {model}, {steps} | {bar} | {value:.4f} | {met} | full |")
+    return rows
 
 
 def is_met(value: float, bar: str) -> bool:
