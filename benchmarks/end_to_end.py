@@ -1,10 +1,10 @@
 """Whole runs at equal steps: LoRA, ALoRA and PEFT's AdaLoRA; and what a round costs.
 
-`minilm-l6` on SST-2 (6,000 examples, 4 epochs, 8 rounds) and `smollm2-135m` on E2E (1,000 examples,
-3 epochs, 8 rounds), each run in a process of its own, by turns of ten steps in which only one
-computes (all are held in memory at once: some 18 GiB). With `--quick` no run is taken to its end:
-steps and rounds of `smollm2-135m` are timed in one process, and the whole run is composed from them
-at the paper's E2E proportions (42,061 examples, 10 epochs, batch 16, 8 rounds).
+`minilm-l6` on SST-2 (6,000 examples, 4 epochs, 8 rounds) and `smollm2-135m` on E2E (as many steps
+as 3 epochs of 1,000 examples, 8 rounds), each run in a process of its own, by turns of ten steps in
+which only one computes (all are held in memory at once: some 18 GiB). With `--quick` no run is
+taken to its end: steps and rounds of `smollm2-135m` are timed in one process, and the whole run is
+composed from them at the paper's E2E proportions (42,061 examples, 10 epochs, batch 16, 8 rounds).
 
 Run: python benchmarks/end_to_end.py [--data FOLDER] [--quick] [--json PATH]
 """

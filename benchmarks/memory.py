@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         result["allocators"] = by_allocator(task, data)
         for name, runs in result["allocators"].items():
             harness.show(
-                f"96 steps with {name}",
+                f"{runs['lora']['steps']} steps with {name}",
                 ("", "seconds", "GiB"),
                 [(method, r["seconds"], r["peak_bytes"] / 2**30) for method, r in runs.items()],
             )

@@ -101,9 +101,11 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
 
 def by_model(key: str, result: dict[str, Any], bar: str) -> list[str]:
     """Rows of single models below that of the worst whole run."""
-    of = {"alora_over_lora_time": "seconds", "alora_over_lora_peak_memory": "peak_bytes"}.get(key)
-    rows = []
-    for model, taken in result.get("runs", {}).items() if of else ():
+    figures = {"alora_over_lora_time": "seconds", "alora_over_lora_peak_memory": "peak_bytes"}
+    if key not in figures:
+        return []
+    of, rows = figures[key], []
+    for model, taken in result.get("runs", {}).items():
         value = taken["alora"][of] / taken["lora"][of]
         met = "yes" if is_met(value, bar) else "no"
         steps = f"{taken['lora']['steps']:,} steps"
@@ -227,7 +229,7 @@ def whole_runs(result: dict[str, Any]) -> list[str]:
         "as LoRA's, composed from the measured round and step. Rounds cost the same however long a "
         "run is: 8 of them are 3% of a run that trains on "
         f"{8 * 32 * result['round_over_training_examples'] / 0.03:,.0f} examples, counted once an "
-        "epoch, and more of a shorter one.",
+        "epoch, where those are as long as the scoring batch's; and more of a shorter one.",
     ]
     for model, taken in result.get("runs", {}).items():
         lora, alora = taken["lora"], taken["alora"]

@@ -119,8 +119,7 @@ class AllocationConfig:
 
 
 def _is_positive(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and 0 < value < math.inf  # type: ignore[operator]
+    return isinstance(value, (int, float)) and value is not True and 0 < value < math.inf
 
 
 def _at_least(name: str, value: object, least: int) -> None:
