@@ -34,8 +34,8 @@ check: $(STAMP) ## lint, format, types, direction of imports, spelling
 
 bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and write docs/performance.md
 	for name in step after_rounds scoring end_to_end memory; do \
-		$(BIN)/python benchmarks/$$name.py $(QUICK) --json docs/results/$$name.json || exit 1; done
-	$(BIN)/python docs/performance.py
+		$(BIN)/python benchmarks/$$name.py $(QUICK) --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/page.py
 
 docs: $(STAMP) ## check that commands, examples and tables in the docs are true
 	$(BIN)/python -m pytest -q tests/test_docs.py

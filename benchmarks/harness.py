@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -26,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from loralloc.cli.progress import prepare_process  # noqa: E402
-from loralloc.training import run as runs  # noqa: E402
-from loralloc.training.settings import resolve  # noqa: E402
+from loralloc.runs import run as runs  # noqa: E402
+from loralloc.runs.settings import resolve  # noqa: E402
 
 FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
 PACKAGES = ("torch", "transformers", "peft", "trl")
@@ -39,8 +40,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument(
         "--data",
         type=Path,
-        default=ROOT.parent / "shared" / "data",
-        help="folder with sst2/ and e2e_nlg/; without it the embedded demo set is used",
+        default=os.environ.get("LORALLOC_DATA"),
+        help="folder with sst2/ and e2e_nlg/ (LORALLOC_DATA); without it the embedded demo set",
     )
     made.add_argument("--quick", action="store_true", help="under 3 minutes on two cores")
     made.add_argument("--json", type=Path, help="where to write the results")
@@ -48,10 +49,10 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return made
 
 
-def data_sets(folder: Path) -> dict[str, str]:
+def data_sets(folder: Path | None) -> dict[str, str]:
     """Task -> data of SST-2 and E2E, or of the demo where the folder does not hold both."""
-    found = {task: folder / name for task, name in FOLDERS.items()}
-    if all(path.is_dir() for path in found.values()):
+    found = {task: folder / name for task, name in FOLDERS.items()} if folder else {}
+    if found and all(path.is_dir() for path in found.values()):
         return {task: str(path) for task, path in found.items()}
     return {"demo": "demo"}
 

@@ -23,8 +23,9 @@ import torch
 from scipy.stats import spearmanr
 from torch import nn
 
+from loralloc.allocation.blocks import block_list
 from loralloc.allocation.importance import ablation, gradient, screened, shapley
-from loralloc.allocation.layers import base_model, block_list, lora_layers, weights_b
+from loralloc.allocation.layers import base_model, lora_layers, weights_b
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores, choose_pruned
 from loralloc.allocation.supervised import IGNORED

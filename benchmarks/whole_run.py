@@ -30,8 +30,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 from loralloc.methods.targets import resolve_targets
-from loralloc.training import run as runs
-from loralloc.training.settings import resolve
+from loralloc.runs import run as runs
+from loralloc.runs.settings import resolve
 
 CONTESTANTS = ("lora", "alora", "adalora")
 ROUNDS = ("--num_rounds", "--warmup_epochs", "--recovery_epochs")

@@ -56,7 +56,7 @@ def test_the_readme_example_runs_and_its_adapter_opens_without_loralloc(
 @pytest.mark.parametrize("command", commands("loralloc"), ids=" ".join)
 def test_every_command_shown_is_understood(command, monkeypatch, tmp_path):
     from loralloc.cli import _parser
-    from loralloc.training.settings import resolve
+    from loralloc.runs.settings import resolve
 
     monkeypatch.chdir(tmp_path)
     Path("sft.yaml").write_text((ROOT / "examples" / "sft.yaml").read_text())
@@ -86,7 +86,7 @@ def test_the_guide_shows_every_option_of_the_allocation_with_its_default():
 def test_the_example_configuration_is_a_trl_configuration_and_resolves():
     from trl import ModelConfig, ScriptArguments, SFTConfig
 
-    from loralloc.training.settings import resolve
+    from loralloc.runs.settings import resolve
 
     path = ROOT / "examples" / "sft.yaml"
     trl_fields = {

@@ -12,7 +12,8 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from loralloc.allocation.layers import lora_layers, modules_per_block, rank_cost
+from loralloc.allocation.blocks import modules_per_block
+from loralloc.allocation.layers import lora_layers, rank_cost
 from loralloc.methods.targets import resolve_targets
 
 

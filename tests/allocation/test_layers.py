@@ -2,12 +2,10 @@ import pytest
 import tiny
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
+from loralloc.allocation.blocks import block_index, block_list, modules_per_block
 from loralloc.allocation.layers import (
-    block_index,
-    block_list,
     lora_config,
     lora_layers,
-    modules_per_block,
     rank_cost,
     ranks,
 )

@@ -64,7 +64,7 @@ def test_overwrite_replaces_it(short_demo, call, output):
 def test_the_demos_rounds_fit_its_run():
     """As the docstring of its flags says."""
     from loralloc.allocation.schedule import round_steps
-    from loralloc.training.settings import resolve
+    from loralloc.runs.settings import resolve
 
     settings = resolve(list(demo.FLAGS))
     per_epoch = 1000 // settings.training.per_device_train_batch_size

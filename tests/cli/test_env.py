@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from loralloc.cli import env
-from loralloc.training import machine
+from loralloc.runs import machine
 
 
 def report(monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from loralloc.evaluation.generation import generate
-from loralloc.training.trained import load_trained
+from loralloc.runs.trained import load_trained
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def test_the_flags_named_in_the_help_exist():
     import re
 
     from loralloc.cli.train import FLAGS
-    from loralloc.training.settings import known_fields
+    from loralloc.runs.settings import known_fields
 
     known = {n.removeprefix("allocation.") for g in known_fields().values() for n, _ in g}
     named = set(re.findall(r"^  --(?:allocation\.)?(\w+)", FLAGS, flags=re.MULTILINE))
@@ -62,7 +62,7 @@ def test_the_defaults_named_in_the_help_are_true():
     import re
 
     from loralloc.cli.train import FLAGS
-    from loralloc.training.settings import resolve
+    from loralloc.runs.settings import resolve
 
     settings = resolve([])
     defaults = {**vars(settings.allocation), **settings.given}

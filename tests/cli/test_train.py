@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from loralloc.allocation.record import Record
 from loralloc.cli import main
-from loralloc.training import run as runs
+from loralloc.runs import run as runs
 
 
 def contents(folder):

@@ -18,10 +18,11 @@ from loralloc.evaluation.labels import score_labels
 from loralloc.evaluation.metrics import measure
 from loralloc.evaluation.request import Request
 from loralloc.evaluation.spans import predict_spans
+from loralloc.runs.folder import save_labels
+from loralloc.runs.trained import load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples
 from loralloc.tasks.source import load_splits
-from loralloc.training.trained import load_trained, save_labels
 
 SENTENCES = [
     "a warm film",
@@ -51,7 +52,7 @@ SQUAD = [
 @pytest.fixture(autouse=True)
 def _float32(monkeypatch):
     """Models are loaded in float32, where batches differ by rounding only."""
-    monkeypatch.setattr("loralloc.training.models.fastest_dtype", lambda: torch.float32)
+    monkeypatch.setattr("loralloc.runs.models.fastest_dtype", lambda: torch.float32)
 
 
 def write_run(folder, base, tokenizer, *, backbone, task=None, data=None):

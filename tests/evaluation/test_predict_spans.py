@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from loralloc.evaluation.spans import predict_spans
+from loralloc.runs.heads.span import text_of, windows
 from loralloc.tasks.task import Example, Span
-from loralloc.training.spans import text_of, windows
 
 FILLER = "the cold story of a warm place is good and bad, "
 CONTEXTS = (

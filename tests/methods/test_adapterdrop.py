@@ -4,8 +4,8 @@ import tiny
 import torch
 from session import Drive, logits, prepared
 
+from loralloc.allocation.blocks import sublayers
 from loralloc.methods.adapterdrop import AdapterDrop
-from loralloc.methods.blocks import sublayers
 from loralloc.methods.houlsby import Houlsby
 
 NUM_BLOCKS = 6

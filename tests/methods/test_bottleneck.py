@@ -7,8 +7,8 @@ from session import Drive, logits, prepared
 from torch import nn
 from torch.nn import functional
 
+from loralloc.allocation.blocks import sublayers
 from loralloc.methods.adapterdrop import AdapterDrop
-from loralloc.methods.blocks import sublayers
 from loralloc.methods.bottleneck import Bottleneck, act_in_parallel, act_sequentially
 from loralloc.methods.houlsby import Houlsby
 from loralloc.methods.parallel_adapter import ParallelAdapter

@@ -4,7 +4,7 @@ import tiny
 import torch
 from session import prepared
 
-from loralloc.methods.blocks import sublayers
+from loralloc.allocation.blocks import sublayers
 from loralloc.methods.houlsby import Houlsby
 
 

@@ -13,12 +13,12 @@ from transformers import (
     DynamicCache,
 )
 
+from loralloc.allocation.blocks import sublayers
 from loralloc.allocation.objective import Objective
-from loralloc.methods.blocks import sublayers
-from loralloc.methods.learned_adapter import LearnedAdapter, round_steps
-from loralloc.methods.learned_adapter_cell import ACTIVATIONS, OPERATIONS, Cell
-from loralloc.methods.learned_adapter_search import best, by_ablation, by_gradient
-from loralloc.methods.learned_adapter_sequence import Sequences
+from loralloc.methods.learned_adapter.cell import ACTIVATIONS, OPERATIONS, Cell
+from loralloc.methods.learned_adapter.method import LearnedAdapter, round_steps
+from loralloc.methods.learned_adapter.search import best, by_ablation, by_gradient
+from loralloc.methods.learned_adapter.sequence import Sequences
 
 EVERYTHING = {"activations": list(ACTIVATIONS), "operations": list(OPERATIONS)}
 CONVOLUTION = {"activations": ["silu"], "operations": ["convolution"]}

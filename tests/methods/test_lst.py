@@ -23,12 +23,12 @@ from transformers import (
     RobertaModel,
 )
 
+from loralloc.allocation.blocks import blocks
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
-from loralloc.methods.blocks import blocks
 from loralloc.methods.lora import Lora
-from loralloc.methods.lst import Lst
-from loralloc.methods.lst_narrow import side_heads, side_widths
-from loralloc.methods.lst_prune import _kept_of_heads
+from loralloc.methods.lst.method import Lst
+from loralloc.methods.lst.narrow import side_heads, side_widths
+from loralloc.methods.lst.prune import _kept_of_heads
 
 SHAPES = sorted(BUILDS)
 

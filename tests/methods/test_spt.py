@@ -17,11 +17,11 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from loralloc.methods.blocks import backbone, blocks
-from loralloc.methods.prompt_generator import PromptGenerator
-from loralloc.methods.prompt_slots import pooling
-from loralloc.methods.spt import Spt, evenly_spaced
-from loralloc.methods.spt_search import shared_gates
+from loralloc.allocation.blocks import backbone, blocks
+from loralloc.methods.spt.generator import PromptGenerator
+from loralloc.methods.spt.method import Spt, evenly_spaced
+from loralloc.methods.spt.search import shared_gates
+from loralloc.methods.spt.slots import pooling
 
 DEEP = {
     "llama": lambda: tiny.llama(num_hidden_layers=4),

@@ -9,8 +9,8 @@ from peft import TaskType
 from session import BUILDS, Drive, logits, prepared
 from test_parameter_counts import gpt2_large, llama_2_7b, roberta_large
 
-from loralloc.methods.ssp import Ssp
-from loralloc.methods.ssp_gates import within_budget
+from loralloc.methods.ssp.gates import within_budget
+from loralloc.methods.ssp.method import Ssp
 
 
 def made(shape="llama", budget=3000, **options):

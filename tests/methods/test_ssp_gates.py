@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import ssp as reference
 
-from loralloc.methods.ssp_gates import probabilities, relaxed_gates, shift, within_budget
+from loralloc.methods.ssp.gates import probabilities, relaxed_gates, shift, within_budget
 
 
 def numbers(*values: float) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from loralloc.methods.ssp_units import (
+from loralloc.methods.ssp.units import (
     AdapterUnit,
     BiasUnit,
     LoraUnit,

@@ -2,8 +2,9 @@ import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
 
+from loralloc.allocation.blocks import block_linears
 from loralloc.allocation.layers import lora_layers
-from loralloc.methods.targets import block_linears, resolve_targets
+from loralloc.methods.targets import resolve_targets
 
 
 def adapted_names(model, targets):

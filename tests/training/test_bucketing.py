@@ -59,7 +59,7 @@ def test_the_order_follows_from_seed_and_epoch_alone():
 def test_the_trainer_takes_it_where_it_is_asked_for(strategy, tmp_path):
     from datasets import Dataset
 
-    from loralloc.training.classification import SafeTrainer
+    from loralloc.runs.heads.classification import SafeTrainer
 
     rows = [{"input_ids": [1] * (1 + i % 9), "labels": i % 2} for i in range(24)]
     from transformers import TrainingArguments

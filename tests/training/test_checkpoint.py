@@ -10,7 +10,8 @@ import torch
 from trainers import Interrupted, KillAt, causal_trainer
 from transformers import Trainer
 
-from loralloc.training.checkpoint import SafeCheckpoints, last_checkpoint
+from loralloc.runs.folder import last_checkpoint
+from loralloc.training.checkpoint import SafeCheckpoints
 
 
 class SafeTrainer(SafeCheckpoints, Trainer):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.blocks import modules_per_block
 from loralloc.allocation.config import TRACKED, AllocationConfig
 from loralloc.allocation.importance import ablation, gradient, screened, shapley
 from loralloc.allocation.importance.architecture import Gates
@@ -18,7 +19,6 @@ from loralloc.allocation.importance.sensitivity import Sensitivity
 from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.layers import (
     lora_layers,
-    modules_per_block,
     rank_cost,
     ranks,
     weights_b,

@@ -1,9 +1,8 @@
-"""Finding what can be allocated: PEFT's LoRA layers, and the blocks of the backbone."""
+"""Finding what can be allocated: PEFT's LoRA layers."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 from peft import LoraConfig, PeftModel
@@ -115,48 +114,3 @@ def rank_cost(layer: LoraLayer) -> int:
 def ranks(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> dict[str, int]:
     """The rank of every module now."""
     return {name: int(layer.r[adapter_name]) for name, layer in layers.items()}
-
-
-def block_list(model: nn.Module, names: Iterable[str]) -> tuple[str, nn.ModuleList] | None:
-    """The list of transformer blocks that holds the named modules, with its own name.
-
-    It is the outermost `nn.ModuleList` above them. None where the modules lie in several such
-    lists (an encoder and a decoder) or in none.
-    """
-    inner = base_model(model)
-    lists: Counter[str] = Counter()
-    for name in names:
-        parts = name.split(".")
-        for end in range(1, len(parts)):
-            prefix = ".".join(parts[:end])
-            if isinstance(inner.get_submodule(prefix), nn.ModuleList):
-                lists[prefix] += 1
-                break
-    if len(lists) != 1:
-        return None
-    (prefix,) = lists
-    return prefix, cast(nn.ModuleList, inner.get_submodule(prefix))
-
-
-def block_index(name: str, block_list_name: str) -> int | None:
-    """The block a module lies in, or None where it lies outside the blocks."""
-    start = block_list_name + "."
-    return int(name[len(start) :].split(".")[0]) if name.startswith(start) else None
-
-
-def modules_per_block(model: nn.Module, names: Iterable[str]) -> int:
-    """Adapted modules in a block, the largest count where blocks differ (7 in LLaMA).
-
-    Raises:
-        ValueError: The model has no single list of blocks.
-    """
-    names = list(names)
-    found = block_list(model, names)
-    if found is None:
-        raise ValueError(
-            "The adapted modules do not lie in one list of transformer blocks, so "
-            '`ranks_per_round="block"` has no meaning here; give a number or "model".'
-        )
-    indices = (block_index(name, found[0]) for name in names)
-    counts = Counter(index for index in indices if index is not None)
-    return max(counts.values())

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loralloc.evaluation.metrics import Figure
+    from loralloc.runs.run import Run
     from loralloc.tasks.task import Example
-    from loralloc.training.run import Run
 
 FLAGS = (
     *("--task", "demo", "--dataset_name", "demo", "--model_name_or_path", "smollm2-135m"),
@@ -61,13 +61,14 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.cli.progress import Progress, prepare_process
     from loralloc.report.grid import RankGrid
     from loralloc.report.ranks import rank_table
-    from loralloc.training import run as runs
-    from loralloc.training.settings import resolve
+    from loralloc.runs import folder as run_folder
+    from loralloc.runs import run as runs
+    from loralloc.runs.settings import resolve
 
     prepare_process()
     out = console()
     settings = resolve([*FLAGS, "--output_dir", str(args.output_dir)])
-    if runs.holds_run(args.output_dir) and not args.overwrite:
+    if run_folder.holds_run(args.output_dir) and not args.overwrite:
         raise ValueError(
             f"{args.output_dir} already holds a run; replace it with `--overwrite` or name another "
             "`--output_dir`."
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     with out.status("loading SmolLM2-135M"):
         prepared = runs.prepare(settings, on_round=progress.show_round)
     if args.overwrite:
-        runs.clear(args.output_dir)
+        run_folder.clear(args.output_dir)
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
     before = _measure(prepared, "before training")
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     assert record is not None, "the demo's method allocates"
     out.print(rank_table(RankGrid.from_allocation(record.as_data()), out.width))
     result = {"before": before.figures(), "after": after.figures()}
-    (args.output_dir / "demo.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (args.output_dir / run_folder.DEMO).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     out.print(f"\nadapter: [bold]{args.output_dir}/[/] (opens with stock PEFT)")
     return 0
 

@@ -13,10 +13,10 @@ from loralloc.allocation.config import AllocationConfig
 from loralloc.cli.console import console
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
-from loralloc.training.adaptation import LORA_FLAGS
+from loralloc.runs.adaptation import LORA_FLAGS
+from loralloc.runs.run import Run
+from loralloc.runs.settings import OPTIONS
 from loralloc.training.attach import planned_steps
-from loralloc.training.run import Run
-from loralloc.training.settings import OPTIONS
 
 
 def show(run: Run) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from loralloc import __version__
 from loralloc.cli.console import console
-from loralloc.training import machine
+from loralloc.runs import machine
 
 PACKAGES = (
     "torch",
@@ -144,7 +144,7 @@ def _hub_is_offline() -> bool:
 
 def _cache_dir() -> str:
     """The folder with the home folder as "~": the report is for others to read."""
-    from loralloc.training.models import cache_dir
+    from loralloc.runs.models import cache_dir
 
     return _without_home(cache_dir())
 
@@ -155,7 +155,7 @@ def _without_home(folder: Path) -> str:
 
 
 def _cached_models() -> list[str]:
-    from loralloc.training.models import BUILT_IN, is_cached
+    from loralloc.runs.models import BUILT_IN, is_cached
 
     return [name for name in BUILT_IN if is_cached(name)]
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise ValueError(f"`--{name}` is {getattr(args, name)}; it must be at least 1.")
     from loralloc.evaluation.generation import generate
-    from loralloc.training.trained import load_trained
+    from loralloc.runs.trained import load_trained
 
     with console().status("loading the model"):
         model, tokenizer = load_trained(args.folder, with_adapter=not args.base)

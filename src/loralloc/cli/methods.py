@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_process()
     from loralloc.methods.catalog import METHODS, get_method
-    from loralloc.training.adaptation import default_budget
-    from loralloc.training.models import empty_model
+    from loralloc.runs.adaptation import default_budget
+    from loralloc.runs.models import empty_model
 
     model = papers_shape() if args.model is None else empty_model(args.model)
     budget = default_budget(model) if args.budget is None else args.budget

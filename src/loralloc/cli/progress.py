@@ -27,10 +27,10 @@ from transformers import (
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
 from loralloc.report.grid import short_labels, split_name
-from loralloc.training.machine import use_physical_cores
+from loralloc.runs.machine import use_physical_cores
 
 if TYPE_CHECKING:
-    from loralloc.training.run import Run
+    from loralloc.runs.run import Run
 
 
 def prepare_process() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loralloc.cli.console import console
 
 if TYPE_CHECKING:
-    from loralloc.training.settings import Settings
+    from loralloc.runs.settings import Settings
 
 FLAGS = """\
 the flags used most (defaults in brackets):
@@ -75,11 +75,12 @@ def run(args: argparse.Namespace) -> int:
         _print_all_flags()
         return 0
     settings = _settings(args)
-    from loralloc.training import run as runs
+    from loralloc.runs import folder as run_folder
+    from loralloc.runs import run as runs
 
     folder = settings.output_dir
-    checkpoint = runs.checkpoint_to_resume(folder) if args.resume else None
-    if runs.holds_run(folder) and not (args.resume or args.overwrite or args.dry_run):
+    checkpoint = run_folder.checkpoint_to_resume(folder) if args.resume else None
+    if run_folder.holds_run(folder) and not (args.resume or args.overwrite or args.dry_run):
         raise ValueError(
             f"{folder} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
             "or name another `--output_dir`."
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with console().status("loading model and data"):
         prepared = runs.prepare(settings, on_round=progress.show_round)
     if args.overwrite:
-        runs.clear(folder)
+        run_folder.clear(folder)
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
     with progress.shown():
@@ -107,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from loralloc.training.settings import resolve, saved, saved_defaults
+    from loralloc.runs.settings import resolve, saved, saved_defaults
 
     settings = resolve(args.rest, config=args.config)
     if args.resume:
@@ -123,7 +124,7 @@ def _settings(args: argparse.Namespace) -> Settings:
 
 def _print_all_flags() -> None:
     from loralloc.methods.catalog import METHODS, get_method
-    from loralloc.training.settings import known_fields
+    from loralloc.runs.settings import known_fields
 
     out = console()
     groups = known_fields()

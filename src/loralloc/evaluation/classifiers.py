@@ -8,9 +8,9 @@ from typing import Any
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from loralloc.evaluation.prompts import evaluating
+from loralloc.runs.heads.classification import encode
+from loralloc.runs.models import longest_input
 from loralloc.tasks.task import Example
-from loralloc.training.classification import encode
-from loralloc.training.models import longest_input
 
 
 def predict_labels(

@@ -17,14 +17,15 @@ from loralloc.evaluation.metrics import measure, score_example
 from loralloc.evaluation.predictions import Predictions
 from loralloc.evaluation.predictors import Predictor
 from loralloc.evaluation.request import Decoding, Request, decoding_of, folder_of
+from loralloc.runs import settings as run_settings
+from loralloc.runs.folder import SETTINGS
+from loralloc.runs.models import Head
+from loralloc.runs.trained import head_of
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples
 from loralloc.tasks.source import SPELLINGS, Split
 from loralloc.tasks.splits import load_task
 from loralloc.tasks.task import Example, Task
-from loralloc.training import settings as run_settings
-from loralloc.training.models import Head
-from loralloc.training.trained import head_of
 
 PACKAGES = ("loralloc", "peft", "torch", "transformers")
 
@@ -199,7 +200,7 @@ def finish(evaluation: Evaluation, call: Mapping[str, Any] | None = None) -> lis
 
 def _saved(run: Path) -> dict[str, Any]:
     """The run's settings; for an adapter that loralloc did not train, only its model's name."""
-    if (run / run_settings.FILE_NAME).is_file():
+    if (run / SETTINGS).is_file():
         return run_settings.saved(run)
     return {}
 

@@ -14,8 +14,8 @@ from loralloc.evaluation.labels import encode_labels, score_endings
 from loralloc.evaluation.prompts import batches, encode
 from loralloc.evaluation.request import Decoding
 from loralloc.evaluation.spans import predict_spans
+from loralloc.runs.trained import load_trained
 from loralloc.tasks.task import Example, Task
-from loralloc.training.trained import load_trained
 
 
 @dataclass(frozen=True, kw_only=True)

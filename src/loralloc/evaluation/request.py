@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralloc.evaluation.generation import BEAM_OPTIONS
+from loralloc.runs.models import Head, load_tokenizer
 from loralloc.tasks.task import Task
-from loralloc.training.models import Head, load_tokenizer
 
 Decode = Literal["beam", "greedy", "labels"]
 

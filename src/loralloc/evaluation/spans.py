@@ -11,9 +11,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.evaluation.prompts import evaluating
+from loralloc.runs.heads.span import Window, text_of, windows
+from loralloc.runs.models import longest_input
 from loralloc.tasks.task import Example, Span
-from loralloc.training.models import longest_input
-from loralloc.training.spans import Window, text_of, windows
 
 
 def predict_spans(

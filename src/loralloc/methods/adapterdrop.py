@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from loralloc.methods.blocks import Sublayer, blocks
+from loralloc.allocation.blocks import Sublayer, blocks
 from loralloc.methods.bottleneck import Bottleneck, act_sequentially
 from loralloc.methods.houlsby import Houlsby, draw_near_zero
 from loralloc.methods.method import About, Session

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from loralloc.methods.blocks import blocks
+from loralloc.allocation.blocks import blocks
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About
 

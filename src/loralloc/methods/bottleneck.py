@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from loralloc.methods.blocks import Sublayer, hidden_size, sublayers
+from loralloc.allocation.blocks import Sublayer, hidden_size, sublayers
 from loralloc.methods.in_place import InPlaceMethod
 
 ADAPTER = "adapter"

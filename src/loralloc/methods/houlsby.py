@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from loralloc.methods.blocks import Sublayer
+from loralloc.allocation.blocks import Sublayer
 from loralloc.methods.bottleneck import Bottleneck, BottleneckMethod, act_sequentially
 from loralloc.methods.method import About
 

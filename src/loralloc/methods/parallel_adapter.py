@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from loralloc.methods.blocks import Sublayer
+from loralloc.allocation.blocks import Sublayer
 from loralloc.methods.bottleneck import Bottleneck, BottleneckMethod, act_in_parallel
 from loralloc.methods.method import About
 

@@ -7,38 +7,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
-
-def linear_names(model: nn.Module) -> list[str]:
-    """Names of all linear layers, quantised ones included, in model order."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) or "Linear" in type(module).__name__
-    ]
-
-
-def block_linears(model: nn.Module) -> list[str]:
-    """What to adapt by default: every linear layer of every transformer block.
-
-    Names are given from the block on ("self_attn.q_proj"), so that they match in every block and,
-    unlike the last component alone, nothing outside the blocks (BERT's pooler is a "dense" too).
-    """
-    suffixes: dict[str, None] = {}
-    for name in linear_names(model):
-        parts = name.split(".")
-        for index, part in enumerate(parts[1:], start=1):
-            parent = model.get_submodule(".".join(parts[:index]))
-            if part.isdigit() and isinstance(parent, nn.ModuleList):
-                suffixes[".".join(parts[index + 1 :])] = None
-                break
-    if not suffixes:
-        raise ValueError(
-            "The model has no list of transformer blocks with linear layers; name the modules to "
-            "adapt in `lora_target_modules`."
-        )
-    return list(suffixes)
+from loralloc.allocation.blocks import block_linears, linear_names
 
 
 def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None) -> list[str] | str:

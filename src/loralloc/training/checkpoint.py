@@ -154,19 +154,3 @@ def _set_random_state(state: dict[str, Any]) -> None:
     torch.random.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
-
-
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run; one that a kill cut short is passed over."""
-    whole = [
-        path
-        for path in Path(folder).glob("checkpoint-*")
-        # Trainer writes its state last.
-        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(whole, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The optimiser steps taken before a checkpoint, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])

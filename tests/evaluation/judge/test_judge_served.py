@@ -17,7 +17,7 @@ from loralloc.evaluation.judge.endpoint import Endpoint, EndpointError
 from loralloc.evaluation.judge.questions import Question
 from loralloc.evaluation.judge.replies import ReplyCache
 from loralloc.evaluation.judge.review import Judge
-from loralloc.training.models import is_cached, locate
+from loralloc.runs.models import is_cached, locate
 
 READY_S = 300
 """Longest wait for the server, and for a reply: a busy machine is not a broken one."""

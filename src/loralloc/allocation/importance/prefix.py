@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from loralloc.allocation.layers import block_index, block_list
+from loralloc.allocation.blocks import block_index, block_list
 
 
 class Prefix:

@@ -15,8 +15,6 @@ from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
 from loralloc.evaluation.judge.questions import Answers, Question, read_answers
 from loralloc.tasks.files import read_table
 
-FILE_NAME = "answers.jsonl"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:

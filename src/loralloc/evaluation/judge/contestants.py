@@ -11,17 +11,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.evaluation.judge.answers import (
-    FILE_NAME,
     Decoding,
     answer_questions,
     kept_answers,
 )
 from loralloc.evaluation.judge.conversation import PromptForm
 from loralloc.evaluation.judge.questions import Answers, Question, check_answers, read_answers
-from loralloc.training.models import load_model, load_tokenizer
-from loralloc.training.settings import FILE_NAME as SETTINGS_NAME
-from loralloc.training.settings import saved
-from loralloc.training.trained import config_of, load_trained
+from loralloc.runs.folder import ANSWERS, SETTINGS, config_of
+from loralloc.runs.models import load_model, load_tokenizer
+from loralloc.runs.settings import saved
+from loralloc.runs.trained import load_trained
 
 ADAPTER_NAME = "adapter_model.safetensors"
 
@@ -99,7 +98,7 @@ def contestant(
         "num_beams": decoding.num_beams,
         "max_new_tokens": decoding.max_new_tokens,
     }
-    source = path / FILE_NAME if is_run else output_dir / f"{Path(given).name}-{FILE_NAME}"
+    source = path / ANSWERS if is_run else output_dir / f"{Path(given).name}-{ANSWERS}"
     answers = kept_answers(source, made_with)
     if any(question.number not in answers for question in questions):
         model: Any = load_trained(path)[0] if is_run else load_model(given)
@@ -120,7 +119,7 @@ def contestant(
 
 def _usual_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the model was trained with, as far as that is known."""
-    trained_on = saved(folder).get("task") if (folder / SETTINGS_NAME).is_file() else None
+    trained_on = saved(folder).get("task") if (folder / SETTINGS).is_file() else None
     return "alpaca" if trained_on == "alpaca" or not tokenizer.chat_template else "chat"
 
 

@@ -1,0 +1,1 @@
+"""LST (Sung et al. 2022): a ladder beside the backbone, which needs no graph of it."""

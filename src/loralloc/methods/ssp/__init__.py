@@ -1,0 +1,1 @@
+"""SSP (S3Delta, Hu et al. 2022): gates find which small modules to train."""

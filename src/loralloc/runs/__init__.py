@@ -1,0 +1,1 @@
+"""Whole runs: from settings to a run folder, and back from the folder to a model."""

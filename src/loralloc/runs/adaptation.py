@@ -1,0 +1,162 @@
+"""From the settings of a run to its method, sized for the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+from difflib import get_close_matches
+from typing import Any, get_args, get_type_hints
+
+from huggingface_hub.dataclasses import type_validator
+from torch import nn
+
+from loralloc.methods.catalog import get_method
+from loralloc.methods.method import DEFAULT_RANK, Method
+from loralloc.methods.peft_method import PeftMethod, rank_parameters
+from loralloc.methods.targets import resolve_targets
+from loralloc.runs.settings import BLOCK, OPTIONS, Settings
+
+LORA_FLAGS = {
+    "lora_r": "rank",
+    "lora_alpha": "scale",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "targets",
+    "use_rslora": "use_rslora",
+    "use_dora": "use_dora",
+    "lora_modules_to_save": "targets",
+}
+"""TRL's names of LoRA's options and the fields of methods on linear layers."""
+
+
+def method_of(settings: Settings) -> Method:
+    """The method that a run asks for, with the options it was given; its size may be open.
+
+    Raises:
+        ValueError: There is no such method or option, or an option could not take effect.
+    """
+    run = settings.run
+    kind = get_method(run.method)
+    fields = {f.name for f in dataclasses.fields(kind) if f.init}
+    values = {**_lora_values(settings, kind, fields), **_own_values(settings, kind, fields)}
+    if kind.allocates is False:
+        _refuse_allocation(settings)
+    if run.paper and run.budget is not None:
+        raise ValueError(
+            "`--paper` sets the size of the paper's comparison and `--budget` another; leave out "
+            "one of the two."
+        )
+    if run.paper:
+        if not kind.paper:
+            raise ValueError(f"The paper gives no setting for {run.method}; leave out `--paper`.")
+        values.update(kind.paper)
+    size = values.get(kind.size)
+    if size is not None and size < 1:
+        raise ValueError(f"`{OPTIONS}.{kind.size}` is {size}; it must be at least 1.")
+    is_open = kind.size and size is None
+    if run.budget is not None and (run.budget < 1 or not is_open):
+        raise ValueError(_budget_sentence(settings, kind))
+    return kind(**values)
+
+
+def fit(method: Method, model: nn.Module, budget: int | None) -> None:
+    """Choose a method's size for a backbone, where it is open.
+
+    Args:
+        method: With the options it was given.
+        model: The backbone, not yet adapted.
+        budget: Parameters; by default those of LoRA with 8 ranks on every linear layer of every
+            block (the paper's comparison).
+    """
+    method.fit(model, default_budget(model) if budget is None else budget)
+
+
+def default_budget(model: nn.Module) -> int:
+    """Parameters of LoRA with 8 ranks on every linear layer of every block."""
+    return DEFAULT_RANK * rank_parameters(model, resolve_targets(model, None))
+
+
+def check_quantised(method: Method, model: Any) -> None:
+    """Refuse what Transformers would, before anything is trained.
+
+    Raises:
+        ValueError: The backbone is quantised and the method is not one on linear layers.
+    """
+    if getattr(model, "is_quantized", False) and not isinstance(method, PeftMethod):
+        raise ValueError(
+            f"{method.about.name} puts modules of its own into the backbone, which Transformers "
+            "does not train where it is quantised; use a method of PEFT's, such as lora, or leave "
+            "out the quantisation."
+        )
+
+
+def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> dict[str, Any]:
+    """TRL's LoRA flags as options of the method."""
+    for flag, field in LORA_FLAGS.items():
+        if settings.gives(flag) and field not in fields:
+            raise ValueError(
+                f"`{flag}` is an option of LoRA and has no effect on {kind.about.name}; leave it "
+                f"out. Its own options are {_listed(fields)}."
+            )
+    lora = settings.model
+    if lora.lora_r < 1:
+        raise ValueError(f"`lora_r` is {lora.lora_r}; it must be at least 1.")
+    rank_is_open = settings.run.budget is not None or settings.run.paper
+    values = {
+        "rank": None if rank_is_open and not settings.gives("lora_r") else lora.lora_r,
+        "scale": lora.lora_alpha / lora.lora_r,
+        "dropout": lora.lora_dropout,
+        "targets": lora.lora_target_modules,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+    }
+    return {field: value for field, value in values.items() if field in fields}
+
+
+def _own_values(settings: Settings, kind: type[Method], fields: set[str]) -> dict[str, Any]:
+    """The options given as `method.NAME`."""
+    own = dict(settings.method_options)
+    types = get_type_hints(kind)
+    for name, value in own.items():
+        if name not in fields:
+            near = get_close_matches(name, sorted(fields), n=1)
+            hint = f"did you mean `{OPTIONS}.{near[0]}`?" if near else f"it has {_listed(fields)}."
+            raise ValueError(f"{kind.about.name} has no option `{OPTIONS}.{name}`; {hint}")
+        own[name] = _of_type(types[name], name, value)
+    return own
+
+
+def _of_type(expected: Any, name: str, value: Any) -> Any:
+    """The value, a whole number as a fraction where one is wanted."""
+    kinds = get_args(expected) or (expected,)
+    if isinstance(value, int) and not isinstance(value, bool) and float in kinds:
+        return float(value)
+    try:
+        type_validator(name, value, expected)
+    except TypeError as error:
+        wanted = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+        raise ValueError(f"`{OPTIONS}.{name}` is {value!r}; it must be {wanted}.") from error
+    return value
+
+
+def _refuse_allocation(settings: Settings) -> None:
+    given = [name for name in settings.given if name.startswith(f"{BLOCK}.")]
+    if given:
+        raise ValueError(
+            f"`{given[0]}` is an option of rank allocation, and {settings.run.method} has none; "
+            "leave it out, or use `--method alora`."
+        )
+
+
+def _budget_sentence(settings: Settings, kind: type[Method]) -> str:
+    budget = settings.run.budget
+    if budget is not None and budget < 1:
+        return f"`budget` is {budget}; it must be a number of parameters of at least 1."
+    if not kind.size:
+        return f"{kind.about.name} has one size only, which `budget` cannot choose; leave it out."
+    return (
+        f"`budget` chooses the {kind.size} of {kind.about.name}, which was given too; leave out "
+        "one of the two."
+    )
+
+
+def _listed(fields: set[str]) -> str:
+    return ", ".join(f"`{OPTIONS}.{name}`" for name in sorted(fields))

@@ -1,0 +1,113 @@
+"""The rows of a run: loaded, numbered, and with a development set."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from trl import get_dataset
+
+from loralloc.runs.settings import Settings
+from loralloc.tasks.source import Split, load_splits
+from loralloc.tasks.splits import load_task
+from loralloc.tasks.task import Task
+
+ROW = "source_row"
+"""Column that remembers each example's row in its source while the data is prepared."""
+
+HOLD_OUT_SEED = 0
+"""Seed of a development set held out from training data: the split's own, not the run's."""
+
+SPLIT_FIELDS = {"train": "dataset_train_split", "validation": "dataset_test_split"}
+"""Settings that name a split of the source."""
+
+
+def load(settings: Settings, task: Task | None) -> dict[str, Split]:
+    """Load the splits that the settings name: a mixture, a data set, or the task's own.
+
+    Raises:
+        ValueError: No data is named, or it cannot be loaded; one sentence.
+    """
+    script = settings.script
+    if script.dataset_streaming:
+        raise ValueError(
+            "`dataset_streaming` is true, but rounds are placed by epochs, which a stream does not "
+            "have; leave it out."
+        )
+    if settings.mixture.datasets:
+        loaded = get_dataset(settings.mixture)
+        return {
+            name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
+            for name, rows in loaded.items()
+        }
+    names = None
+    chosen = {"train": script.dataset_train_split, "validation": script.dataset_test_split}
+    given = {k: v for k, v in chosen.items() if settings.sources.get(SPLIT_FIELDS[k])}
+    if given:
+        names = {"train": script.dataset_train_split, **given}
+    config = script.dataset_config
+    if task:
+        return load_task(task, script.dataset_name, config=config, split_names=names)
+    if script.dataset_name is None:
+        raise ValueError(
+            "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
+        )
+    splits = load_splits(script.dataset_name, config=config, split_names=names)
+    field = settings.training.dataset_text_field
+    return splits if field == "text" else _with_text(splits, field)
+
+
+def _with_text(splits: dict[str, Split], field: str) -> dict[str, Split]:
+    """TRL's `dataset_text_field` under the one name that is read from here on."""
+    return {
+        name: dataclasses.replace(split, dataset=split.dataset.rename_column(field, "text"))
+        if field in split.dataset.column_names and "text" not in split.dataset.column_names
+        else split
+        for name, split in splits.items()
+    }
+
+
+def used(splits: dict[str, Split]) -> dict[str, Split]:
+    """The splits that training reads: a test split's labels may be hidden."""
+    if "train" not in splits:
+        raise ValueError(
+            f"There is no train split, only {', '.join(splits)}; name one with "
+            "`--dataset_train_split`."
+        )
+    return {name: splits[name] for name in ("train", "validation") if name in splits}
+
+
+def numbered(splits: dict[str, Split]) -> dict[str, Split]:
+    """Each example with the number of its row, for what is to be said about it later."""
+    return {
+        name: dataclasses.replace(
+            split, dataset=split.dataset.add_column(ROW, list(range(1, len(split.dataset) + 1)))
+        )
+        for name, split in splits.items()
+    }
+
+
+def with_validation(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
+    """Hold a development set out of the training data where the data has none."""
+    if "validation" in splits:
+        return splits
+    train, size = splits["train"], settings.run.validation_examples
+    if size < 1:
+        raise ValueError(
+            f"`validation_examples` is {size}, but ranks are measured on held-out examples; give "
+            "at least 1, or add a validation file."
+        )
+    if size >= len(train.dataset):
+        raise ValueError(
+            f"{train.source} has {len(train.dataset)} rows and no validation split, and "
+            f"`validation_examples` would hold out {size}; lower it or add a validation file."
+        )
+    parts = train.dataset.train_test_split(test_size=size, seed=HOLD_OUT_SEED)
+    return {
+        **splits,
+        "train": dataclasses.replace(train, dataset=parts["train"]),
+        "validation": Split(
+            name="validation",
+            dataset=parts["test"],
+            source=f"{size} rows held out of {train.source}",
+        ),
+    }

@@ -1,0 +1,1 @@
+"""What depends on a task's type: its rows, batches and trainer, one file a head."""

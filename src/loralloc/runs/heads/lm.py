@@ -1,0 +1,102 @@
+"""Supervised fine-tuning of a causal language model: TRL does the data work and the loss."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from loralloc.allocation.supervised import IGNORED, SupervisedLoss
+from loralloc.runs.data import ROW
+from loralloc.tasks.source import Split
+from loralloc.training.bucketing import LengthBuckets
+from loralloc.training.checkpoint import SafeCheckpoints
+
+MOST_LOGITS = 2**27
+"""Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
+
+
+class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
+    """TRL's trainer with checkpoints that hold no pickles and a head that works where loss is.
+
+    TRL's fused head bounds memory by computing its chunks twice, in float32; on a CPU that is half
+    of a small model's step. It is still the way of batches whose logits could not be held.
+    """
+
+    @functools.cached_property
+    def _supervised_loss(self) -> SupervisedLoss:
+        return SupervisedLoss(self.accelerator.unwrap_model(self.model))
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean cross-entropy at supervised positions; TRL's own way for all that is not plain."""
+        if return_outputs or not self._is_plain(inputs):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if self.model.training else "eval"
+        loss = self._supervised_loss(inputs, through=model)
+        if mode == "train":
+            mask = inputs.get("attention_mask")  # None where sequences are packed into one row
+            num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
+            self._total_train_tokens += num_tokens
+        self._metrics[mode]["mean_token_accuracy"].append(float(loss.correct) / loss.num_targets)
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        count = loss.num_targets if num_items_in_batch is None else num_items_in_batch
+        return loss.total / torch.as_tensor(count).clamp(min=1)
+
+    def _is_plain(self, inputs: Any) -> bool:
+        num_targets = int((inputs["labels"][:, 1:] != IGNORED).sum())
+        fits = num_targets * self.model.config.vocab_size <= MOST_LOGITS
+        return (
+            num_targets > 0
+            and (fits or self._supervised_loss.is_bounded(inputs))
+            and self.args.loss_type == "nll"
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not self.aux_loss_enabled
+        )
+
+
+def sft_trainer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    args: SFTConfig,
+    splits: Mapping[str, Split],
+) -> SupervisedSFTTrainer:
+    """A trainer for train and validation splits in TRL's columns.
+
+    Raises:
+        ValueError: An example is left without a supervised token by truncation.
+    """
+    args.dataset_text_field = "text"  # the data is read under this name, whatever its own was
+    trainer = SupervisedSFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=splits["train"].dataset,
+        eval_dataset=splits["validation"].dataset,
+        processing_class=tokenizer,
+    )
+    for name, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        _refuse_unsupervised(splits[name], prepared, args)
+    return trainer
+
+
+def _refuse_unsupervised(split: Split, prepared: Dataset, args: SFTConfig) -> None:
+    """TRL drops examples without a supervised token; say which, and stop."""
+    if ROW not in split.dataset.column_names or ROW not in prepared.column_names:
+        return  # a mixture, or packed: rows are cut and joined, none is dropped
+    left = set(prepared[ROW])
+    dropped = [(row, index) for index, row in enumerate(split.dataset[ROW]) if row not in left]
+    if dropped:
+        row, index = min(dropped)
+        start = str(split.dataset[index])[:60]
+        raise ValueError(
+            f"{len(dropped)} of {len(split.dataset)} examples of {split.source} have no supervised "
+            f"token left within `max_length` of {args.max_length}, the first in row {row} "
+            f"({start}...); raise `max_length`, shorten the prompts or leave these rows out."
+        )

