@@ -17,24 +17,32 @@ if TYPE_CHECKING:
     from loralloc.allocation.record import Record as Record
     from loralloc.allocation.record import Round as Round
     from loralloc.allocation.resize import resize as resize
+    from loralloc.methods.catalog import get_method as get_method
+    from loralloc.methods.method import Method as Method
     from loralloc.methods.opening import open_adapter as open_adapter
-    from loralloc.training.attach import AllocationCallback as AllocationCallback
     from loralloc.training.attach import attach as attach
+    from loralloc.training.drive import Driver as Driver
+    from loralloc.training.drive import detach as detach
+    from loralloc.training.drive import drive as drive
     from loralloc.training.supervised import use_supervised_loss as use_supervised_loss
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AllocationCallback": "training.attach",
     "AllocationConfig": "allocation.config",
     "Allocator": "allocation.allocator",
+    "Driver": "training.drive",
     "Limits": "allocation.policy",
+    "Method": "methods.method",
     "Plan": "allocation.policy",
     "Record": "allocation.record",
     "Round": "allocation.record",
     "Scores": "allocation.policy",
     "ScoringError": "allocation.allocator",
     "attach": "training.attach",
+    "detach": "training.drive",
+    "drive": "training.drive",
+    "get_method": "methods.catalog",
     "open_adapter": "methods.opening",
     "plan": "allocation.policy",
     "resize": "allocation.resize",

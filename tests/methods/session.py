@@ -6,7 +6,8 @@ import tiny
 import torch
 from peft import TaskType
 
-from loralloc.methods.method import Method, Session
+from loralloc.methods.method import Method
+from loralloc.methods.session import Length, Session
 
 BUILDS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "roberta": tiny.roberta_classifier}
 """Backbones of the three shapes that every method knows."""
@@ -42,22 +43,29 @@ class Drive:
     def __init__(self, method: Method, *, num_steps: int = STEPS, lr: float = 1e-2):
         self.method, self.num_steps, self.done = method, num_steps, 0
         self.batch, other = learnable(_inner(method.model))
-        self.optimizer = tiny.optimizer_for(method.model, lr=lr)
+        self.lr = lr
+        length = Length(num_steps=num_steps, steps_per_epoch=num_steps // 4)
+        wants = method.wants(length)
         self.session = Session(
-            optimizer=self.optimizer,
-            num_steps=num_steps,
-            steps_per_epoch=num_steps // 4,
+            num_steps=length.num_steps,
+            steps_per_epoch=length.steps_per_epoch,
             loss=self.loss_of,
             second_half=itertools.repeat(other),
-            held_out=tiny.micro_batches(other, 4),
+            held_out=tiny.micro_batches(other, 4) if wants.held_out else [],
             seed=0,
         )
+        method.join(self.session)
 
     def loss_of(self, batch):
         self.method.watch(batch)
         return self.method.model(**batch).loss
 
-    def begin(self):
+    def begin(self, *, moments=None):
+        """Begin, at step `done`, with an optimiser as it was after it."""
+        self.optimizer = self.session.optimizer = tiny.optimizer_for(self.method.model, lr=self.lr)
+        if moments is not None:
+            self.optimizer.load_state_dict(moments)
+        self.session.steps_done = self.done
         self.method.begin(self.session)
         return self
 
@@ -65,14 +73,16 @@ class Drive:
         """The plain losses, step by step."""
         losses = []
         while self.done < (self.num_steps if until is None else until):
+            self.method.before_step()
             loss = self.loss_of(self.batch)
             losses.append(loss.item())
             extra = self.method.extra_loss()
             (loss if extra is None else loss + extra).backward()
             self.optimizer.step()
-            self.done += 1
+            self.done = self.session.steps_done = self.done + 1
             self.method.step(self.done)
             self.optimizer.zero_grad()
+            self.method.after_step(self.done, self.done / self.session.steps_per_epoch)
         return losses
 
 

@@ -4,7 +4,8 @@ import pytest
 import tiny
 
 from loralloc.methods.catalog import METHODS
-from loralloc.runs.adaptation import default_budget, fit, method_of
+from loralloc.methods.peft_method import default_budget
+from loralloc.runs.adaptation import fit, method_of
 from loralloc.runs.settings import resolve
 
 

@@ -248,7 +248,6 @@ def test_the_users_own_optimiser_is_followed(trainer_of):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(scoring_examples=9), "`scoring_examples` is 9, but the development set has 8"),
         (dict(num_rounds=5), "only 3 of 5 rounds could take place before the last step"),
         (dict(warmup_epochs=2), "no round could take place before the last step"),
         (dict(recovery_epochs=0.01), "two rounds would fall on one step; use at least 0.167"),
@@ -271,11 +270,28 @@ def test_without_an_eval_dataset(trainer_of):
         attach(trainer_of("causal", num_eval=0), options())
 
 
-def test_several_eval_datasets(trainer_of):
-    trainer = trainer_of("causal")
-    trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
-    with pytest.raises(ValueError, match="cannot be drawn from a dict; pass one dataset"):
-        attach(trainer, options())
+def test_several_eval_datasets_are_taken_together(trainer_of, caplog):
+    trainer = trainer_of("causal", num_eval=8)
+    whole = attach(trainer, options(num_rounds=1, scoring_examples=8)).allocator
+    trainer = trainer_of("causal", num_eval=8)
+    first, second = (trainer.eval_dataset.select(rows) for rows in (range(3), range(3, 8)))
+    trainer.eval_dataset = {"a": first, "b": second}
+    parts = attach(trainer, options(num_rounds=1, scoring_examples=8)).allocator
+    assert "scoring examples are drawn from a and b together" in caplog.text
+    assert parts._objective.mean_loss() == pytest.approx(whole._objective.mean_loss())
+
+
+def test_with_fewer_held_out_examples_than_wanted_all_are_used_and_it_is_said(trainer_of, caplog):
+    trainer = trainer_of("causal", num_eval=8)
+    allocation = attach(trainer, options(scoring_examples=32))
+    assert "on all 8 held-out examples, fewer than the 32 of `scoring_examples`" in caplog.text
+    trainer.train()
+    assert len(allocation.record.rounds) == 3
+
+
+def test_three_held_out_examples_are_too_few(trainer_of):
+    with pytest.raises(ValueError, match="there are 3, of which one would decide; give at least 4"):
+        attach(trainer_of("causal", num_eval=3), options(scoring_examples=32))
 
 
 def test_an_eval_dataset_without_a_length(trainer_of):
@@ -312,7 +328,7 @@ def test_an_eval_dataset_without_a_supervised_position(trainer_of):
 def test_sharded_training_is_refused(way, trainer_of):
     trainer = trainer_of("causal")
     setattr(trainer, f"is_{way}_enabled", True)
-    with pytest.raises(TypeError, match="shards the parameters that a round replaces"):
+    with pytest.raises(TypeError, match="shards the parameters that alora replaces or reads"):
         attach(trainer, options())
 
 

@@ -26,7 +26,9 @@ from loralloc import attach
 from loralloc.allocation.importance.architecture import Gates
 from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.allocation.record import Record
-from loralloc.training.attach import STATE_NAME
+from loralloc.training.drive import STATE_NAME
+
+STATE_FILE = f"{STATE_NAME}.safetensors"
 
 every_score = pytest.mark.parametrize("score", ["architecture", "sensitivity"])
 
@@ -63,7 +65,7 @@ def test_rounds_take_place_and_leave_plain_lora(kind, score, trainer_of, tmp_pat
     assert list(losses(trainer)) == list(range(1, 13))
     assert not is_gated(trainer.model)
     trainer.save_model(str(tmp_path / "final"))
-    assert not (tmp_path / "final" / STATE_NAME).exists()
+    assert not (tmp_path / "final" / STATE_FILE).exists()
     saved = Record.load(tmp_path / "final")
     assert saved.rounds == rounds and saved.config["score"] == score
     entry = json.loads((tmp_path / "final" / "allocation.json").read_text())["rounds"][0]
@@ -210,14 +212,14 @@ def test_a_run_that_ends_between_rounds_is_saved_with_its_gates_in_it(best, trai
     if best:
         assert trainer.state.best_global_step == 4
         now, folder = ranks_now(trainer.model), tmp_path / "checkpoint-4"
-        gates = 2 * torch.sigmoid(load_file(folder / STATE_NAME)["logits"])
+        gates = 2 * torch.sigmoid(load_file(folder / STATE_FILE)["gathered.logits"])
         assert float((gates - 1).abs().max()) > 0.1
         plain, found = load_file(folder / "adapter_model.safetensors"), adapter(trainer.model)
         for name, gate in zip(now, gates.split(list(now.values())), strict=True):
             key = f"base_model.model.{name}.lora_B.weight"
             torch.testing.assert_close(found[key], plain[key] * gate)
     trainer.save_model(str(tmp_path / "final"))
-    assert not (tmp_path / "final" / STATE_NAME).exists()
+    assert not (tmp_path / "final" / STATE_FILE).exists()
     torch.testing.assert_close(logits_of(trainer.model), measured[0], rtol=1e-4, atol=1e-4)
 
 
@@ -283,7 +285,7 @@ def test_a_killed_and_resumed_run_ends_as_one_never_stopped(score, step, trainer
     saving = dict(save_strategy="steps", save_steps=step)
     run(trainer(tmp_path, callbacks=[KillAt(step)], **saving), score)
     checkpoint = tmp_path / f"checkpoint-{step}"
-    assert (checkpoint / STATE_NAME).exists()
+    assert (checkpoint / STATE_FILE).exists()
     resumed = trainer(tmp_path)
     found = run(resumed, score, resume=checkpoint)
     assert without_seconds(found.record.rounds) == without_seconds(expected.record.rounds)
@@ -303,8 +305,8 @@ def checkpoint_of(trainer_of, tmp_path):
 @every_score
 def test_a_checkpoint_without_what_was_gathered_is_refused(score, checkpoint_of, trainer_of):
     checkpoint = checkpoint_of(score)
-    (checkpoint / STATE_NAME).unlink()
-    with pytest.raises(FileNotFoundError, match=rf"holds no {STATE_NAME}, without which `score`"):
+    (checkpoint / STATE_FILE).unlink()
+    with pytest.raises(ValueError, match=f"lacks {STATE_FILE}, so training cannot go on"):
         run(trainer_of(), score, resume=checkpoint)
 
 

@@ -18,9 +18,15 @@ def rows_of(batch) -> list[int]:
     return [ROWS[tuple(tokens)] for tokens in batch["input_ids"].tolist()]
 
 
+def halved(trainer, **options):
+    """Batches of half 2, with the trainer drawing from half 1."""
+    held_back, trainer._get_train_sampler = second_half(trainer, **options)
+    return held_back
+
+
 def train(trainer, *, until_step, seed=0, resume=None, per_step=1):
     """What each step saw of either half: by step, its rows."""
-    held_back = second_half(trainer, until_step=until_step, seed=seed)
+    held_back = halved(trainer, until_step=until_step, seed=seed)
     weights, others = {}, {}
     own_step = trainer.training_step
 
@@ -104,7 +110,7 @@ def test_resumed_it_goes_on_as_if_it_had_not_stopped(step, tmp_path):
 def test_batches_that_are_fetched_ahead_belong_to_their_own_step(tmp_path):
     expected, _ = train(causal_trainer(tmp_path), until_step=3)
     trainer = causal_trainer(tmp_path)
-    second_half(trainer, until_step=3, seed=0)
+    halved(trainer, until_step=3, seed=0)
     ahead = [rows_of(batch) for batch in trainer.get_train_dataloader()]  # no step is taken
     assert ahead == [expected[step] for step in EPOCHS[0]]
 
@@ -128,7 +134,7 @@ def test_batches_of_either_half_keep_to_like_lengths(tmp_path):
         [{"input_ids": [1] * length, "labels": 0} for length in lengths]
     )
     trainer.data_collator = lambda rows: {"spans": [len(row["input_ids"]) for row in rows]}
-    held_back = second_half(trainer, until_step=1000, seed=0)
+    held_back = halved(trainer, until_step=1000, seed=0)
     mine = [batch["spans"] for batch in trainer.get_train_dataloader()]
     trainer.state.global_step = 0
     others = [next(held_back)["spans"] for _ in range(24)]
@@ -140,7 +146,7 @@ def test_batches_of_either_half_keep_to_like_lengths(tmp_path):
 def test_the_trainers_columns_and_collator_are_used(tmp_path):
     trainer = causal_trainer(tmp_path)
     trainer.train_dataset = trainer.train_dataset.add_column("name", ["x"] * 24)
-    batch = next(second_half(trainer, until_step=6, seed=0))
+    batch = next(halved(trainer, until_step=6, seed=0))
     assert set(batch) == {"input_ids", "attention_mask", "labels"}
     assert len(batch["labels"]) == 4
 

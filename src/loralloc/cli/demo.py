@@ -86,8 +86,8 @@ def run(args: argparse.Namespace) -> int:
     after = _measure(prepared, "after training")
     out.print(_comparison(before, after))
     out.print(_sentences(before, after))
-    record = prepared.allocation and prepared.allocation.record
-    assert record is not None, "the demo's method allocates"
+    assert prepared.allocation is not None, "the demo's method allocates"
+    record = prepared.allocation.record
     out.print(rank_table(RankGrid.from_allocation(record.as_data()), out.width))
     result = {"before": before.figures(), "after": after.figures()}
     (args.output_dir / run_folder.DEMO).write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -16,14 +16,15 @@ from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
 from loralloc.runs.run import Run
 from loralloc.runs.settings import OPTIONS
-from loralloc.training.attach import planned_steps
+from loralloc.training.length import planned_length
 
 
 def show(run: Run) -> None:
     """Print the plan of a run."""
     out = console()
     out.print(_settings_table(run))
-    epoch, total = planned_steps(run.trainer)
+    length = planned_length(run.trainer)
+    total = length.num_steps
     used = {"train": run.trainer.train_dataset, "validation": run.trainer.eval_dataset}
     sizes = ", ".join(f"{name} {len(rows):,}" for name, rows in used.items())
     rows = Table(box=None, show_header=False, pad_edge=False)
@@ -33,7 +34,7 @@ def show(run: Run) -> None:
     everything = sum(parameter.numel() for parameter in run.model.parameters())
     rows.add_row("method", f"{sized(run.method)} ({run.method.about.paper})")
     rows.add_row("parameters", f"{run.method.num_trained():,} trainable of {everything:,}")
-    rows.add_row("steps", f"{total}, {epoch} an epoch")
+    rows.add_row("steps", f"{total}, {length.steps_per_epoch} an epoch")
     search = run.method.search_steps(total)
     if search:
         rows.add_row("search", f"the first {search} steps; what was found trains in the others")

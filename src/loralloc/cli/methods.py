@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_process()
     from loralloc.methods.catalog import METHODS, get_method
-    from loralloc.runs.adaptation import default_budget
+    from loralloc.methods.peft_method import default_budget
     from loralloc.runs.models import empty_model
 
     model = papers_shape() if args.model is None else empty_model(args.model)

@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from loralloc.methods.in_place import WEIGHTS_NAME
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.orthogonal import off_orthonormal
 from loralloc.methods.peft_method import LoraShaped, PeftMethod
+from loralloc.methods.session import Session
 
 START = 2
 """Ranks at the start over ranks at the end, on average (the paper's comparison)."""
@@ -162,12 +163,12 @@ class AdaLora(LoraShaped):
             for layer in self._layers()
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **options: Any) -> None:
         """See `Method.save`."""
         with warnings.catch_warnings():
             # PEFT takes a module that has lost every triplet for one whose shards are missing.
             warnings.filterwarnings("ignore", "Adapter .* have invalid shape", PeftWarning)
-            super().save(folder)
+            super().save(folder, **options)
 
     def check_saved(self, folder: Path) -> None:
         """See `Method.check_saved`."""
@@ -182,7 +183,6 @@ class AdaLora(LoraShaped):
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
-        self.check_saved(folder)
         saved = load_file(folder / WEIGHTS_NAME)
         self._set({key: tensor for key, tensor in saved.items() if ".lora_" in key})
         self._config.rank_pattern = None  # or PEFT would cut once more

@@ -1,31 +1,227 @@
-"""ALoRA (Liu et al. 2024) and its two ablation variants: LoRA whose ranks move while it trains.
-
-The rounds are `allocation`'s, and a run drives them with `attach`, as any user of a trainer does.
-"""
+"""ALoRA (Liu et al. 2024) and its two ablation variants: LoRA whose ranks move while it trains."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import ClassVar, Literal
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.allocator import Allocator
+from loralloc.allocation.config import TRACKED, AllocationConfig
+from loralloc.allocation.record import FILE_NAME, Record, Round
+from loralloc.allocation.schedule import round_steps
 from loralloc.methods.lora import Lora
-from loralloc.methods.method import About
+from loralloc.methods.method import IS_A_BLOCK, About
+from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
+from loralloc.methods.session import Length, Session, Wants
 
 
 @dataclass(kw_only=True)
 class Alora(Lora):
-    """Importance by ablating single ranks (AB-LoRA)."""
+    """Importance by ablating single ranks (AB-LoRA); its rounds are its `Allocator`'s."""
+
+    allocation: AllocationConfig = field(
+        default_factory=AllocationConfig, metadata={IS_A_BLOCK: True}
+    )
+    """How ranks move."""
 
     about: ClassVar[About] = About(
         name="alora", title="ALoRA", paper="Liu et al. 2024", status="faithful", merges=True
     )
     allocates: ClassVar[bool] = True
+    bears_scaled_loss: ClassVar[bool] = True
 
-    def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
-        """See `Method.allocation`."""
-        return config
+    adapter_name: str = field(default="default", init=False)
+    """PEFT's name of the adapter whose ranks move."""
+
+    steps: list[int] = field(default_factory=list, init=False)
+    """Optimiser steps after which a round takes place."""
+
+    _allocator: Allocator | None = field(default=None, init=False, repr=False, compare=False)
+    _session: Session | None = field(default=None, init=False, repr=False, compare=False)
+
+    @classmethod
+    def on(cls, model: Any, config: AllocationConfig, *, adapter_name: str) -> Alora:
+        """The method on a model that has its LoRA adapter already.
+
+        Args:
+            model: A PEFT model.
+            config: How ranks move.
+            adapter_name: PEFT's name of the adapter.
+        """
+        method = cls(allocation=config)
+        method.model, method.adapter_name = model, adapter_name
+        return method
+
+    @property
+    def allocator(self) -> Allocator:
+        """What carries out the rounds, once a run has taken the method up."""
+        assert self._allocator is not None, "a run calls join()"
+        return self._allocator
+
+    @property
+    def record(self) -> Record:
+        """The rounds so far."""
+        return self.allocator.record
+
+    @property
+    def config(self) -> AllocationConfig:
+        """How ranks move in this run, with its seed."""
+        return self.allocator.config
+
+    @property
+    def num_pruned(self) -> int:
+        """Ranks pruned a round."""
+        return self.allocator.num_pruned
+
+    def wants(self, length: Length) -> Wants:
+        """See `Method.wants`: what the score reads; of gates, the other half until the last round.
+
+        Raises:
+            ValueError: The rounds do not fit into the run.
+        """
+        config = self.allocation
+        self.steps = round_steps(
+            config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
+        )
+        return Wants(
+            held_out=0 if config.score in TRACKED else config.scoring_examples,
+            half_until=self.steps[-1] if config.score == "architecture" else 0,
+            seed=config.seed,
+        )
+
+    def join(self, session: Session) -> None:
+        """See `Method.join`.
+
+        Raises:
+            ValueError: The options do not fit the model or the scoring examples.
+            TypeError: The adapter has a part that rank allocation is not defined for.
+        """
+        if self.allocation.seed is None:
+            self.allocation = dataclasses.replace(self.allocation, seed=session.seed)
+        self._session = session
+        self._allocate()
+
+    def begin(self, session: Session) -> None:
+        """See `Method.begin`.
+
+        Raises:
+            ValueError: The run goes on at a step by which other rounds were due.
+        """
+        past = sum(step <= session.steps_done for step in self.steps)
+        if past != len(self.record.rounds):
+            raise ValueError(
+                f"The run continues at step {session.steps_done}, before which {past} rounds of "
+                f"allocation are due, but {len(self.record.rounds)} took place; resume from a "
+                f"checkpoint that holds {FILE_NAME}, with the options it was begun with."
+            )
+
+    def before_step(self) -> None:
+        """See `Method.before_step`: gates learn, where the score is theirs."""
+        if self.allocation.score == "architecture" and self._has_rounds_ahead:
+            assert self._session is not None, "a run calls join()"
+            self.model.train()
+            batches = self._session.second_half
+            self.allocator.learn(itertools.islice(batches, self._session.batches_per_step))
+
+    def step(self, number: int) -> None:
+        """See `Method.step`: what is gathered from gradients is."""
+        self.allocator.observe()
+
+    def after_step(self, number: int, epoch: float) -> bool:
+        """See `Method.after_step`: a round, where one is due."""
+        if number not in self.steps:
+            return False
+        assert self._session is not None, "a run calls join()"
+        entry = self.allocator.step(self._session.optimizer, step=number, epoch=epoch)
+        self._session.log(_numbers(entry))
+        if self._session.on_round:
+            self._session.on_round(entry)
+        return True
+
+    def first_eligible_step(self) -> int:
+        """See `Method.first_eligible_step`: after the last round."""
+        return self.steps[-1]
+
+    def finish(self) -> None:
+        """See `Method.finish`: plain LoRA, whose ranks have moved."""
+        self.allocator.finish()
+        if not self.record.rounds:
+            assert self._session is not None, "a run calls join()"
+            raise RuntimeError(
+                f"Training ended at step {self._session.steps_done}, before the first round of "
+                f"allocation at step {self.steps[0]}: the adapter is plain LoRA; train longer or "
+                "lower `warmup_epochs`."
+            )
+
+    def unfinished(self) -> str:
+        """See `Method.unfinished`."""
+        if self._allocator is None or self.record.rounds:
+            return ""
+        return (
+            "The adapter was to be allocated, but no round has taken place: it is plain LoRA; "
+            "call trainer.train() first."
+        )
+
+    def save(self, folder: Path, **options: Any) -> None:
+        """See `Method.save`: with the record of the rounds."""
+        super().save(folder, **options)
+        if self._allocator is not None and options.get("is_main_process", True):
+            self.record.save(folder)
+
+    def check_saved(self, folder: Path) -> None:
+        """See `Method.check_saved`: scaling, and every option of the allocation."""
+        check_scaling(self.model, folder, adapter_name=self.adapter_name)
+        if self._allocator is not None:
+            _check_same(Record.load(folder).config, self.record.config, folder)
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        if self._allocator is None:
+            super().load(folder)
+            return
+        assert self._session is not None, "a run calls join()"
+        record = Record.load(folder)
+        self.allocator.finish()
+        restore_shapes(
+            self.model,
+            folder,
+            optimizer=self._session.optimizer,
+            adapter_name=self.adapter_name,
+        )
+        load_weights(self.model, folder)
+        self._allocate(record)
+
+    def state(self) -> dict[str, Any]:
+        """See `Method.state`: what a score has gathered for rounds to come."""
+        gathered = self._allocator.state() if self._allocator else {}
+        return {"gathered": gathered} if gathered else {}
+
+    def needs_state(self) -> bool:
+        """See `Method.needs_state`."""
+        return self._allocator is not None and self._allocator.is_gathering
+
+    def load_state(self, state: Any) -> None:
+        """See `Method.load_state`."""
+        if self.needs_state():
+            self.allocator.load_state(state["gathered"])
+
+    @property
+    def _has_rounds_ahead(self) -> bool:
+        return len(self.record.rounds) < len(self.steps)
+
+    def _allocate(self, record: Record | None = None) -> None:
+        assert self._session is not None, "a run calls join()"
+        self._allocator = Allocator(
+            self.model,
+            self.allocation,
+            self._session.held_out,
+            adapter_name=self.adapter_name,
+            record=record,
+        )
 
 
 class _Variant(Alora):
@@ -33,18 +229,19 @@ class _Variant(Alora):
 
     score: ClassVar[Literal["architecture", "sensitivity"]]
 
-    def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
-        """See `Method.allocation`.
+    def __post_init__(self) -> None:
+        """Take the variant's score.
 
         Raises:
             ValueError: The options ask for another score.
         """
-        if config.score not in (AllocationConfig.score, self.score):
+        given = self.allocation.score
+        if given not in (AllocationConfig.score, self.score):
             raise ValueError(
-                f"`score` is {config.score!r}, but {self.about.name} is ALoRA with `score` of "
+                f"`score` is {given!r}, but {self.about.name} is ALoRA with `score` of "
                 f"{self.score!r}; leave it out, or use alora."
             )
-        return dataclasses.replace(config, score=self.score)
+        self.allocation = dataclasses.replace(self.allocation, score=self.score)
 
 
 @dataclass(kw_only=True)
@@ -77,3 +274,30 @@ class AloraSensi(_Variant):
         merges=True,
     )
     score: ClassVar[Literal["architecture", "sensitivity"]] = "sensitivity"
+
+
+def _numbers(entry: Round) -> dict[str, float]:
+    """A round as an entry of a run's log."""
+    numbers: dict[str, float] = {
+        "round": entry.round,
+        "ranks_pruned": sum(map(len, entry.pruned.values())),
+        "ranks_given": sum(entry.added.values()),
+        "round_seconds": entry.seconds,
+    }
+    if entry.churn is not None:
+        numbers["churn"] = round(entry.churn, 3)
+    return numbers
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with other options, which the record would not tell of.
+
+    Raises:
+        ValueError: An option differs.
+    """
+    for name, value in now.items():
+        if before.get(name) != value:
+            raise ValueError(
+                f"The run in {folder} was begun with `{name}` of {before.get(name)!r}, and now it "
+                f"is {value!r}; resume with the value it was begun with."
+            )

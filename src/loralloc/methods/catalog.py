@@ -30,7 +30,20 @@ METHODS = {
 
 
 def get_method(name: str) -> type[Method]:
-    """The method of this name.
+    """The method of this name; one of your own as "package.module:Class".
+
+    Raises:
+        ValueError: There is none, or what is there is no method.
+
+    Example:
+        >>> get_method("sora")(rank=4).about.title
+        'SoRA'
+    """
+    return _own_method(name) if ":" in name else built_in_method(name)
+
+
+def built_in_method(name: str) -> type[Method]:
+    """The method of ours of this name: what a file may name, since it imports nothing else.
 
     Raises:
         ValueError: There is none.
@@ -41,4 +54,21 @@ def get_method(name: str) -> type[Method]:
         raise ValueError(f"There is no method {name!r}; {hint}")
     module, _, class_name = METHODS[name].partition(":")
     found: type[Method] = getattr(import_module(f"loralloc.methods.{module}"), class_name)
+    return found
+
+
+def _own_method(name: str) -> type[Method]:
+    """A method that is not ours."""
+    module, _, class_name = name.partition(":")
+    try:
+        found = getattr(import_module(module), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"The method {name!r} could not be imported ({error}); give it as "
+            "package.module:Class, of a package that Python finds."
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, Method)) or not hasattr(found, "about"):
+        raise ValueError(
+            f"{name} is no method: it must be a subclass of loralloc.Method with its `about`."
+        )
     return found

@@ -21,8 +21,8 @@ from loralloc.allocation.gates import fold_gates, gate_ranks
 from loralloc.allocation.layers import lora_layers, rank_cost, weights_b
 from loralloc.allocation.policy import Plan
 from loralloc.allocation.resize import resize
-from loralloc.methods.method import Session
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 START = 2
 """Ranks at the start over ranks at the end, on average (the paper's comparison)."""
@@ -148,16 +148,16 @@ class GatedLora(LoraShaped):
                 "`prune_by`."
             )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **options: Any) -> None:
         """See `Method.save`: with the gates in B, so that what is opened computes the same."""
         if not self.is_gated:
-            super().save(folder)
+            super().save(folder, **options)
             return
         weights = self.model.state_dict()
         for name, gate in self._by_module(self.final_gates()).items():
             key = f"base_model.model.{name}.lora_B.default.weight"
             weights[key] = weights[key] * gate.to(weights[key])
-        self.model.save_pretrained(folder, state_dict=weights)
+        self.model.save_pretrained(folder, **{**options, "state_dict": weights})
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""

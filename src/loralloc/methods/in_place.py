@@ -62,7 +62,7 @@ class InPlaceMethod(Method):
         """See `Method.num_trained`."""
         return sum(parameter.numel() for parameter in self.adapter_parameters().values())
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **options: Any) -> None:
         """See `Method.save`."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.model).items()}
@@ -100,7 +100,6 @@ class InPlaceMethod(Method):
         Raises:
             ValueError: The folder's weights are not those of this method and its options.
         """
-        self.check_saved(folder)
         self.restructure(read_config(folder)["structure"])
         saved, now = load_file(folder / WEIGHTS_NAME), trainable(self.model)
         wrong = [n for n in {*saved, *now} if n not in saved or n not in now] or [

@@ -8,23 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from peft import TaskType
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from loralloc.allocation.config import AllocationConfig
-
-Batch = Mapping[str, Any]
-"""Arguments of the model's forward, with the labels."""
+from loralloc.allocation.objective import Batch
+from loralloc.methods.session import Length, Session, Wants
 
 Status = Literal["faithful", "port", "reconstruction"]
 """How near a method is to its paper: as published, moved to other backbones, or rebuilt from the
 paper's words, where no code was ever published."""
+
+IS_A_BLOCK = "block"
+"""Marks a field of a method that is a group of options with a name of its own."""
+
+SEARCH_EXAMPLES = 32
+"""Development examples that a search measures on, as the paper's B_val."""
 
 DEFAULT_RANK = 8
 """LoRA's rank whose parameters are the budget where none is given (the paper's comparison)."""
@@ -69,37 +72,12 @@ class About:
 
 
 @dataclass(kw_only=True)
-class Session:
-    """What a run gives a method to work with, from its first step to its last."""
-
-    optimizer: Optimizer
-    """Trains the model's trainable parameters."""
-
-    num_steps: int
-    """Optimiser steps of the whole run."""
-
-    steps_per_epoch: int
-
-    loss: Callable[[Batch], Tensor]
-    """Mean loss of the model on a batch, with its graph, in the mode the model is in."""
-
-    second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
-    """Training batches that the weights are not trained on while the method searches, without end;
-    see `Method.search_steps`."""
-
-    held_out: Sequence[Batch] = ()
-    """The scoring batch: development examples, in micro-batches."""
-
-    seed: int = 0
-
-
-@dataclass(kw_only=True)
 class Method(ABC):
     """A way to adapt a model. Its fields are its options; None is chosen by the budget.
 
-    The order of calls is: `fit`, `prepare`, then for a resumed run `load` and `load_state`, then
-    `begin`, and `watch` and `extra_loss` for every batch and `step` for every optimiser step, then
-    `finish`, `save`.
+    The order of calls is: `fit`, `prepare`; `wants`, `join` when a run takes it up; for a resumed
+    run `check_saved`, `load` and `load_state`; `begin`; for every optimiser step `before_step`, for
+    its batches `watch` and `extra_loss`, then `step` and `after_step`; `finish`, `save`.
     """
 
     about: ClassVar[About]
@@ -112,14 +90,23 @@ class Method(ABC):
     """The options of the paper's comparison (Liu et al. 2024, Appendix E)."""
 
     allocates: ClassVar[bool] = False
-    """Whether ranks move between modules while it trains, by `allocation`."""
+    """Whether ranks move between modules while it trains, by the options of an allocation."""
+
+    bears_scaled_loss: ClassVar[bool] = False
+    """Whether what it does between steps is right in fp16 too, whose loss is scaled."""
 
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
     """The adapted model, once it is prepared."""
 
     def options(self) -> dict[str, Any]:
         """The options, as plain data."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.init}
+        return {name: getattr(self, name) for name in self.option_names()}
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """Names of the options that have plain values."""
+        fields = dataclasses.fields(cls)
+        return [f.name for f in fields if f.init and not f.metadata.get(IS_A_BLOCK)]
 
     def chosen_size(self) -> int:
         """The size as given or as a budget chose it; 0 where there is one only."""
@@ -170,20 +157,28 @@ class Method(ABC):
             The model to train: the same, or one around it.
         """
 
-    def allocation(self, config: AllocationConfig) -> AllocationConfig | None:
-        """How ranks are allocated while it trains, given the run's options; None: not at all."""
-        return None
-
     def search_steps(self, num_steps: int) -> int:
-        """Steps of a run of so many that search for a structure; the rest train what was found.
-
-        Until then weights are trained on one half of the training examples (drawn by the seed), and
-        `Session.second_half` gives the other; then the learning rate's schedule begins anew.
-        """
+        """Steps of a run of so many that search for a structure; the rest train what was found."""
         return 0
 
+    def wants(self, length: Length) -> Wants:
+        """What it asks of a run of this length.
+
+        A search sees one half of the training examples while the weights are trained on the other,
+        measures on development examples, and leaves the schedule to begin anew after it.
+        """
+        search = self.search_steps(length.num_steps)
+        held_out = SEARCH_EXAMPLES if search else 0
+        return Wants(held_out=held_out, half_until=search, restart_at=search)
+
+    def join(self, session: Session) -> None:
+        """Be taken up by a run, before it begins; what cannot be done is refused here."""
+
     def begin(self, session: Session) -> None:
-        """Take up a run, a new or a resumed one."""
+        """Begin to train, a new run or a resumed one; the optimiser is there."""
+
+    def before_step(self) -> None:
+        """Act before the batches of an optimiser step."""
 
     def watch(self, batch: Batch) -> None:
         """See a batch, with its labels, just before the model does."""
@@ -194,6 +189,14 @@ class Method(ABC):
 
     def step(self, number: int) -> None:
         """Act after the optimiser's step of this number (from 1); gradients are still there."""
+
+    def after_step(self, number: int, epoch: float) -> bool:
+        """Act once gradients are cleared, before anything is evaluated or saved.
+
+        Returns:
+            Whether the model has become another, so that no earlier checkpoint may be the best.
+        """
+        return False
 
     def first_eligible_step(self) -> int:
         """The first step whose checkpoint may be chosen as the best: the budget is reached."""
@@ -206,6 +209,10 @@ class Method(ABC):
             RuntimeError: The run ended before the method did what it is for.
         """
 
+    def unfinished(self) -> str:
+        """Why what it is now may not be saved as its result, in a sentence; empty where it may."""
+        return ""
+
     @abstractmethod
     def num_trained(self) -> int:
         """Parameters that train now, without the task's head and the method's gates."""
@@ -215,8 +222,13 @@ class Method(ABC):
         return self.num_trained()
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write what opens the adapted model again, as safetensors and JSON."""
+    def save(self, folder: Path, **options: Any) -> None:
+        """Write what opens the adapted model again, as safetensors and JSON.
+
+        Args:
+            folder: Where to.
+            options: What PEFT's `save_pretrained` takes, for methods that are PEFT's.
+        """
 
     def check_saved(self, folder: Path) -> None:
         """Refuse to go on from what another method, or other options, saved.
@@ -232,6 +244,10 @@ class Method(ABC):
     def state(self) -> dict[str, Any]:
         """What a resumed run needs beyond `save`, as nested data and tensors."""
         return {}
+
+    def needs_state(self) -> bool:
+        """Whether a run cannot be resumed without what `state` gave."""
+        return type(self).state is not Method.state
 
     def load_state(self, state: Any) -> None:
         """Take up what `state` gave."""

@@ -8,12 +8,13 @@ from typing import Any
 
 from peft import PeftModel, TaskType
 
-from loralloc.methods.catalog import get_method
+from loralloc.allocation.objective import Batch
+from loralloc.methods.catalog import built_in_method
 from loralloc.methods.in_place import CONFIG_NAME, read_config
-from loralloc.methods.method import Batch
+from loralloc.methods.method import Method
 
 
-def open_adapter(model: Any, folder: str | Path) -> Any:
+def open_adapter(model: Any, folder: str | Path, *, method: type[Method] | None = None) -> Any:
     """Give a backbone the adapter in a folder, ready to predict.
 
     Stock PEFT opens what methods on PEFT saved; the others put modules of their own into the
@@ -22,6 +23,7 @@ def open_adapter(model: Any, folder: str | Path) -> Any:
     Args:
         model: The backbone, with its head.
         folder: A run folder, or a checkpoint.
+        method: The class of a method of your own that saved it; a folder never says what to import.
 
     Returns:
         The adapted model, in evaluation mode.
@@ -40,9 +42,10 @@ def open_adapter(model: Any, folder: str | Path) -> Any:
             warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
             return PeftModel.from_pretrained(model, folder)
     config = read_config(folder)
-    method = get_method(config["method"])(**config["options"])
-    adapted = method.prepare(model, task_type=TaskType(config["task_type"]), heads=config["heads"])
-    method.load(folder)
+    kind = built_in_method(config["method"]) if method is None else method
+    opened = kind(**config["options"])
+    adapted = opened.prepare(model, task_type=TaskType(config["task_type"]), heads=config["heads"])
+    opened.load(folder)
     return adapted.requires_grad_(False).eval()
 
 

@@ -11,8 +11,10 @@ from peft import PeftConfig, PrefixTuningConfig, TaskType
 from torch import nn
 from transformers.utils import ModelOutput
 
-from loralloc.methods.method import About, Batch, Session
+from loralloc.allocation.objective import Batch
+from loralloc.methods.method import About
 from loralloc.methods.peft_method import PeftMethod
+from loralloc.methods.session import Session
 
 
 @dataclass(kw_only=True)
@@ -70,11 +72,6 @@ class PTuning(PeftMethod):
                 f"The adapter in {folder} was begun with `virtual_tokens` of {saved}, and now it "
                 f"is {self.virtual_tokens}; go on with the value that it was begun with."
             )
-
-    def load(self, folder: Path) -> None:
-        """See `Method.load`."""
-        self.check_saved(folder)
-        super().load(folder)
 
     def begin(self, session: Session) -> None:
         """See `Method.begin`.

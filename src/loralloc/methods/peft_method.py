@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import LoraConfig, PeftConfig, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, TaskType, get_peft_model
 from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loralloc.methods.in_place import WEIGHTS_NAME
-from loralloc.methods.method import Method, trainable
-from loralloc.methods.restore import check_scaling, restore_shapes
+from loralloc.methods.method import DEFAULT_RANK, Method, trainable
+from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
 from loralloc.methods.targets import resolve_targets
 
 PEFT_HEADS = ("classifier", "score", "qa_outputs")
@@ -50,13 +48,13 @@ class PeftMethod(Method):
             if "modules_to_save" not in name
         )
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, **options: Any) -> None:
         """See `Method.save`."""
-        self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder, **options)
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
-        set_peft_model_state_dict(self.model, load_file(folder / WEIGHTS_NAME))
+        load_weights(self.model, folder)
 
 
 @dataclass(kw_only=True)
@@ -100,13 +98,17 @@ class LoraShaped(PeftMethod):
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
-        self.check_saved(folder)
         restore_shapes(self.model, folder)
         super().load(folder)
 
     def merge(self) -> Any:
         """See `Method.merge`."""
         return self.model.merge_and_unload()
+
+
+def default_budget(model: nn.Module) -> int:
+    """Parameters of LoRA with 8 ranks on every linear layer of every block."""
+    return DEFAULT_RANK * rank_parameters(model, resolve_targets(model, None))
 
 
 def rank_parameters(model: nn.Module, targets: Sequence[str] | str) -> int:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
@@ -15,6 +17,11 @@ from loralloc.allocation.resize import resize
 WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 KEY_SUFFIX = ".lora_A.weight"
+
+
+def adapter_folder(folder: str | Path, adapter_name: str) -> Path:
+    """Where PEFT puts an adapter below a folder that a model is saved to."""
+    return Path(folder) if adapter_name == "default" else Path(folder) / adapter_name
 
 
 def saved_ranks(folder: str | Path) -> dict[str, int]:
@@ -34,13 +41,14 @@ def saved_ranks(folder: str | Path) -> dict[str, int]:
         }
 
 
-def check_scaling(model: nn.Module, folder: str | Path) -> None:
+def check_scaling(model: nn.Module, folder: str | Path, *, adapter_name: str = "default") -> None:
     """Refuse to go on from an adapter whose scaling this model's adapter does not share.
 
     Raises:
         ValueError: The rank at the start, alpha or rsLoRA differ.
     """
-    saved, now = LoraConfig.from_pretrained(str(folder)), lora_config(model)
+    saved = LoraConfig.from_pretrained(str(adapter_folder(folder, adapter_name)))
+    now = lora_config(model, adapter_name)
     for option in ("r", "lora_alpha", "use_rslora"):
         before, after = getattr(saved, option), getattr(now, option)
         if before != after:
@@ -51,24 +59,38 @@ def check_scaling(model: nn.Module, folder: str | Path) -> None:
 
 
 def restore_shapes(
-    model: nn.Module, folder: str | Path, *, optimizer: Optimizer | None = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    optimizer: Optimizer | None = None,
+    adapter_name: str = "default",
 ) -> None:
     """Resize a model's adapter to the ranks of a saved one; its weights are still to be loaded.
 
     Args:
         model: A PEFT model with a LoRA adapter on at least the modules of the saved one.
-        folder: Where the adapter was saved.
+        folder: Where the model was saved.
         optimizer: The optimiser that trains the adapter, where there is one already.
+        adapter_name: PEFT's name of the adapter.
 
     Raises:
         ValueError: The saved adapter has a module that the model's adapter lacks.
     """
-    target = saved_ranks(folder)
-    now = ranks(lora_layers(model))
+    target = saved_ranks(adapter_folder(folder, adapter_name))
+    now = ranks(lora_layers(model, adapter_name), adapter_name)
     missing = [name for name in target if name not in now]
     if missing:
         raise ValueError(
             f"The adapter in {folder} has a module that this model's adapter lacks ({missing[0]}); "
             "build the model anew with the options of the saved run."
         )
-    resize(model, {name: target.get(name, 0) for name in now}, optimizer=optimizer)
+    wanted = {name: target.get(name, 0) for name in now}
+    resize(model, wanted, optimizer=optimizer, adapter_name=adapter_name)
+
+
+def load_weights(model: Any, folder: str | Path) -> None:
+    """Give a PEFT model the weights of every adapter of its that a folder holds."""
+    for name in model.peft_config:
+        path = adapter_folder(folder, name) / WEIGHTS_NAME
+        if path.is_file():
+            set_peft_model_state_dict(model, load_file(path), adapter_name=name)

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.optim import Adam, Optimizer
 
 from loralloc.allocation.layers import lora_layers, weight_a, weight_b
+from loralloc.allocation.objective import Batch
 from loralloc.methods.gated import START, GatedLora
-from loralloc.methods.method import About, Batch
+from loralloc.methods.method import About
 from loralloc.methods.orthogonal import off_orthonormal
 
 BETA, GAMMA, ZETA = 1.0, -0.1, 1.1

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from loralloc.methods.gated import GatedLora
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 
 MEDIAN = 0.6745
 """Median of |g| where g is standard normal: half of the gates are below it at the start."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
@@ -10,9 +9,8 @@ from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
 from loralloc.methods.catalog import get_method
-from loralloc.methods.method import DEFAULT_RANK, Method
-from loralloc.methods.peft_method import PeftMethod, rank_parameters
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.method import Method
+from loralloc.methods.peft_method import PeftMethod, default_budget
 from loralloc.runs.settings import BLOCK, OPTIONS, Settings
 
 LORA_FLAGS = {
@@ -35,9 +33,11 @@ def method_of(settings: Settings) -> Method:
     """
     run = settings.run
     kind = get_method(run.method)
-    fields = {f.name for f in dataclasses.fields(kind) if f.init}
+    fields = set(kind.option_names())
     values = {**_lora_values(settings, kind, fields), **_own_values(settings, kind, fields)}
-    if kind.allocates is False:
+    if kind.allocates:
+        values["allocation"] = settings.allocation
+    else:
         _refuse_allocation(settings)
     if run.paper and run.budget is not None:
         raise ValueError(
@@ -67,11 +67,6 @@ def fit(method: Method, model: nn.Module, budget: int | None) -> None:
             block (the paper's comparison).
     """
     method.fit(model, default_budget(model) if budget is None else budget)
-
-
-def default_budget(model: nn.Module) -> int:
-    """Parameters of LoRA with 8 ranks on every linear layer of every block."""
-    return DEFAULT_RANK * rank_parameters(model, resolve_targets(model, None))
 
 
 def check_quantised(method: Method, model: Any) -> None:

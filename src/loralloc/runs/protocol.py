@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from loralloc.runs.settings import Settings
-from loralloc.training.attach import planned_steps
+from loralloc.training.length import planned_length
 
 SOURCE = "protocol paper"
 
@@ -166,10 +166,10 @@ def _evaluation(settings: Settings) -> dict[str, Any]:
 
 
 def _more_often_in_a_short_run(trainer: Trainer, settings: Settings) -> Settings:
-    per_epoch, total = planned_steps(trainer)
-    if total >= SHORT_RUN:
+    length = planned_length(trainer)
+    if length.num_steps >= SHORT_RUN:
         return settings
-    every = math.ceil(per_epoch / 2)
+    every = math.ceil(length.steps_per_epoch / 2)
     why = f"{SOURCE}: twice an epoch, not every {EVAL_STEPS}: under {SHORT_RUN:,} in all"
     names = [name for name in ("eval_steps", "save_steps") if settings.sources[name] == SOURCE]
     for name in names:

@@ -25,6 +25,7 @@ from loralloc.allocation.layers import base_model
 from loralloc.allocation.record import Round
 from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import fuse
+from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
 from loralloc.runs import card, data, folder, protocol
 from loralloc.runs.adaptation import check_quantised, fit, method_of
@@ -39,7 +40,6 @@ from loralloc.tasks.classification import to_classification
 from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
-from loralloc.training.attach import AllocationCallback, attach
 from loralloc.training.drive import drive
 
 TASK_TYPES: dict[Head, TaskType] = {
@@ -61,14 +61,16 @@ class Run:
 
     tokenizer: PreTrainedTokenizerBase
     trainer: Trainer
-    allocation: AllocationCallback | None
-    """The rounds, where the method has any."""
-
     splits: dict[str, Split]
     """The rows as loaded."""
 
     task: Task | None
     head: Head
+
+    @property
+    def allocation(self) -> Alora | None:
+        """The method, where it moves ranks: its rounds and their steps."""
+        return self.method if isinstance(self.method, Alora) else None
 
 
 def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = None) -> Run:
@@ -141,15 +143,13 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
         model = _adapted(settings, method, head, model_options)
         trainer = sft_trainer(model, tokenizer, settings.training, ready)
     settings = protocol.follow(trainer, settings)
-    drive(trainer, method)
-    config = method.allocation(settings.allocation)
+    drive(trainer, method, on_round=on_round)
     return Run(
         settings=settings,
         method=method,
         model=model,
         tokenizer=tokenizer,
         trainer=trainer,
-        allocation=attach(trainer, config, on_round=on_round) if config else None,
         splits=splits,
         task=task,
         head=head,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import logging
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import (
     Trainer,
     TrainerCallback,
@@ -16,203 +18,312 @@ from transformers import (
     TrainingArguments,
 )
 
-from loralloc.allocation.objective import is_causal_lm
-from loralloc.allocation.supervised import SupervisedLoss
-from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import Batch, Method, Session
+from loralloc.allocation.record import Round
+from loralloc.methods.method import Method
+from loralloc.methods.session import Session
 from loralloc.training import scoring_batch
-from loralloc.training.attach import planned_steps
+from loralloc.training.adopt import adopt
 from loralloc.training.checkpoint import read_state, write_state
 from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.halves import second_half
+from loralloc.training.held_out import held_out
 from loralloc.training.learning_rate import restart_schedule
+from loralloc.training.length import planned_length
+from loralloc.training.method_loss import mean_loss, with_method
+from loralloc.training.replaced import give_back, replace, replaced
+from loralloc.training.way_of_running import check_checkpointing, check_way_of_running
+
+logger = logging.getLogger(__name__)
 
 STATE_NAME = "method_state"
 """Names the two files of a checkpoint that hold what resuming needs of a method."""
 
-SCORING_EXAMPLES = 32
-"""Development examples that a search measures on, as the paper's B_val."""
 
+def drive(
+    trainer: Trainer,
+    method: Method,
+    *,
+    scoring_dataset: Any = None,
+    on_round: Callable[[Round], None] | None = None,
+) -> Driver:
+    """Let a trainer train with a method: its losses, its steps, its rounds, its checkpoints.
 
-def drive(trainer: Trainer, method: Method) -> MethodCallback:
-    """Let a trainer train with a method: its losses, its steps, its checkpoints.
+    What can be refused is refused here, before the first step.
 
     Args:
-        trainer: Its model is the one that the method prepared.
-        method: Prepared.
+        trainer: Its model is the one that the method prepared; or a backbone, which an unprepared
+            method adapts here, at the size of LoRA with rank 8 where none was chosen.
+        method: How the model is adapted.
+        scoring_dataset: Held-out examples as the trainer evaluates on, for a method that measures
+            on some; the trainer's `eval_dataset` by default.
+        on_round: Called with each round of allocation once it has taken place.
 
     Returns:
-        The callback, which the trainer has already.
+        The driver, which is one of the trainer's callbacks. Its `detach()` gives the trainer and
+        the model back as they were.
 
     Raises:
-        TypeError: The method acts between steps, and there are several processes or devices, or
-            the loss is scaled.
-        ValueError: The learning rate's schedule cannot begin anew after a search.
+        ValueError: The method's options do not fit the model, the data or the length of the run.
+        TypeError: The model or the way of running does not fit the method.
+
+    Example:
+        >>> from loralloc import drive, get_method
+        >>> trainer = SFTTrainer(model, ...)  # doctest: +SKIP
+        >>> drive(trainer, get_method("sora")(rank=8))  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
     """
-    _check_way_of_running(trainer, method)
-    _join_loss(trainer, method)
-    _join_saving(trainer, method)
-    _join_loading(trainer, method)
-    steps_per_epoch, num_steps = planned_steps(trainer)
-    known: dict[str, Any] = {
-        "num_steps": num_steps,
-        "steps_per_epoch": steps_per_epoch,
-        "loss": _mean_loss(trainer, method),
-        "seed": trainer.args.seed,
-    }
-    search = method.search_steps(num_steps)
-    if search:
-        known |= _what_a_search_reads(trainer, search)
-        restart_schedule(trainer, at=search)
-    callback = MethodCallback(trainer, method, functools.partial(Session, **known))
-    trainer.add_callback(callback)
-    return callback
+    if any(isinstance(callback, Driver) for callback in trainer.callback_handler.callbacks):
+        raise ValueError(
+            "The trainer is driven by a method already; attach or drive one once, or detach() it "
+            "first."
+        )
+    check_way_of_running(trainer, method)
+    if method.model is None:
+        adopt(trainer, method)
+    driver = Driver(trainer, method, scoring_dataset, on_round)
+    trainer.add_callback(driver)
+    return driver
 
 
-class MethodCallback(TrainerCallback):
-    """Tells a method where its run is, and keeps checkpoints before its budget from being chosen.
+class Driver(TrainerCallback):
+    """Tells a method where its run is, and takes part in the trainer's saving and loading.
 
-    Made by `drive`.
+    Made by `drive`. While `trainer.train()` runs, the trainer loads checkpoints through the method
+    and draws examples and learning rates as it wants; until `detach()`, the method sees every batch
+    and what is saved of the model is what the method saves.
     """
 
-    def __init__(self, trainer: Trainer, method: Method, session: Callable[..., Session]) -> None:
-        """Hold what the method is to be given, but for the optimiser, which is not there yet."""
+    def __init__(
+        self,
+        trainer: Trainer,
+        method: Method,
+        scoring_dataset: Any,
+        on_round: Callable[[Round], None] | None,
+    ) -> None:
+        """Check everything, then join."""
+        self.method = method
         self._trainer = trainer
-        self._method = method
-        self._session = session
+        self.notes: list[str] = []
+        """What is otherwise than was asked for, a sentence each."""
+        self._is_training = self._is_saving = False
+        self._length = planned_length(trainer)
+        self._wants = method.wants(self._length)
+        self._session = Session(
+            num_steps=self._length.num_steps,
+            steps_per_epoch=self._length.steps_per_epoch,
+            batches_per_step=trainer.args.gradient_accumulation_steps,
+            loss=mean_loss(trainer, method),
+            training=self._training_examples,
+            held_out=self._held_out(scoring_dataset),
+            seed=trainer.args.seed,
+            log=self._log,
+            on_round=on_round,
+        )
+        if self._wants.half_until:
+            check_checkpointing(trainer)
+        method.join(self._session)
+        # From here on the trainer is changed.
+        self._while_training = self._joins_of_training()
+        self._while_attached = {"train": self._driven(trainer.train)}
+        loss = with_method(trainer, method)
+        if loss is not None:
+            self._while_attached["compute_loss"] = loss
+        self._before = replace(trainer, self._while_attached)
+        self._model = method.model
+        self._save = {"save_pretrained": self._saving_with_method(self._model)}
+        self._saved_before = replace(self._model, self._save)
+
+    def detach(self) -> None:
+        """Give the trainer and the model back as they were; the method does nothing more."""
+        self._trainer.remove_callback(self)
+        give_back(self._trainer, self._while_attached, self._before)
+        give_back(self._model, self._save, self._saved_before)
+
+    # What the trainer calls.
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Give the method its session."""
-        optimizer = kwargs["optimizer"]
-        # Accelerate's wrapper holds the one whose groups and state a method may have to mend.
-        self._method.begin(self._session(optimizer=getattr(optimizer, "optimizer", optimizer)))
+        """Let the method begin, with the run as it is now, resumed or not."""
+        self._follow_length()
+        self._take_optimizer(kwargs["optimizer"])
+        self._session.steps_done = state.global_step
+        self.method.begin(self._session)
+        self._is_training = True
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Let the method act before the batches of the step."""
+        self.method.before_step()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Let the method act while the step's gradients are still there."""
-        self._method.step(state.global_step + 1)
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self.method.step(state.global_step + 1)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget the best checkpoint of the time before the method's budget was reached."""
-        if state.global_step == self._method.first_eligible_step():
+        """Let the method act between two steps; checkpoints before its budget count no more."""
+        number = self._session.steps_done = state.global_step
+        self._take_optimizer(kwargs["optimizer"])
+        should_log = control.should_log
+        has_changed = self.method.after_step(number, float(state.epoch or 0.0))
+        control.should_log = should_log  # logging a round is not logging the step
+        if has_changed or number == self.method.first_eligible_step():
             begin_counting(self._trainer, state)
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Keep early stopping off until then."""
-        if state.global_step < self._method.first_eligible_step():
+        """Keep early stopping off until the method's budget is reached."""
+        if state.global_step < self.method.first_eligible_step():
             leave_uncounted(self._trainer, control)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Let the method end, or say that it did nothing."""
-        self._method.finish()
+        self._is_training = False
+        self.method.finish()
 
+    # What takes the places of the trainer's and the model's own.
 
-def _check_way_of_running(trainer: Trainer, method: Method) -> None:
-    kind = type(method)
-    acts = kind.step is not Method.step or kind.extra_loss is not Method.extra_loss
-    if isinstance(method, InPlaceMethod) and trainer.args.n_gpu > 1:
-        raise TypeError(
-            f"There are {trainer.args.n_gpu} GPUs, between which one process would copy the model "
-            f"without the hooks of {method.about.name}; make a single GPU visible with "
-            "CUDA_VISIBLE_DEVICES."
-        )
-    count = max(trainer.args.world_size, trainer.args.n_gpu)
-    if acts and count > 1:
-        raise TypeError(
-            f"The run has {count} processes or GPUs, and {method.about.name} acts between steps, "
-            "which takes place in one process on one device so far: make a single GPU visible with "
-            "CUDA_VISIBLE_DEVICES and start one process."
-        )
-    if acts and trainer.args.fp16:
-        raise TypeError(
-            f"The run is in fp16, whose loss is scaled and whose steps may be skipped, and "
-            f"{method.about.name} reads gradients between steps; train with bf16 or in float32."
-        )
+    def _driven(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(own)
+        def train(*args: Any, **kwargs: Any) -> Any:
+            try:
+                with replaced(self._trainer, self._while_training):
+                    return own(*args, **kwargs)
+            finally:
+                self._is_training = False
 
+        return train
 
-def _what_a_search_reads(trainer: Trainer, search: int) -> dict[str, Any]:
-    """The other half of the training examples, and held-out ones to measure on."""
-    seed, held_out = trainer.args.seed, trainer.eval_dataset
-    count = SCORING_EXAMPLES if held_out is None else min(SCORING_EXAMPLES, len(held_out))
-    return {
-        "second_half": second_half(trainer, until_step=search, seed=seed),
-        "held_out": scoring_batch.draw(trainer, held_out, num_examples=count, seed=seed),
-    }
+    def _joins_of_training(self) -> dict[str, Any]:
+        """Loading, drawing of examples and learning rate, as the method wants them."""
+        trainer = self._trainer
+        joins: dict[str, Any] = {
+            "_load_from_checkpoint": self._load_from_checkpoint,
+            "_load_best_model": self._load_best_model,
+        }
+        if self._wants.half_until:
+            self._session.second_half, joins["_get_train_sampler"] = second_half(
+                trainer, until_step=self._wants.half_until, seed=self._seed
+            )
+        if self._wants.restart_at:
+            joins["create_scheduler"] = restart_schedule(trainer, at=self._wants.restart_at)
+        return joins
 
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        folder = Path(checkpoint)
+        self._take_optimizer(self._trainer.optimizer)
+        self.method.check_saved(folder)
+        self._load(folder)
 
-def _mean_loss(trainer: Trainer, method: Method) -> Callable[[Batch], Tensor]:
-    """Mean loss of a batch with its graph; the model stays in the mode it is in."""
-    model: Any = trainer.model
-    supervised = SupervisedLoss(model) if is_causal_lm(model) else None
-
-    def loss(batch: Batch) -> Tensor:
-        device = next(model.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        method.watch(inputs)
-        if supervised is not None:
-            found = supervised(inputs)
-            return found.total / found.num_targets
-        mean: Tensor = model(**inputs).loss
-        return mean
-
-    return loss
-
-
-def _join_loss(trainer: Trainer, method: Method) -> None:
-    """Show the method every batch, and add its extra loss while the model trains."""
-    own = trainer.compute_loss
-
-    @functools.wraps(own)
-    def compute_loss(
-        model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        method.watch(inputs)
-        found = own(model, inputs, return_outputs, num_items_in_batch)
-        extra = method.extra_loss() if model.training and not return_outputs else None
-        if extra is None:
-            return found
-        # Trainer divides by the micro-batches of a step only what is not yet over all its items.
-        is_whole = num_items_in_batch is not None and trainer.model_accepts_loss_kwargs
-        share = trainer.current_gradient_accumulation_steps if is_whole else 1
-        return found + extra.to(found) / share
-
-    trainer.compute_loss = compute_loss
-
-
-def _join_saving(trainer: Trainer, method: Method) -> None:
-    """Save through the method, with what a resumed run needs."""
-
-    def save(output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or trainer.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        method.save(folder)
-        write_state(folder, STATE_NAME, method.state())
-        if trainer.processing_class is not None:
-            trainer.processing_class.save_pretrained(folder)
-
-    trainer._save = save
-
-
-def _join_loading(trainer: Trainer, method: Method) -> None:
-    """Load through the method: when resumed, and where the best checkpoint is taken up."""
-
-    def load(checkpoint: str, model: Any = None) -> None:
-        method.load(Path(checkpoint))
-        method.load_state(read_state(Path(checkpoint), STATE_NAME))
-
-    def load_best() -> None:
-        best: str | None = trainer.state.best_model_checkpoint
+    def _load_best_model(self) -> None:
+        best: str | None = self._trainer.state.best_model_checkpoint
         assert best is not None
-        method.load(Path(best))
+        self._load(Path(best))
 
-    trainer._load_from_checkpoint = load
-    trainer._load_best_model = load_best
+    def _load(self, folder: Path) -> None:
+        self.method.load(folder)
+        has_state = (folder / f"{STATE_NAME}.json").is_file()
+        if has_state or self.method.needs_state():
+            self.method.load_state(read_state(folder, STATE_NAME))
+
+    def _saving_with_method(self, model: Any) -> Any:
+        own = type(model).save_pretrained
+        signature = inspect.signature(own)
+
+        @functools.wraps(own)
+        def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._is_saving or model is not self.method.model:  # a copy of the model
+                return own(model, *args, **kwargs)
+            given = signature.bind(model, *args, **kwargs).arguments
+            options = {**given.pop("kwargs", {}), **given}
+            options.pop("self")
+            self._save_model(Path(options.pop("save_directory")), options)
+
+        return types.MethodType(save_pretrained, model)
+
+    def _save_model(self, folder: Path, options: dict[str, Any]) -> None:
+        reason = "" if self._is_training else self.method.unfinished()
+        if reason:
+            raise RuntimeError(reason)
+        self._is_saving = True
+        try:
+            self.method.save(folder, **options)
+        finally:
+            self._is_saving = False
+        state = self.method.state() if self._is_training else {}
+        if state and options.get("is_main_process", True):
+            write_state(folder, STATE_NAME, state)
+
+    # What the method is given.
+
+    def _held_out(self, dataset: Any) -> list[Any]:
+        trainer, count = self._trainer, self._wants.held_out
+        if not count:
+            if dataset is not None:
+                raise ValueError(
+                    f"{self.method.about.name} measures on no held-out examples, so that a "
+                    "`scoring_dataset` would have no effect; leave it out."
+                )
+            return []
+        rows = trainer.eval_dataset if dataset is None else dataset
+        batches, note = held_out(trainer, rows, num_examples=count, seed=self._seed)
+        if note:
+            logger.warning("loralloc: %s.", note)
+            self.notes.append(note)
+        return batches
+
+    @property
+    def _seed(self) -> int:
+        return self._trainer.args.seed if self._wants.seed is None else self._wants.seed
+
+    def _training_examples(self, num_examples: int) -> list[Any]:
+        trainer = self._trainer
+        return scoring_batch.draw(
+            trainer, trainer.train_dataset, num_examples=num_examples, seed=self._seed
+        )
+
+    def _take_optimizer(self, optimizer: Any) -> None:
+        # Accelerate's wrapper holds the one whose groups and state a method may have to mend.
+        self._session.optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    def _log(self, numbers: Any) -> None:
+        # Trainer's own log: SFTTrainer's would empty its running metrics into this entry.
+        Trainer.log(self._trainer, dict(numbers))
+
+    def _follow_length(self) -> None:
+        """Place the method's work anew where the trainer's arguments have changed since."""
+        length = planned_length(self._trainer)
+        if length == self._length:
+            return
+        wants = self.method.wants(length)
+        if (wants.half_until, wants.restart_at) != (
+            self._wants.half_until,
+            self._wants.restart_at,
+        ):
+            raise ValueError(
+                f"The run has {length.num_steps} steps now and had {self._length.num_steps} when "
+                f"half of the training examples were kept for {self.method.about.name}; change the "
+                "trainer's arguments before attach()."
+            )
+        self._length, self._wants = length, wants
+        self._session.num_steps = length.num_steps
+        self._session.steps_per_epoch = length.steps_per_epoch
+
+
+def detach(trainer: Trainer) -> None:
+    """Give a trainer and its model back as they were before `drive` or `attach`.
+
+    The adapter stays as it is now. Nothing happens where no method drives the trainer.
+    """
+    for callback in list(trainer.callback_handler.callbacks):
+        if isinstance(callback, Driver):
+            callback.detach()

@@ -7,7 +7,7 @@ train their weights on half 1 and their gates on half 2, and afterwards the weig
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,9 @@ from loralloc.allocation.objective import Batch
 from loralloc.allocation.schedule import steps_per_epoch
 
 
-def second_half(trainer: Trainer, *, until_step: int, seed: int) -> Iterator[Batch]:
+def second_half(
+    trainer: Trainer, *, until_step: int, seed: int
+) -> tuple[Iterator[Batch], Callable[..., Sampler[int]]]:
     """Keep half of the training examples from the weights until a step, and give them here.
 
     Until then an epoch goes through half 1 twice, so that it has as many steps as before: epochs
@@ -26,7 +28,7 @@ def second_half(trainer: Trainer, *, until_step: int, seed: int) -> Iterator[Bat
     all examples, in its own order. What a step sees depends on the seeds and the number of the
     step alone, so a resumed run sees what an unbroken one would have seen.
 
-    Call it once, before `trainer.train()` and after the trainer's arguments are final.
+    Call it once, after the trainer's arguments are final; nothing of the trainer is changed.
 
     Args:
         trainer: Its collator, columns, batch size and sampler are used, so that batches of both
@@ -37,6 +39,7 @@ def second_half(trainer: Trainer, *, until_step: int, seed: int) -> Iterator[Bat
     Returns:
         Batches of half 2 without end, on the trainer's device. Each step of the trainer has as
         many of them as it accumulates batches; the first asked for in a step is that step's first.
+        And what is to take the place of the trainer's `_get_train_sampler` while it trains.
 
     Raises:
         ValueError: The training set cannot be divided.
@@ -72,8 +75,7 @@ def second_half(trainer: Trainer, *, until_step: int, seed: int) -> Iterator[Bat
             drop_last=trainer.args.dataloader_drop_last,
         )
 
-    trainer._get_train_sampler = sampler_of_half
-    return _SecondHalf(trainer, _part(dataset, second), own_sampler, seed)
+    return _SecondHalf(trainer, _part(dataset, second), own_sampler, seed), sampler_of_half
 
 
 class HalfSampler(Sampler[int]):

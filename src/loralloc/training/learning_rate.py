@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
@@ -10,8 +11,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 
-def restart_schedule(trainer: Trainer, *, at: int) -> None:
-    """Let the learning rate's schedule, warm-up and all, run once before a step and once after.
+def restart_schedule(trainer: Trainer, *, at: int) -> Callable[..., Any]:
+    """The learning rate's schedule, warm-up and all, once before a step and once after.
+
+    Returns:
+        What is to take the place of the trainer's `create_scheduler`.
 
     Raises:
         ValueError: The schedule depends on more than the number of the step.
@@ -39,7 +43,7 @@ def restart_schedule(trainer: Trainer, *, at: int) -> None:
         trainer.lr_scheduler = LambdaLR(optimizer or trainer.optimizer, joined)
         return trainer.lr_scheduler
 
-    trainer.create_scheduler = create_scheduler
+    return create_scheduler
 
 
 def _in_two(first: Any, second: Any, at: int, step: int) -> float:

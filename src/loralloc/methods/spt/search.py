@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from loralloc.allocation.blocks import backbone
-from loralloc.methods.method import Batch, Session
+from loralloc.allocation.objective import Batch
+from loralloc.methods.session import Session
 
 LEARNING_RATE = 1e-2
 """Of Adam on alpha. DARTS's 3e-4 is for tens of thousands of steps, and a search has hundreds."""

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loralloc.allocation.blocks import backbone, blocks, hidden_size
-from loralloc.allocation.objective import is_causal_lm
+from loralloc.allocation.objective import Batch, is_causal_lm
 from loralloc.allocation.supervised import IGNORED
-from loralloc.methods.method import Batch
 
 SOFT_PROMPT = "soft_prompt"
 """The name under which the backbone holds what is in the slots before the first block."""

@@ -1,0 +1,77 @@
+"""Methods by name: ours, and a user's own."""
+
+import json
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import tiny
+import torch
+from peft import TaskType
+
+from loralloc import open_adapter
+from loralloc.methods.bitfit import BitFit
+from loralloc.methods.catalog import METHODS, get_method
+from loralloc.methods.method import About
+
+
+@dataclass(kw_only=True)
+class OnlyLast(BitFit):
+    """A method of a user's own."""
+
+    about: ClassVar[About] = About(
+        name="only-last", title="OnlyLast", paper="nobody", status="reconstruction"
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ours_are_named_as_they_name_themselves(name):
+    assert get_method(name).about.name == name
+
+
+def test_a_users_own_is_named_by_module_and_class():
+    assert get_method(f"{__name__}:OnlyLast") is OnlyLast
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sroa", "There is no method 'sroa'; did you mean 'sora'"),
+        ("no_such_package:Class", "could not be imported .*no_such_package.*; give it as package"),
+        (f"{__name__}:Nothing", "could not be imported"),
+        (f"{__name__}:tiny", "is no method: it must be a subclass of loralloc.Method"),
+        ("loralloc.methods.method:Method", "is no method"),
+    ],
+)
+def test_what_is_no_method_is_refused_in_a_sentence(name, words):
+    with pytest.raises(ValueError, match=words):
+        get_method(name)
+
+
+def saved(folder):
+    model = tiny.gpt2()
+    method = OnlyLast()
+    method.prepare(model, task_type=TaskType.CAUSAL_LM)
+    with torch.no_grad():
+        for parameter in method.adapter_parameters().values():
+            parameter.add_(1.0)
+    method.save(folder)
+    return model
+
+
+def test_what_a_users_own_method_saved_opens_with_its_class(tmp_path):
+    model = saved(tmp_path)
+    opened = open_adapter(tiny.gpt2(), tmp_path, method=OnlyLast)
+    batch = tiny.causal_batch()
+    torch.testing.assert_close(opened(**batch).logits, model.eval()(**batch).logits)
+    with pytest.raises(ValueError, match="There is no method 'only-last'"):
+        open_adapter(tiny.gpt2(), tmp_path)
+
+
+def test_a_folder_imports_nothing(tmp_path):
+    saved(tmp_path)
+    config = json.loads((tmp_path / "method.json").read_text())
+    config["method"] = f"{__name__}:OnlyLast"
+    (tmp_path / "method.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="There is no method"):
+        open_adapter(tiny.gpt2(), tmp_path)
