@@ -259,9 +259,9 @@ class Driver(TrainerCallback):
             self.method.save(folder, **options)
         finally:
             self._is_saving = False
-        state = self.method.state() if self._is_training else {}
-        if state and options.get("is_main_process", True):
-            write_state(folder, STATE_NAME, state)
+        is_checkpoint = self._is_training and self.method.needs_state()
+        if is_checkpoint and options.get("is_main_process", True):
+            write_state(folder, STATE_NAME, self.method.state())
 
     # What the method is given.
 
