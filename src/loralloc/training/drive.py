@@ -25,6 +25,7 @@ from loralloc.training import scoring_batch
 from loralloc.training.adopt import adopt
 from loralloc.training.checkpoint import read_state, write_state
 from loralloc.training.eligibility import begin_counting, leave_uncounted
+from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
 from loralloc.training.held_out import held_out
 from loralloc.training.learning_rate import restart_schedule
@@ -169,6 +170,8 @@ class Driver(TrainerCallback):
     ) -> None:
         """Let the method act between two steps; checkpoints before its budget count no more."""
         number = self._session.steps_done = state.global_step
+        if control.should_log or control.should_save or control.should_evaluate:
+            check_finite(self._trainer.model, step=number)
         self._take_optimizer(kwargs["optimizer"])
         should_log = control.should_log
         has_changed = self.method.after_step(number, float(state.epoch or 0.0))
@@ -188,6 +191,7 @@ class Driver(TrainerCallback):
     ) -> None:
         """Let the method end, or say that it did nothing."""
         self._is_training = False
+        check_finite(self._trainer.model, step=state.global_step)
         self.method.finish()
 
     # What takes the places of the trainer's and the model's own.
