@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from loralloc.methods.catalog import get_method as get_method
     from loralloc.methods.method import Method as Method
     from loralloc.methods.opening import open_adapter as open_adapter
+    from loralloc.runs.run import Run as Run
+    from loralloc.runs.run import prepare as prepare
+    from loralloc.runs.run import train as train
     from loralloc.training.attach import attach as attach
     from loralloc.training.drive import Driver as Driver
     from loralloc.training.drive import detach as detach
@@ -37,6 +40,7 @@ _HOMES = {
     "Plan": "allocation.policy",
     "Record": "allocation.record",
     "Round": "allocation.record",
+    "Run": "runs.run",
     "Scores": "allocation.policy",
     "ScoringError": "allocation.allocator",
     "attach": "training.attach",
@@ -45,7 +49,9 @@ _HOMES = {
     "get_method": "methods.catalog",
     "open_adapter": "methods.opening",
     "plan": "allocation.policy",
+    "prepare": "runs.run",
     "resize": "allocation.resize",
+    "train": "runs.run",
     "use_supervised_loss": "training.supervised",
 }
 

@@ -6,11 +6,12 @@ from loralloc.cli import demo
 from loralloc.tasks import demo_grammar, source
 
 SHORT = {
-    "--max_steps": "6",
-    "--per_device_train_batch_size": "4",
-    "--ranks_per_round": "5",
-    "--warmup_epochs": "0.2",
-    "--recovery_epochs": "0.1",
+    "max_steps": 6,
+    "per_device_train_batch_size": 4,
+    "ranks_per_round": 5,
+    "warmup_epochs": 0.2,
+    "recovery_epochs": 0.1,
+    "scoring_examples": 4,
 }
 
 
@@ -20,10 +21,8 @@ def short_demo(monkeypatch, llama_folder):
     rows = {name: part[:40] for name, part in demo_grammar.demo_rows().items()}
     monkeypatch.setattr(source, "demo_rows", lambda: rows)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
-    flags = list(demo.FLAGS)
-    for name, value in {**SHORT, "--model_name_or_path": str(llama_folder)}.items():
-        flags[flags.index(name) + 1] = value
-    monkeypatch.setattr(demo, "FLAGS", (*flags, "--scoring_examples", "4"))
+    options = {**demo.OPTIONS, **SHORT, "model_name_or_path": llama_folder}
+    monkeypatch.setattr(demo, "OPTIONS", options)
 
 
 def test_the_demo_compares_before_with_after(short_demo, call, output):
@@ -62,11 +61,11 @@ def test_overwrite_replaces_it(short_demo, call, output):
 
 
 def test_the_demos_rounds_fit_its_run():
-    """As the docstring of its flags says."""
+    """As the docstring of its options says."""
     from loralloc.allocation.schedule import round_steps
     from loralloc.runs.settings import resolve
 
-    settings = resolve(list(demo.FLAGS))
+    settings = resolve(demo.OPTIONS)
     per_epoch = 1000 // settings.training.per_device_train_batch_size
     steps = round_steps(
         settings.allocation, steps_per_epoch=per_epoch, max_steps=settings.training.max_steps

@@ -51,7 +51,7 @@ def test_the_flags_named_in_the_help_exist():
     import re
 
     from loralloc.cli.train import FLAGS
-    from loralloc.runs.settings import known_fields
+    from loralloc.runs.arguments import known_fields
 
     known = {n.removeprefix("allocation.") for g in known_fields().values() for n, _ in g}
     named = set(re.findall(r"^  --(?:allocation\.)?(\w+)", FLAGS, flags=re.MULTILINE))

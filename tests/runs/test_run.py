@@ -98,8 +98,8 @@ def settings_for(tmp_path, write_rows, llama_folder):
 
 
 def whole_run(settings, **how):
-    prepared = runs.prepare(settings)
-    runs.train(prepared, **how)
+    prepared = runs.prepare(settings, **how)
+    runs.train(prepared)
     return prepared
 
 
@@ -109,7 +109,7 @@ def whole_run(settings, **how):
 )
 def test_a_run_on_every_form_of_data(rows, task, settings_for):
     prepared = whole_run(settings_for(rows, *(["--task", task] if task else [])))
-    assert prepared.head == "lm"
+    assert prepared.head.name == "lm"
     assert [entry.step for entry in prepared.allocation.record.rounds] == [3, 6]
     assert ranks_now(prepared.model) == present(prepared.allocation.record.ranks)
     trained = losses(prepared.trainer)
@@ -136,7 +136,7 @@ def test_classification_of_a_csv_file(tmp_path, settings_for, bert_folder):
     flags = ["--dataset_name", tmp_path / "reviews.csv", "--validation_examples", "16"]
     flags += ["--text_column", "review", "--label_column", "verdict"]
     prepared = whole_run(settings_for(sst2, *flags, model=bert_folder))
-    assert prepared.head == "classification"
+    assert prepared.head.name == "classification"
     assert prepared.model.config.id2label == {0: "bad", 1: "good"}
     assert len(prepared.allocation.record.rounds) == 2
     accuracies = [
@@ -147,14 +147,14 @@ def test_classification_of_a_csv_file(tmp_path, settings_for, bert_folder):
 
 def test_a_known_task_classifies_with_an_encoder(settings_for, bert_folder):
     prepared = runs.prepare(settings_for(sst2, "--task", "sst2", model=bert_folder))
-    assert prepared.head == "classification"
+    assert prepared.head.name == "classification"
     assert prepared.model.config.id2label == {0: "negative", 1: "positive"}
 
 
 def test_a_language_model_can_classify(settings_for, llama_folder):
     head = ["--task", "sst2", "--head", "classification"]
     prepared = whole_run(settings_for(sst2, *head, model=llama_folder))
-    assert prepared.head == "classification"
+    assert prepared.head.name == "classification"
     assert len(prepared.allocation.record.rounds) == 2
 
 
@@ -238,9 +238,9 @@ def test_the_card_says_how_to_load_the_adapter(finished):
     prepared, folder = finished
     card = (folder / "README.md").read_text()
     base = prepared.settings.model.model_name_or_path
-    labels = ", num_labels=2" if prepared.head == "classification" else ""
+    labels = ", num_labels=2" if prepared.head.name == "classification" else ""
     assert f'.from_pretrained("{base}"{labels})' in card
-    auto = "CausalLM" if prepared.head == "lm" else "SequenceClassification"
+    auto = "CausalLM" if prepared.head.name == "lm" else "SequenceClassification"
     assert f"AutoModelFor{auto}" in card
     assert "Rounds: 2" in card
 
@@ -299,7 +299,7 @@ def test_an_encoder_whose_file_lacks_the_pooler(tmp_path, settings_for, bert_fol
 
 def test_a_finished_language_model_run_opens_again(finished):
     prepared, folder = finished
-    if prepared.head == "classification":
+    if prepared.head.name == "classification":
         with pytest.raises(ValueError, match="is for SEQ_CLS, which generates no text"):
             load_trained(folder)
         return
@@ -327,7 +327,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, settings_for, bert_fol
         runs.train(killed)
     checkpoint = run_folder.checkpoint_to_resume(tmp_path / "out")
     assert checkpoint.name == "checkpoint-5"
-    resumed = whole_run(settings_for(rows, *more, **model), checkpoint=checkpoint)
+    resumed = whole_run(settings_for(rows, *more, **model), resume=True)
     assert without_seconds(resumed.allocation.record.rounds) == without_seconds(
         whole.allocation.record.rounds
     )

@@ -3,7 +3,8 @@ import os
 
 import pytest
 
-from loralloc.runs.settings import DEFAULTS, known_fields, resolve, saved
+from loralloc.runs.arguments import DEFAULTS, known_fields
+from loralloc.runs.settings import resolve, saved
 
 TRL_YAML = """\
 # What `trl sft --config` takes

@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loralloc.cli.console import console
 
@@ -18,21 +18,20 @@ if TYPE_CHECKING:
     from loralloc.runs.run import Run
     from loralloc.tasks.task import Example
 
-FLAGS = (
-    *("--task", "demo", "--dataset_name", "demo", "--model_name_or_path", "smollm2-135m"),
-    *("--per_device_train_batch_size", "8", "--max_steps", "96", "--learning_rate", "2e-3"),
-    *(
-        "--num_rounds",
-        "3",
-        "--ranks_per_round",
-        "30",
-        "--warmup_epochs",
-        "0.25",
-        "--recovery_epochs",
-        "0.15",
-    ),
-    *("--eval_strategy", "no", "--save_strategy", "no"),
-)
+OPTIONS: dict[str, Any] = {
+    "task": "demo",
+    "dataset_name": "demo",
+    "model_name_or_path": "smollm2-135m",
+    "per_device_train_batch_size": 8,
+    "max_steps": 96,
+    "learning_rate": 2e-3,
+    "num_rounds": 3,
+    "ranks_per_round": 30,
+    "warmup_epochs": 0.25,
+    "recovery_epochs": 0.15,
+    "eval_strategy": "no",
+    "save_strategy": "no",
+}
 """The demo's run: 768 examples, rounds after steps 31, 50 and 69."""
 
 SHOWN = 3
@@ -63,11 +62,9 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.report.ranks import rank_table
     from loralloc.runs import folder as run_folder
     from loralloc.runs import run as runs
-    from loralloc.runs.settings import resolve
 
     prepare_process()
     out = console()
-    settings = resolve([*FLAGS, "--output_dir", str(args.output_dir)])
     if run_folder.holds_run(args.output_dir) and not args.overwrite:
         raise ValueError(
             f"{args.output_dir} already holds a run; replace it with `--overwrite` or name another "
@@ -75,9 +72,11 @@ def run(args: argparse.Namespace) -> int:
         )
     progress = Progress(out)
     with out.status("loading SmolLM2-135M"):
-        prepared = runs.prepare(settings, on_round=progress.show_round)
-    if args.overwrite:
-        run_folder.clear(args.output_dir)
+        prepared = runs.prepare(
+            {**OPTIONS, "output_dir": args.output_dir},
+            overwrite=args.overwrite,
+            on_round=progress.show_round,
+        )
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
     before = _measure(prepared, "before training")

@@ -14,8 +14,8 @@ from loralloc.cli.console import console
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
+from loralloc.runs.arguments import OPTIONS
 from loralloc.runs.run import Run
-from loralloc.runs.settings import OPTIONS
 from loralloc.training.length import planned_length
 
 
@@ -30,7 +30,7 @@ def show(run: Run) -> None:
     rows = Table(box=None, show_header=False, pad_edge=False)
     rows.add_column(style="bold")
     rows.add_column(overflow="fold")
-    rows.add_row("data", f"{sizes} examples ({run.head} head)")
+    rows.add_row("data", f"{sizes} examples ({run.head.name} head)")
     everything = sum(parameter.numel() for parameter in run.model.parameters())
     rows.add_row("method", f"{sized(run.method)} ({run.method.about.paper})")
     rows.add_row("parameters", f"{run.method.num_trained():,} trainable of {everything:,}")

@@ -164,7 +164,7 @@ def _way(evaluation: Evaluation) -> str:
     """How the predictions were made, in words."""
     decoding = evaluation.decoding
     if decoding is None:
-        return f"{evaluation.head} head"
+        return f"{evaluation.head.name} head"
     ways = {
         "beam": f"{decoding.num_beams} beams",
         "greedy": "greedy",

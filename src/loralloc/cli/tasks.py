@@ -81,6 +81,8 @@ def data_set(task: Task) -> str | None:
 
 def heads(task: Task) -> list[str]:
     """Name the heads that can learn a task: all responses can be generated, some chosen too."""
+    from loralloc.tasks.task import has_spans
+
     if task.labels:
         return ["lm", "classification"]
-    return ["lm", "span"] if "f1-em" in task.metrics else ["lm"]
+    return ["lm", "span"] if has_spans(task) else ["lm"]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from loralloc.cli.console import console
-
-if TYPE_CHECKING:
-    from loralloc.runs.settings import Settings
 
 FLAGS = """\
 the flags used most (defaults in brackets):
@@ -74,57 +70,41 @@ def run(args: argparse.Namespace) -> int:
     if args.help_all:
         _print_all_flags()
         return 0
-    settings = _settings(args)
-    from loralloc.runs import folder as run_folder
     from loralloc.runs import run as runs
+    from loralloc.runs.settings import resolve, resolve_again
 
-    folder = settings.output_dir
-    checkpoint = run_folder.checkpoint_to_resume(folder) if args.resume else None
-    if run_folder.holds_run(folder) and not (args.resume or args.overwrite or args.dry_run):
-        raise ValueError(
-            f"{folder} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
-            "or name another `--output_dir`."
-        )
+    ask = resolve_again if args.resume else resolve
+    settings = ask(args.rest, config=args.config)
     if args.dry_run:
         from loralloc.cli.dry_run import show
 
-        show(runs.prepare(settings))
+        # Nothing is overwritten before training begins.
+        show(runs.prepare(settings, resume=args.resume, overwrite=not args.resume))
         return 0
     progress = Progress(console())
     with console().status("loading model and data"):
-        prepared = runs.prepare(settings, on_round=progress.show_round)
-    if args.overwrite:
-        run_folder.clear(folder)
+        prepared = runs.prepare(
+            settings,
+            resume=args.resume,
+            overwrite=args.overwrite,
+            on_round=progress.show_round,
+        )
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
     with progress.shown():
-        runs.train(prepared, checkpoint=checkpoint)
+        runs.train(prepared)
+    folder = settings.output_dir
     console().print(f"\nadapter: [bold]{folder}[/]")
     if prepared.allocation:
         console().print(f"its ranks: loralloc ranks {folder}")
-    if prepared.head == "lm":
+    if prepared.head.generates:
         console().print(f"try it: loralloc generate {folder} --prompt ...")
     return 0
 
 
-def _settings(args: argparse.Namespace) -> Settings:
-    from loralloc.runs.settings import resolve, saved, saved_defaults
-
-    settings = resolve(args.rest, config=args.config)
-    if args.resume:
-        folder = settings.output_dir
-        settings = resolve(
-            args.rest,
-            config=args.config,
-            base=saved(folder),
-            base_defaults=saved_defaults(folder),
-        )
-    return settings
-
-
 def _print_all_flags() -> None:
     from loralloc.methods.catalog import METHODS, get_method
-    from loralloc.runs.settings import known_fields
+    from loralloc.runs.arguments import known_fields
 
     out = console()
     groups = known_fields()

@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.evaluation import predictions as files
-from loralloc.evaluation import predictors
 from loralloc.evaluation.figure import Figure
 from loralloc.evaluation.metrics import measure, score_example
 from loralloc.evaluation.predictions import Predictions
-from loralloc.evaluation.predictors import Predictor
-from loralloc.evaluation.request import Decoding, Request, decoding_of, folder_of
+from loralloc.evaluation.predictors import WAYS, Predictor
+from loralloc.evaluation.request import Decoding, Request, folder_of
 from loralloc.runs import settings as run_settings
 from loralloc.runs.folder import SETTINGS
-from loralloc.runs.models import Head
+from loralloc.runs.heads.head import Head
 from loralloc.runs.trained import head_of
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples
@@ -69,13 +68,14 @@ def prepare(request: Request) -> Evaluation:
     head = head_of(request.run)
     saved = _saved(request.run)
     task = _task(request, saved)
-    decoding = decoding_of(request, head=head, task=task)
+    way = WAYS[head.name]
+    decoding = way.settle(request, task)
     split = _split(request, saved, task)
     examples = to_examples(split, task)
     if "bleu" in task.metrics:  # several texts for one prompt, not several rows to get right
         examples = merge_references(examples)
     chosen = examples[: request.limit]
-    folder = folder_of(request, head=head, task=task, decoding=decoding)
+    folder = folder_of(request, head=head.name, task=task, decoding=decoding)
     if request.overwrite:
         files.clear(folder)
     metric = task.metrics[0]
@@ -84,12 +84,12 @@ def prepare(request: Request) -> Evaluation:
         settings={
             "model": saved.get("model_name_or_path"),
             "adapter": None if request.base else _fingerprint(request.run),
-            "head": head,
+            "head": head.name,
             "task": task.name,
             "split": request.split,
             **(decoding.as_data() if decoding else {}),
         },
-        prompts=[e.prompt if head == "lm" else predictors.encoder_input(e) for e in chosen],
+        prompts=[way.shown(example) for example in chosen],
         gold=[list(e.references) or e.response for e in chosen],
         score=lambda index, text: score_example(metric, text, chosen[index]),
     )
@@ -111,28 +111,12 @@ def load(evaluation: Evaluation) -> Predictor:
     Raises:
         ValueError: If the model does not fit the task or its data; one sentence.
     """
-    request, task, examples = evaluation.request, evaluation.task, evaluation.examples
-    if evaluation.decoding is not None:
-        return predictors.language_model(
-            request.run,
-            task,
-            examples,
-            evaluation.decoding,
-            batch_size=request.batch_size,
-            with_adapter=not request.base,
-        )
-    saved = _saved(request.run)
-    max_length = saved.get("max_length")
-    if evaluation.head == "classification":
-        return predictors.classifier(
-            request.run, task, examples, batch_size=request.batch_size, max_length=max_length
-        )
-    return predictors.span_predictor(
-        request.run,
-        examples,
-        batch_size=request.batch_size,
-        max_length=max_length,
-        stride=saved.get("stride"),
+    return WAYS[evaluation.head.name].load(
+        evaluation.request,
+        evaluation.task,
+        evaluation.examples,
+        decoding=evaluation.decoding,
+        saved=_saved(evaluation.request.run),
     )
 
 

@@ -1,19 +1,20 @@
-"""From examples to predicted texts: one way for each kind of trained model."""
+"""From examples to predicted texts: one way for each head that a run may have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from loralloc.evaluation.classifiers import predict_labels
 from loralloc.evaluation.generation import respond
 from loralloc.evaluation.labels import encode_labels, score_endings
 from loralloc.evaluation.prompts import batches, encode
-from loralloc.evaluation.request import Decoding
+from loralloc.evaluation.request import Decoding, Request, decoding_of, no_decoding
 from loralloc.evaluation.spans import predict_spans
+from loralloc.runs.heads.classification import CLASSIFICATION
+from loralloc.runs.heads.span import SPAN
 from loralloc.runs.trained import load_trained
 from loralloc.tasks.task import Example, Task
 
@@ -35,21 +36,35 @@ class Predictor:
     """From indices to their predictions."""
 
 
+class LoadPredictor(Protocol):
+    """Loads the model of a run for examples of a task, given the run's saved settings."""
+
+    def __call__(
+        self,
+        request: Request,
+        task: Task,
+        examples: Sequence[Example],
+        *,
+        decoding: Any,
+        saved: Mapping[str, Any],
+    ) -> Predictor:
+        """The predictor."""
+
+
 def language_model(
-    folder: Path,
+    request: Request,
     task: Task,
     examples: Sequence[Example],
-    decoding: Decoding,
     *,
-    batch_size: int,
-    with_adapter: bool,
+    decoding: Decoding,
+    saved: Mapping[str, Any],
 ) -> Predictor:
     """Answers of a language model, generated or chosen among the labels.
 
     Raises:
         ValueError: As `prompts.encode` and `labels.encode_labels`.
     """
-    model, tokenizer = load_trained(folder, with_adapter=with_adapter)
+    model, tokenizer = load_trained(request.run, with_adapter=not request.base)
     prompts = [example.prompt for example in examples]
     room = decoding.max_new_tokens
     token_ids, cut = encode(model, tokenizer, prompts, max_new_tokens=room, truncate=True)
@@ -73,7 +88,7 @@ def language_model(
         model=model,
         groups=batches(
             [len(ids) + room for ids in token_ids],
-            batch_size=batch_size,
+            batch_size=request.batch_size,
             copies=len(task.labels) if by_labels else decoding.num_beams,
         ),
         truncated=set(cut),
@@ -82,57 +97,56 @@ def language_model(
 
 
 def classifier(
-    folder: Path,
+    request: Request,
     task: Task,
     examples: Sequence[Example],
     *,
-    batch_size: int,
-    max_length: int | None,
+    decoding: None,
+    saved: Mapping[str, Any],
 ) -> Predictor:
     """Labels that a sequence classifier chooses.
 
     Raises:
         ValueError: If the classifier's labels are not the task's.
     """
-    model, tokenizer = load_trained(folder, head="classification")
+    model, tokenizer = load_trained(request.run, head=CLASSIFICATION)
     own = tuple(model.config.id2label.values())
     if own != task.labels:
         raise ValueError(
-            f"The classifier in {folder} has the labels {', '.join(own)}, and those of the task "
-            f"{task.name} are {', '.join(task.labels) or 'none'}; evaluate the task it was "
+            f"The classifier in {request.run} has the labels {', '.join(own)}, and those of the "
+            f"task {task.name} are {', '.join(task.labels) or 'none'}; evaluate the task it was "
             "trained on."
         )
-    return _encoder(
-        model,
-        examples,
-        partial(predict_labels, model, tokenizer, batch_size=batch_size, max_length=max_length),
-        batch_size=batch_size,
+    size = request.batch_size
+    predict = partial(
+        predict_labels, model, tokenizer, batch_size=size, max_length=saved.get("max_length")
     )
+    return _encoder(model, examples, predict, batch_size=size)
 
 
 def span_predictor(
-    folder: Path,
+    request: Request,
+    task: Task,
     examples: Sequence[Example],
     *,
-    batch_size: int,
-    max_length: int | None,
-    stride: int | None,
+    decoding: None,
+    saved: Mapping[str, Any],
 ) -> Predictor:
     """Answers that a span head finds in their contexts.
 
     Raises:
         ValueError: If an example has no span, or a question leaves no room for its context.
     """
-    model, tokenizer = load_trained(folder, head="span")
+    model, tokenizer = load_trained(request.run, head=SPAN)
     predict = partial(
         predict_spans,
         model,
         tokenizer,
-        batch_size=batch_size,
-        max_length=max_length,
-        stride=stride,
+        batch_size=request.batch_size,
+        max_length=saved.get("max_length"),
+        stride=saved.get("stride"),
     )
-    return _encoder(model, examples, predict, batch_size=batch_size)
+    return _encoder(model, examples, predict, batch_size=request.batch_size)
 
 
 def _encoder(
@@ -156,3 +170,27 @@ def encoder_input(example: Example) -> str:
     if example.span is not None:
         return f"{example.span.question}\n{example.span.context}"
     return "\n".join(text for text in (example.text, example.text_pair) if text is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """What of an evaluation depends on the head of the run."""
+
+    settle: Callable[[Request, Task], Decoding | None]
+    """How a language model answers; options that only one reads are refused for the others."""
+
+    shown: Callable[[Example], str]
+    """What the model is given of an example, for people."""
+
+    load: LoadPredictor
+    """From a run folder to predictions."""
+
+
+WAYS = {
+    "lm": Way(settle=decoding_of, shown=lambda example: example.prompt, load=language_model),
+    "classification": Way(
+        settle=partial(no_decoding, head="classification"), shown=encoder_input, load=classifier
+    ),
+    "span": Way(settle=partial(no_decoding, head="span"), shown=encoder_input, load=span_predictor),
+}
+"""By the name of the head."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralloc.evaluation.generation import BEAM_OPTIONS
-from loralloc.runs.models import Head, load_tokenizer
-from loralloc.tasks.task import Task
+from loralloc.runs.models import load_tokenizer
+from loralloc.tasks.task import Task, has_spans
 
 Decode = Literal["beam", "greedy", "labels"]
 
@@ -91,26 +91,32 @@ class Decoding:
         return {**asdict(self), **(BEAM_OPTIONS if self.decode == "beam" else {})}
 
 
-def decoding_of(request: Request, *, head: Head, task: Task) -> Decoding | None:
-    """Settle how a language model answers; None for an encoder, which has no such options.
+def no_decoding(request: Request, task: Task, *, head: str) -> None:
+    """Refuse options for language models, of which an encoder reads none.
 
     Raises:
-        ValueError: If options contradict each other, the head or the task.
+        ValueError: One is given.
     """
-    if head != "lm":
-        given = {
-            "decode": request.decode,
-            "num_beams": request.num_beams,
-            "max_new_tokens": request.max_new_tokens,
-            "base": request.base or None,
-        }
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(
-                    f"`--{name}` is for language models, and the run in {request.run} has a "
-                    f"{head} head; leave it out."
-                )
-        return None
+    given = {
+        "decode": request.decode,
+        "num_beams": request.num_beams,
+        "max_new_tokens": request.max_new_tokens,
+        "base": request.base or None,
+    }
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"`--{name}` is for language models, and the run in {request.run} has a {head} "
+                "head; leave it out."
+            )
+
+
+def decoding_of(request: Request, task: Task) -> Decoding:
+    """Settle how a language model answers.
+
+    Raises:
+        ValueError: If options contradict each other or the task.
+    """
     decode = request.decode or ("greedy" if request.num_beams == 1 else "beam")
     if decode == "labels" and not task.labels:
         raise ValueError(
@@ -136,7 +142,7 @@ def decoding_of(request: Request, *, head: Head, task: Task) -> Decoding | None:
     )
 
 
-def folder_of(request: Request, *, head: Head, task: Task, decoding: Decoding | None) -> Path:
+def folder_of(request: Request, *, head: str, task: Task, decoding: Decoding | None) -> Path:
     """Where the results go: `--output_dir`, or eval/TASK-SPLIT-WAY in the run folder.
 
     Such as sst2-test-beam5, sst2-test-labels-base or squad-validation-span: evaluations of
@@ -157,4 +163,4 @@ def _most_new_tokens(run: Path, task: Task) -> int:
         texts = [f" {label}" for label in task.labels]
         tokens = load_tokenizer(str(run))(texts, add_special_tokens=False)["input_ids"]
         return 1 + max(map(len, tokens))
-    return ANSWER_TOKENS if "f1-em" in task.metrics else TEXT_TOKENS
+    return ANSWER_TOKENS if has_spans(task) else TEXT_TOKENS

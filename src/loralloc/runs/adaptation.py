@@ -1,4 +1,4 @@
-"""From the settings of a run to its method, sized for the backbone."""
+"""From the settings of a run to its method, and to a backbone adapted by it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from typing import Any, get_args, get_type_hints
 from huggingface_hub.dataclasses import type_validator
 from torch import nn
 
+from loralloc.allocation.layers import base_model
+from loralloc.kernels.attention import use_short_attention
+from loralloc.kernels.lora import fuse
 from loralloc.methods.catalog import get_method
 from loralloc.methods.method import Method
 from loralloc.methods.peft_method import PeftMethod, default_budget
-from loralloc.runs.settings import BLOCK, OPTIONS, Settings
+from loralloc.runs.arguments import BLOCK, OPTIONS
+from loralloc.runs.heads.head import Head
+from loralloc.runs.models import load_model
+from loralloc.runs.settings import Settings
 
 LORA_FLAGS = {
     "lora_r": "rank",
@@ -31,6 +37,8 @@ def method_of(settings: Settings) -> Method:
     Raises:
         ValueError: There is no such method or option, or an option could not take effect.
     """
+    if settings.gives("use_peft") and not settings.model.use_peft:
+        raise ValueError("`use_peft` is false; choose with `--method` how the model is adapted.")
     run = settings.run
     kind = get_method(run.method)
     fields = set(kind.option_names())
@@ -55,6 +63,32 @@ def method_of(settings: Settings) -> Method:
     if run.budget is not None and (run.budget < 1 or not is_open):
         raise ValueError(_budget_sentence(settings, kind))
     return kind(**values)
+
+
+def adapt(settings: Settings, method: Method, head: Head, **options: Any) -> Any:
+    """The backbone with its head, adapted and ready to train fast.
+
+    Args:
+        settings: Of the run.
+        method: How it is adapted.
+        head: What it is adapted for; one that is new trains too.
+        options: How the backbone is loaded; see `load_model`.
+
+    Raises:
+        ValueError: There is no such model, or the method does not fit it.
+    """
+    model, loading = load_model(
+        settings.model.model_name_or_path, head=head, output_loading_info=True, **options
+    )
+    check_quantised(method, model)
+    fit(method, model, settings.run.budget)
+    missing = loading["missing_keys"] if head.is_new else ()
+    heads = sorted({key.rpartition(".")[0] for key in missing})
+    heads += settings.model.lora_modules_to_save or ()
+    model = method.prepare(model, task_type=head.task_type, heads=heads)
+    fuse(model)
+    use_short_attention(base_model(model))
+    return model
 
 
 def fit(method: Method, model: nn.Module, budget: int | None) -> None:

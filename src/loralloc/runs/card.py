@@ -9,12 +9,7 @@ from typing import Any
 from loralloc.allocation.record import Record
 from loralloc.methods.method import Method
 from loralloc.methods.peft_method import PeftMethod
-
-CLASSES = {
-    "lm": "AutoModelForCausalLM",
-    "classification": "AutoModelForSequenceClassification",
-    "span": "AutoModelForQuestionAnswering",
-}
+from loralloc.runs.heads.head import Head
 
 
 def write(
@@ -22,7 +17,7 @@ def write(
     *,
     base_model: str,
     data: str,
-    head: str,
+    head: Head,
     num_labels: int,
     method: Method,
     record: Record | None,
@@ -31,7 +26,7 @@ def write(
     """Write `README.md` into a run folder."""
     evaluations = [entry for entry in log if "eval_loss" in entry]
     labels = f", num_labels={num_labels}" if num_labels else ""
-    cls = CLASSES[head]
+    cls = head.auto_class
     is_pefts = isinstance(method, PeftMethod)
     source, name = (
         ("peft", "PeftModel.from_pretrained") if is_pefts else ("loralloc", "open_adapter")

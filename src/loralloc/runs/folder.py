@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,11 +105,23 @@ def forget_metrics(folder: Path, *, after: int) -> None:
         path.write_text("".join(kept), encoding="utf-8")
 
 
-def save_labels(folder: Path, labels: dict[int, str]) -> None:
+def save_labels(folder: Path, labels: Sequence[str]) -> None:
     """Write the names of a classifier's labels, which PEFT does not keep."""
-    names = [labels[index] for index in range(len(labels))]
-    text = json.dumps(names, ensure_ascii=False)
+    text = json.dumps(list(labels), ensure_ascii=False)
     (folder / LABELS).write_text(text + "\n", encoding="utf-8")
+
+
+def saved_labels(folder: Path) -> list[str]:
+    """The names that `save_labels` wrote.
+
+    Raises:
+        ValueError: There are none.
+    """
+    path = folder / LABELS
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no {LABELS}, so its labels have no names.")
+    labels: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    return labels
 
 
 def config_of(folder: Path) -> Path | None:

@@ -8,18 +8,20 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from loralloc.runs.machine import fastest_dtype
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
+    from trl import ModelConfig
 
-Head = Literal["lm", "classification", "span"]
+    from loralloc.runs.heads.head import Head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,8 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
 def load_model(
     name_or_path: str,
     *,
-    head: Head = "lm",
-    num_labels: int | None = None,
+    head: Head | None = None,
+    labels: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Any:
@@ -111,28 +113,55 @@ def load_model(
 
     Args:
         name_or_path: A built-in name, a local folder or a Hub name.
-        head: A causal language model, a sequence classifier with one linear layer, or a span
-            predictor with two.
-        num_labels: Labels of the classifier.
-        dtype: Type of the frozen weights; None for what this machine computes fastest.
-        options: Passed to `from_pretrained`.
+        head: A language model's by default.
+        labels: Names of the head's labels, if it has any.
+        dtype: Type of the frozen weights; None for the head's, or for what this machine computes
+            fastest.
+        options: Passed to `from_pretrained`; see `backbone_options`.
 
     Raises:
         ValueError: There is no such model here.
     """
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForQuestionAnswering,
-        AutoModelForSequenceClassification,
-    )
+    import transformers
 
-    options["dtype"] = dtype or fastest_dtype()
-    if head == "lm":
-        return _from_pretrained(AutoModelForCausalLM, name_or_path, options)
-    if head == "span":
-        return _from_pretrained(AutoModelForQuestionAnswering, name_or_path, options)
-    options["num_labels"] = num_labels
-    return _from_pretrained(AutoModelForSequenceClassification, name_or_path, options)
+    from loralloc.runs.heads.lm import LM
+
+    head = head or LM
+    options["dtype"] = dtype or head.dtype or fastest_dtype()
+    if labels:
+        options["num_labels"] = len(labels)
+        options["id2label"] = dict(enumerate(labels))
+        options["label2id"] = {label: index for index, label in enumerate(labels)}
+    return _from_pretrained(getattr(transformers, head.auto_class), name_or_path, options)
+
+
+def backbone_options(model: ModelConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+    """How a run loads its backbone: to train it, and when it is opened again.
+
+    Args:
+        model: The run's settings of its model.
+        trust_remote_code: The run's setting of that name.
+
+    Raises:
+        ValueError: The settings name no type of weights.
+    """
+    import torch
+    from trl import get_quantization_config
+
+    dtype = getattr(torch, model.dtype, None) if isinstance(model.dtype, str) else None
+    if model.dtype not in (None, "auto") and not isinstance(dtype, torch.dtype):
+        raise ValueError(
+            f"`dtype` is {model.dtype!r}; use 'float32', 'bfloat16', 'float16' or 'auto'."
+        )
+    options = {
+        "dtype": dtype,
+        "revision": model.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "attn_implementation": model.attn_implementation,
+        "quantization_config": get_quantization_config(model),
+    }
+    optional = ("attn_implementation", "quantization_config")
+    return {name: value for name, value in options.items() if value or name not in optional}
 
 
 def empty_model(name_or_path: str) -> Any:

@@ -49,7 +49,7 @@ SHORT_RUN = 2_000
 
 
 def apply(settings: Settings, *, num_examples: int) -> Settings:
-    """Fill in the protocol that the settings name, before the trainer is built.
+    """Fill in the paper's protocol where the settings ask for it, before the trainer is built.
 
     Args:
         settings: As resolved. A value from a flag, a file or an earlier run stays.
@@ -58,11 +58,8 @@ def apply(settings: Settings, *, num_examples: int) -> Settings:
     Raises:
         ValueError: A value that was given contradicts the protocol.
     """
-    protocol = settings.run.protocol
-    if protocol is None:
+    if settings.run.protocol is None:
         return settings
-    if protocol != "paper":
-        raise ValueError(f"`protocol` is {protocol!r}; use 'paper' or leave it out.")
     values = {**RECIPE, **_batch(settings, num_examples), **_evaluation(settings)}
     return settings.with_defaults(values, source=SOURCE)
 

@@ -1,15 +1,14 @@
-"""A whole run: from settings to a folder that stock PEFT opens."""
+"""A whole run: from options to a folder that stock PEFT opens."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import TaskType
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
@@ -19,53 +18,58 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import get_quantization_config
 
-from loralloc.allocation.layers import base_model
 from loralloc.allocation.record import Round
-from loralloc.kernels.attention import use_short_attention
-from loralloc.kernels.lora import fuse
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
 from loralloc.runs import card, data, folder, protocol
-from loralloc.runs.adaptation import check_quantised, fit, method_of
-from loralloc.runs.heads.choice import choose_head
-from loralloc.runs.heads.classification import classification_trainer
-from loralloc.runs.heads.lm import sft_trainer
-from loralloc.runs.heads.span import span_rows, span_trainer
-from loralloc.runs.models import Head, is_encoder, load_model, load_tokenizer
-from loralloc.runs.settings import Settings
+from loralloc.runs.adaptation import adapt, method_of
+from loralloc.runs.heads.catalog import choose_head
+from loralloc.runs.heads.head import Head
+from loralloc.runs.models import backbone_options, is_encoder, load_tokenizer
+from loralloc.runs.settings import Settings, resolve, resolve_again
 from loralloc.tasks.catalog import get_task
-from loralloc.tasks.classification import to_classification
-from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.drive import drive
 
-TASK_TYPES: dict[Head, TaskType] = {
-    "lm": TaskType.CAUSAL_LM,
-    "classification": TaskType.SEQ_CLS,
-    "span": TaskType.QUESTION_ANS,
-}
-"""PEFT's names of what the heads are used for."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Everything that training needs, checked and ready."""
+    """Everything that training needs, checked and ready; made by `prepare`."""
 
     settings: Settings
+    """Every option, with where it came from."""
+
     method: Method
+    """How the model is adapted."""
+
     model: Any
     """The adapted model."""
 
     tokenizer: PreTrainedTokenizerBase
+    """The model's."""
+
     trainer: Trainer
+    """What trains the model; callbacks may be added to it."""
+
     splits: dict[str, Split]
     """The rows as loaded."""
 
     task: Task | None
+    """The data set by name, where one was named."""
+
     head: Head
+    """What the model is trained for."""
+
+    labels: tuple[str, ...]
+    """Names of a classifier's labels, in the order of its logits; otherwise empty."""
+
+    checkpoint: Path | None = None
+    """Where training goes on from."""
+
+    overwrite: bool = False
+    """Whether a run that is in the folder is replaced once this one begins to train."""
 
     @property
     def allocation(self) -> Alora | None:
@@ -73,75 +77,88 @@ class Run:
         return self.method if isinstance(self.method, Alora) else None
 
 
-def prepare(settings: Settings, *, on_round: Callable[[Round], None] | None = None) -> Run:
-    """Load data and model, build the trainer and attach the allocation.
+def prepare(
+    options: Settings | Mapping[str, Any],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_round: Callable[[Round], None] | None = None,
+) -> Run:
+    """Load data and model, and build the trainer of a run, as `loralloc train` does.
 
-    What can be refused is refused here, before anything is written.
+    What can be refused is refused here, before anything is written. A folder that holds a run is
+    left as it is unless one of `resume` and `overwrite` is set.
+
+    Args:
+        options: Those of `loralloc train` by the names of its flags, with values of Python's types
+            or as text. The allocation's are `allocation.name` or in a mapping `allocation`; a
+            method's own are `method.name`, or in a mapping `method`, whose `name` is the method;
+            `config` names a YAML file, over which the others win.
+        resume: Go on from the last checkpoint in the run folder, with the options of the run
+            that is there; those given now win.
+        overwrite: Replace the run in the folder, once training has begun.
+        on_round: Called with each round of allocation once it has taken place.
 
     Raises:
-        ValueError: Settings, data and model do not fit together; one sentence.
+        ValueError: Options, data and model do not fit together, or the folder holds a run; one
+            sentence.
+        FileNotFoundError: There is no run to resume.
         TypeError: The adapter or the way of running has no rank allocation.
+
+    Example:
+        >>> run = loralloc.prepare(  # doctest: +SKIP
+        ...     {
+        ...         "task": "sst2",
+        ...         "dataset_name": "data/sst2",
+        ...         "learning_rate": 2e-4,
+        ...         "allocation": {"num_rounds": 4},
+        ...     }
+        ... )
+        >>> run.allocation.steps  # doctest: +SKIP
+        >>> loralloc.train(run)  # doctest: +SKIP
     """
+    if resume and overwrite:
+        raise ValueError(
+            "`resume` goes on with the run in the folder and `overwrite` replaces it; give one of "
+            "the two."
+        )
+    if isinstance(options, Settings):
+        settings = options
+    else:
+        settings = resolve_again(options) if resume else resolve(options)
     where = settings.output_dir
+    checkpoint = folder.checkpoint_to_resume(where) if resume else None
+    if folder.holds_run(where) and not (resume or overwrite):
+        raise ValueError(
+            f"{where} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
+            "or name another `--output_dir`."
+        )
     existed = where.exists()
     try:
-        return _prepare(settings, on_round)
+        run = _prepare(settings, on_round)
     finally:
         # Trainer makes its output folder when it is built.
-        if not existed and where.is_dir() and not any(where.iterdir()):
+        made = settings.training.should_save and not existed and where.is_dir()
+        if made and not any(where.iterdir()):
             where.rmdir()
+    return dataclasses.replace(run, checkpoint=checkpoint, overwrite=overwrite)
 
 
 def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Run:
-    if settings.sources.get("use_peft") != "loralloc default" and not settings.model.use_peft:
-        raise ValueError("`use_peft` is false; choose with `--method` how the model is adapted.")
     method = method_of(settings)
     task = get_task(settings.run.task) if settings.run.task else None
     splits = data.load(settings, task)
-    name, model_options = settings.model.model_name_or_path, _model_options(settings)
-    revision = {k: model_options[k] for k in ("revision", "trust_remote_code")}
-    encoder = is_encoder(name, **revision)
-    head = choose_head(settings.run, task, model=name, is_encoder=encoder)
-    tokenizer = load_tokenizer(name, **revision)
+    name, trusts = settings.model.model_name_or_path, settings.training.trust_remote_code
+    backbone = backbone_options(settings.model, trust_remote_code=trusts)
+    hub = {option: backbone[option] for option in ("revision", "trust_remote_code")}
+    head = choose_head(settings.run, task, model=name, is_encoder=is_encoder(name, **hub))
+    tokenizer = load_tokenizer(name, **hub)
     set_seed(settings.training.seed)  # before the adapter's weights are drawn
-    if head == "classification":
-        labelled, labels = to_classification(
-            data.used(splits),
-            task,
-            text_column=settings.run.text_column,
-            text_pair_column=settings.run.text_pair_column,
-            label_column=settings.run.label_column,
-        )
-        ready = data.with_validation(labelled, settings)
-        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
-        names = {
-            "num_labels": len(labels),
-            "id2label": dict(enumerate(labels)),
-            "label2id": {label: index for index, label in enumerate(labels)},
-        }
-        model = _adapted(settings, method, head, {**model_options, **names})
-        trainer: Trainer = classification_trainer(
-            model, tokenizer, settings.training, ready, max_length=settings.training.max_length
-        )
-    elif head == "span":
-        assert task is not None, "choose_head wants a task for spans"
-        rows = data.numbered(span_rows(data.used(splits), task))
-        ready = data.with_validation(rows, settings)
-        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
-        model = _adapted(settings, method, head, model_options)
-        trainer = span_trainer(
-            model,
-            tokenizer,
-            settings.training,
-            ready,
-            max_length=settings.training.max_length,
-            stride=settings.run.stride,
-        )
-    else:
-        ready = data.with_validation(data.numbered(to_sft(data.used(splits), task)), settings)
-        settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
-        model = _adapted(settings, method, head, model_options)
-        trainer = sft_trainer(model, tokenizer, settings.training, ready)
+    rows, labels = head.rows(data.used(splits), task, settings.run)
+    ready = data.with_validation(data.numbered(rows), settings)
+    settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
+    model = adapt(settings, method, head, labels=labels, **backbone)
+    trainer = head.trainer(model, tokenizer, ready, settings)
     settings = protocol.follow(trainer, settings)
     drive(trainer, method, on_round=on_round)
     return Run(
@@ -153,46 +170,72 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
         splits=splits,
         task=task,
         head=head,
+        labels=labels,
     )
 
 
-def train(run: Run, *, checkpoint: Path | None = None) -> None:
+def train(run: Run) -> None:
     """Train, and write the run folder.
+
+    The folder holds the adapter, the tokenizer, a card, and every setting, log entry and round;
+    the guide lists its files. Where there are several processes, the main one writes them.
 
     Args:
         run: What `prepare` gave.
-        checkpoint: Where to go on from, as `folder.last_checkpoint` gives it.
+
+    Raises:
+        ValueError: The checkpoint to go on from is of another run; nothing is written then.
+        RuntimeError: Training ended before the method did what it is for.
+
+    Example:
+        >>> run = loralloc.prepare({"task": "demo", "max_steps": 96}, resume=True)  # doctest: +SKIP
+        >>> loralloc.train(run)  # doctest: +SKIP
     """
+    if run.checkpoint:
+        run.method.check_saved(run.checkpoint)
+    run.trainer.add_callback(FolderWriter(run))
+    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+    if not run.trainer.args.should_save:
+        return
     where = run.settings.output_dir
-    if checkpoint:
-        run.method.check_saved(checkpoint)
-        folder.forget_metrics(where, after=folder.step_of(checkpoint))
-    run.settings.save()
-    run.trainer.add_callback(MetricsWriter(where / folder.METRICS))
-    run.trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     run.method.save(where)
     run.tokenizer.save_pretrained(where)
-    labels = run.model.config.id2label if run.head == "classification" else {}
-    if labels:
-        folder.save_labels(where, labels)
+    if run.labels:
+        folder.save_labels(where, run.labels)
     card.write(
         where,
         base_model=str(run.settings.model.model_name_or_path),
         data=_data_name(run.settings),
         head=run.head,
-        num_labels=len(labels),
+        num_labels=len(run.labels),
         method=run.method,
         record=run.allocation.record if run.allocation else None,
         log=run.trainer.state.log_history,
     )
 
 
-class MetricsWriter(TrainerCallback):
-    """Every log entry of a run as a line of JSON."""
+class FolderWriter(TrainerCallback):
+    """Begins the run folder once training has really begun, and adds every log entry to it.
 
-    def __init__(self, path: Path) -> None:
-        """Write to `path`, after what is there."""
-        self._path = path
+    Until then a checkpoint may be refused, and what is in the folder stays as it was.
+    """
+
+    def __init__(self, run: Run) -> None:
+        """Write into the folder of this run."""
+        self._run = run
+        self._folder = run.settings.output_dir
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Make room for the run, and write its settings."""
+        if not args.should_save:
+            return
+        if self._run.overwrite:
+            folder.clear(self._folder)
+        if self._run.checkpoint:
+            folder.forget_metrics(self._folder, after=state.global_step)
+        self._run.settings.save()
 
     def on_log(
         self,
@@ -202,50 +245,11 @@ class MetricsWriter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write one entry."""
-        line = json.dumps({"step": state.global_step, **(logs or {})}, default=float)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def _adapted(settings: Settings, method: Method, head: Head, options: dict[str, Any]) -> Any:
-    """The backbone with its head, adapted. An encoder's head is drawn at random and trains too."""
-    if head != "lm":
-        # The head trains in float32, and so does the small backbone below it.
-        options["dtype"] = options["dtype"] or torch.float32
-    model, loading = load_model(
-        settings.model.model_name_or_path, head=head, output_loading_info=True, **options
-    )
-    check_quantised(method, model)
-    fresh: list[str] = []
-    if head != "lm":
-        fresh = sorted({key.rpartition(".")[0] for key in loading["missing_keys"]})
-    fit(method, model, settings.run.budget)
-    heads = [*fresh, *(settings.model.lora_modules_to_save or ())]
-    model = method.prepare(model, task_type=TASK_TYPES[head], heads=heads)
-    fuse(model)
-    use_short_attention(base_model(model))
-    return model
-
-
-def _model_options(settings: Settings) -> dict[str, Any]:
-    model = settings.model
-    dtype = getattr(torch, model.dtype, None) if isinstance(model.dtype, str) else None
-    if model.dtype not in (None, "auto") and not isinstance(dtype, torch.dtype):
-        raise ValueError(
-            f"`dtype` is {model.dtype!r}; use 'float32', 'bfloat16', 'float16' or 'auto'."
-        )
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "revision": model.model_revision,
-        "trust_remote_code": settings.training.trust_remote_code,
-    }
-    if model.attn_implementation:
-        options["attn_implementation"] = model.attn_implementation
-    quantization = get_quantization_config(model)
-    if quantization is not None:
-        options["quantization_config"] = quantization
-    return options
+        """Write an entry as a line of JSON."""
+        if args.should_save:
+            line = json.dumps({"step": state.global_step, **(logs or {})}, default=float)
+            with (self._folder / folder.METRICS).open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
 
 
 def _data_name(settings: Settings) -> str:

@@ -117,6 +117,11 @@ class Task(Protocol):
         ...
 
 
+def has_spans(task: Task) -> bool:
+    """Whether the answers of a task are stretches of a text, which is what f1-em measures."""
+    return "f1-em" in task.metrics
+
+
 class RowError(ValueError):
     """A row breaks the contract of its task; who reads the file adds its name and the row."""
 

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from loralloc.evaluation.classifiers import predict_labels
 from loralloc.runs import folder as run_folder
 from loralloc.runs import run as runs
+from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.heads.classification import classification_trainer
 from loralloc.runs.models import longest_input
-from loralloc.runs.settings import resolve
 from loralloc.runs.trained import head_of, load_trained
 from loralloc.tasks.columns import to_examples
 from loralloc.tasks.source import Split
@@ -118,7 +118,7 @@ def rte(count):
 
 @pytest.fixture
 def whole_run(tmp_path):
-    def run(kind, rows, *flags):
+    def run(kind, rows, **more):
         base = encoders.folder(kind, tmp_path / "base")
         for name, count in (("train", 24), ("validation", 12)):
             path = tmp_path / "data" / f"{name}.jsonl"
@@ -136,11 +136,10 @@ def whole_run(tmp_path):
             warmup_epochs=0.5,
             recovery_epochs=0.5,
             scoring_examples=4,
-            use_cpu="true",
-            disable_tqdm="true",
+            use_cpu=True,
+            disable_tqdm=True,
         )
-        given = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        prepared = runs.prepare(resolve([*given, *flags]))
+        prepared = runs.prepare({**options, **more})
         runs.train(prepared)
         return prepared
 
@@ -149,12 +148,12 @@ def whole_run(tmp_path):
 
 @pytest.mark.parametrize("kind", encoders.KINDS)
 def test_a_run_on_pairs_of_a_task_opens_again_with_its_head_and_labels(kind, whole_run):
-    prepared = whole_run(kind, rte, "--task", "rte")
-    assert prepared.head == "classification"
+    prepared = whole_run(kind, rte, task="rte")
+    assert prepared.head is HEADS["classification"]
     assert len(prepared.allocation.record.rounds) == 2
     folder = prepared.settings.output_dir
-    assert head_of(folder) == "classification"
-    model, tokenizer = load_trained(folder, head="classification")
+    assert head_of(folder) is HEADS["classification"]
+    model, tokenizer = load_trained(folder, head=HEADS["classification"])
     assert model.config.id2label == {0: "entailment", 1: "not entailment"}
     examples = to_examples(prepared.splits["validation"], prepared.task)
     expected = predict_labels(prepared.model, prepared.tokenizer, examples)
@@ -172,8 +171,8 @@ def test_a_run_on_pairs_of_a_task_opens_again_with_its_head_and_labels(kind, who
 
 
 def test_a_run_on_pairs_without_a_task_names_its_columns(whole_run):
-    flags = ["--text_column", "a", "--text_pair_column", "b", "--label_column", "same"]
-    prepared = whole_run("bert", pairs, *flags)
+    columns = dict(text_column="a", text_pair_column="b", label_column="same")
+    prepared = whole_run("bert", pairs, **columns)
     types = {kind for row in prepared.trainer.train_dataset for kind in row["token_type_ids"]}
     assert types == {0, 1}
     folder = prepared.settings.output_dir
@@ -185,9 +184,9 @@ def test_a_run_on_pairs_without_a_task_names_its_columns(whole_run):
 
 
 def test_a_classifier_without_the_names_of_its_labels_is_refused(whole_run):
-    folder = whole_run("bert", rte, "--task", "rte").settings.output_dir
+    folder = whole_run("bert", rte, task="rte").settings.output_dir
     (folder / "labels.json").unlink()
     with pytest.raises(ValueError, match=r"holds no labels\.json, so its labels have no names"):
-        load_trained(folder, head="classification")
+        load_trained(folder, head=HEADS["classification"])
     with pytest.raises(ValueError, match="for SEQ_CLS, which has no span head"):
-        load_trained(folder, head="span")
+        load_trained(folder, head=HEADS["span"])

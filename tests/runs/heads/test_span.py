@@ -17,9 +17,9 @@ from transformers import AutoModelForQuestionAnswering
 
 from loralloc.runs import run as runs
 from loralloc.runs.data import numbered
+from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.heads.span import span_rows, span_trainer, text_of, tokens_of, windows
 from loralloc.runs.models import load_tokenizer
-from loralloc.runs.settings import resolve
 from loralloc.runs.trained import head_of, load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import to_examples
@@ -355,11 +355,10 @@ def finished(tmp_path_factory):
             recovery_epochs=0.5,
             scoring_examples=4,
             score=score,
-            use_cpu="true",
-            disable_tqdm="true",
+            use_cpu=True,
+            disable_tqdm=True,
         )
-        flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-        prepared = runs.prepare(resolve(flags))
+        prepared = runs.prepare(options)
         runs.train(prepared)
         made[kind, score] = prepared
         return prepared
@@ -372,7 +371,7 @@ def finished(tmp_path_factory):
 )
 def test_a_run_learns_spans_while_its_ranks_move(kind, score, finished):
     prepared = finished(kind, score)
-    assert prepared.head == "span"
+    assert prepared.head is HEADS["span"]
     record = prepared.allocation.record
     assert len(record.rounds) == 2
     assert any(entry.added for entry in record.rounds)
@@ -408,8 +407,8 @@ def test_the_adapter_and_its_head_open_in_stock_peft(kind, finished):
 def test_a_run_with_a_span_head_is_loaded_with_it(finished):
     prepared = finished("bert")
     folder = prepared.settings.output_dir
-    assert head_of(folder) == "span"
-    model, words = load_trained(folder, head="span")
+    assert head_of(folder) is HEADS["span"]
+    model, words = load_trained(folder, head=HEADS["span"])
     inputs = prepared.trainer.data_collator([prepared.trainer.eval_dataset[0]])
     with torch.no_grad():
         loss = model.eval()(**inputs).loss
@@ -418,7 +417,7 @@ def test_a_run_with_a_span_head_is_loaded_with_it(finished):
     with pytest.raises(ValueError, match="for QUESTION_ANS, which generates no text"):
         load_trained(folder)
     with pytest.raises(ValueError, match=r"The span head in .* was trained with the adapter"):
-        load_trained(folder, head="span", with_adapter=False)
+        load_trained(folder, head=HEADS["span"], with_adapter=False)
 
 
 DATA = os.environ.get("LORALLOC_DATA")

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from datasets import Dataset
+from peft import TaskType
 from transformers import (
     BatchEncoding,
     DataCollatorWithPadding,
@@ -16,7 +18,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.runs.heads.head import Head
 from loralloc.runs.models import longest_input
+from loralloc.tasks.classification import to_classification
 from loralloc.tasks.source import Split
 from loralloc.training.bucketing import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
@@ -84,3 +88,27 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of examples whose highest logit is their label's."""
     chosen = np.argmax(np.asarray(prediction.predictions), axis=-1)
     return {"accuracy": float((chosen == prediction.label_ids).mean())}
+
+
+CLASSIFICATION = Head(
+    name="classification",
+    task_type=TaskType.SEQ_CLS,
+    auto_class="AutoModelForSequenceClassification",
+    suits=lambda task, is_encoder: is_encoder and (task is None or bool(task.labels)),
+    check=lambda model, task, is_encoder: None,
+    rows=lambda splits, task, options: to_classification(
+        splits,
+        task,
+        text_column=options.text_column,
+        text_pair_column=options.text_pair_column,
+        label_column=options.label_column,
+    ),
+    trainer=lambda model, tokenizer, splits, settings: classification_trainer(
+        model, tokenizer, settings.training, splits, max_length=settings.training.max_length
+    ),
+    options=("text_column", "text_pair_column", "label_column"),
+    dtype=torch.float32,  # the head trains in it, and so does the small backbone below it
+    is_new=True,
+    has_labels=True,
+)
+"""A classifier of a text or of a pair: one linear layer."""

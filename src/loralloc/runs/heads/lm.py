@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import TaskType
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 from loralloc.runs.data import ROW
+from loralloc.runs.heads.head import Head
+from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
+from loralloc.tasks.task import Task
 from loralloc.training.bucketing import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
 
@@ -100,3 +104,26 @@ def _refuse_unsupervised(split: Split, prepared: Dataset, args: SFTConfig) -> No
             f"token left within `max_length` of {args.max_length}, the first in row {row} "
             f"({start}...); raise `max_length`, shorten the prompts or leave these rows out."
         )
+
+
+def _check(model: str, task: Task | None, is_encoder: bool) -> None:
+    if is_encoder:
+        raise ValueError(
+            f"{model} is an encoder and cannot generate; use `--head classification`, `--head "
+            "span` or a causal language model."
+        )
+
+
+LM = Head(
+    name="lm",
+    task_type=TaskType.CAUSAL_LM,
+    auto_class="AutoModelForCausalLM",
+    suits=lambda task, is_encoder: not is_encoder,
+    check=_check,
+    rows=lambda splits, task, options: (to_sft(splits, task), ()),
+    trainer=lambda model, tokenizer, splits, settings: sft_trainer(
+        model, tokenizer, settings.training, splits
+    ),
+    generates=True,
+)
+"""A language model, which learns to go on from a prompt."""

@@ -19,14 +19,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
+from peft import TaskType
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from loralloc.runs.data import ROW
 from loralloc.runs.heads.classification import SafeTrainer, encoder_trainer
+from loralloc.runs.heads.head import Head
 from loralloc.runs.models import longest_input
+from loralloc.tasks.catalog import TASKS
 from loralloc.tasks.columns import to_examples
 from loralloc.tasks.source import Split
-from loralloc.tasks.task import Span, Task
+from loralloc.tasks.task import Span, Task, has_spans
 
 COLUMNS = ("question", "context", "answers", "starts")
 NO_ANSWER = (0, 0)
@@ -136,7 +140,7 @@ def text_of(window: Window, context: str, first: int, last: int) -> str:
     return context[begin[0] : _with_marks(context, end[1])].strip()
 
 
-def span_rows(splits: Mapping[str, Split], task: Task) -> dict[str, Split]:
+def span_rows(splits: Mapping[str, Split], task: Task | None) -> dict[str, Split]:
     """Give every split the columns question, context, answers and starts, and nothing else.
 
     Raises:
@@ -144,6 +148,7 @@ def span_rows(splits: Mapping[str, Split], task: Task) -> dict[str, Split]:
     """
     from datasets import Dataset
 
+    assert task is not None, "a run with a span head has a task"
     rows = {}
     for name, split in splits.items():
         spans = [example.span for example in to_examples(split, task)]
@@ -258,3 +263,40 @@ def _with_marks(text: str, end: int) -> int:
     while end < len(text) and unicodedata.category(text[end]).startswith("M"):
         end += 1
     return end
+
+
+def _check(model: str, task: Task | None, is_encoder: bool) -> None:
+    if not is_encoder:
+        raise ValueError(
+            f"{model} reads in one direction only, and a span is found by reading in both; use an "
+            "encoder such as minilm-l6, or `--head lm`."
+        )
+    if task is None or not has_spans(task):
+        known = ", ".join(name for name, other in TASKS.items() if has_spans(other))
+        given = "no task is named" if task is None else f"the task {task.name} has none"
+        raise ValueError(
+            f"A span head finds answers that are stretches of a text, and {given}; use one of the "
+            f"tasks {known}."
+        )
+
+
+SPAN = Head(
+    name="span",
+    task_type=TaskType.QUESTION_ANS,
+    auto_class="AutoModelForQuestionAnswering",
+    suits=lambda task, is_encoder: is_encoder and task is not None and has_spans(task),
+    check=_check,
+    rows=lambda splits, task, options: (span_rows(splits, task), ()),
+    trainer=lambda model, tokenizer, splits, settings: span_trainer(
+        model,
+        tokenizer,
+        settings.training,
+        splits,
+        max_length=settings.training.max_length,
+        stride=settings.run.stride,
+    ),
+    options=("stride",),
+    dtype=torch.float32,
+    is_new=True,
+)
+"""A span predictor: two linear layers over every token."""
