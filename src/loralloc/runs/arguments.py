@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from transformers import HfArgumentParser
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from loralloc.allocation.config import AllocationConfig
@@ -113,11 +111,3 @@ def known_fields() -> dict[str, list[tuple[str, Any]]]:
             if f.init
         ]
     return groups
-
-
-def parser() -> HfArgumentParser:
-    """What reads the flags of all but the allocation; an option that is not given stays out."""
-    made = HfArgumentParser(GROUPS, allow_abbrev=False, exit_on_error=False, add_help=False)
-    for action in made._actions:
-        action.default, action.required = argparse.SUPPRESS, False
-    return made

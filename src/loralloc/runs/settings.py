@@ -11,9 +11,9 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from loralloc.allocation.config import AllocationConfig
-from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments, parser
+from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.folder import SETTINGS
-from loralloc.runs.sources import read_flags, read_mapping, read_yaml
+from loralloc.runs.sources import parser, read_flags, read_mapping, read_yaml
 
 Options = Sequence[str] | Mapping[str, Any]
 """Flags of the command line, or a mapping in Python; see `sources`."""

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from loralloc.allocation.config import AllocationConfig
-from loralloc.runs.arguments import BLOCK, OPTIONS, parser
+from loralloc.runs.arguments import BLOCK, GROUPS, OPTIONS
 
 ALLOCATION = tuple(f.name for f in fields(AllocationConfig))
 """Options of the allocation, by their bare names."""
@@ -28,6 +29,14 @@ NAME = "name"
 
 CHECKED = (int, float, string_to_bool)
 """Readers of flags that refuse a number of another kind."""
+
+
+def parser() -> HfArgumentParser:
+    """What reads the flags of all but the allocation; an option that is not given stays out."""
+    made = HfArgumentParser(GROUPS, allow_abbrev=False, exit_on_error=False, add_help=False)
+    for action in made._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return made
 
 
 def read_flags(flags: Sequence[str]) -> dict[str, Any]:

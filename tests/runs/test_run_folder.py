@@ -1,0 +1,115 @@
+"""When a run writes into its folder: by the main process alone, once training has really begun."""
+
+import json
+
+import pytest
+from trainers import Interrupted, KillAt
+from transformers import TrainingArguments
+
+from loralloc.runs import run as runs
+
+OPTIONS = {
+    "method": "lora",
+    "lora_r": 2,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-2,
+    "dtype": "float32",
+    "logging_steps": 1,
+    "eval_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": 5,
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+"""12 steps of 6 an epoch."""
+
+ROUNDS = {
+    "method": "alora",
+    "num_rounds": 2,
+    "warmup_epochs": 0.5,
+    "recovery_epochs": 0.5,
+    "scoring_examples": 4,
+}
+
+
+@pytest.fixture
+def options(tmp_path, write_rows, llama_folder):
+    """Options of a small run, by name, with some changed."""
+    rows = [{"prompt": f"the film {n} is", "completion": " good"} for n in range(32)]
+    write_rows(tmp_path / "data" / "train.jsonl", rows[:24])
+    write_rows(tmp_path / "data" / "validation.jsonl", rows[24:])
+
+    def options(**changes):
+        where = {"dataset_name": tmp_path / "data", "output_dir": tmp_path / "out"}
+        return {**OPTIONS, **where, "model_name_or_path": llama_folder, **changes}
+
+    return options
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def steps_in(folder):
+    """The steps whose training loss the metrics hold."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [entry["step"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
+@pytest.fixture
+def killed(options):
+    """The options of a run that was killed at step 8, after the checkpoint of step 5."""
+
+    def killed(**changes):
+        run = runs.prepare(options(**changes))
+        run.trainer.add_callback(KillAt(8))
+        with pytest.raises(Interrupted):
+            runs.train(run)
+        return run.settings.output_dir
+
+    return killed
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize(
+    "changes", [dict(lora_r=4), dict(lora_r=4, lora_alpha=32), dict(warmup_epochs=1)], ids=str
+)
+def test_a_resume_that_is_refused_changes_nothing_in_the_folder(changes, options, killed):
+    folder = killed(**ROUNDS)
+    before = contents(folder)
+    resumed = runs.prepare(options(**{**ROUNDS, **changes}), resume=True)
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        runs.train(resumed)
+    assert contents(folder) == before
+
+
+@pytest.mark.reliability
+def test_a_resumed_run_goes_on_with_its_metrics(options, killed):
+    folder = killed()
+    assert steps_in(folder) == list(range(1, 9))
+    runs.train(runs.prepare(options(), resume=True))
+    assert steps_in(folder) == list(range(1, 13))
+
+
+def test_nothing_is_overwritten_before_training_begins(options, killed):
+    folder = killed()
+    before = contents(folder)
+    replacing = runs.prepare(options(max_steps=2), overwrite=True)
+    assert contents(folder) == before
+    runs.train(replacing)
+    assert not (folder / "checkpoint-5").exists()
+    assert json.loads((folder / "settings.json").read_text())["max_steps"]["value"] == 2
+
+
+def test_only_the_main_process_writes(options, monkeypatch, tmp_path):
+    monkeypatch.setattr(TrainingArguments, "process_index", 1)
+    run = runs.prepare(options(save_strategy="no"))
+    runs.train(run)
+    assert run.trainer.state.global_step == 12
+    assert not (tmp_path / "out").exists()
+
+
+def test_preparing_leaves_no_folder_behind(options, tmp_path):
+    runs.prepare(options())
+    assert not (tmp_path / "out").exists()
