@@ -28,7 +28,6 @@ from transformers import (
 
 from loralloc import AllocationConfig, attach
 from loralloc.runs.run import prepare, train
-from loralloc.runs.settings import resolve
 
 Trajectory = dict[str, Any]
 """What is recorded of a run: `losses` of its steps, `ranks` of its modules after each round and as
@@ -99,7 +98,7 @@ def resumed(folder: Path) -> Trajectory:
     stopped.trainer.add_callback(_StopAfter(10))
     with suppress(_Stopped):
         train(stopped)
-    train(_prepare(folder, model, _phrases, **options), checkpoint=folder / "run/checkpoint-8")
+    train(_prepare(folder, model, _phrases, resume=True, **options))
     return _left_by_run(folder / "run")
 
 
@@ -136,14 +135,15 @@ def _run(folder: Path, model: Path, rows: Callable[[int], list[dict]], **options
     return _left_by_run(folder / "run")
 
 
-def _prepare(folder: Path, model: Path, rows: Callable[[int], list[dict]], **options) -> Any:
+def _prepare(
+    folder: Path, model: Path, rows: Callable[[int], list[dict]], *, resume=False, **options
+) -> Any:
     for split, count in (("train", NUM_TRAIN), ("validation", NUM_VALIDATION)):
         lines = [json.dumps(row) + "\n" for row in rows(count)]
         (folder / "data").mkdir(exist_ok=True)
         (folder / "data" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
     where = dict(model_name_or_path=model, dataset_name=folder / "data", output_dir=folder / "run")
-    given = {"dtype": "float32", **TRAINER, **where, **options}
-    return prepare(resolve([f"--{name}={value}" for name, value in given.items()]))
+    return prepare({"dtype": "float32", **TRAINER, **where, **options}, resume=resume)
 
 
 def _left_by_run(folder: Path) -> Trajectory:
