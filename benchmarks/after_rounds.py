@@ -117,7 +117,7 @@ def resident_bytes() -> int:
 def adapted(folder: Path, name: str) -> Any:
     """The model with a contestant's ranks."""
     task, data = next(iter(harness.data_sets(folder).items()))  # of the run, the model is used only
-    model = harness.prepare(task, data, "--dtype", "bfloat16", "--method", "lora").model.train()
+    model = harness.prepare(task, data, dtype="bfloat16", method="lora").model.train()
     if name != "uniform":
         resize(model, dict(zip(lora_layers(model), itertools.cycle(RANKS), strict=False)))
     return model

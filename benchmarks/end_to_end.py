@@ -27,14 +27,11 @@ from loralloc.training import scoring_batch
 
 PAPER_STEPS = 42_061 // 16 * 10
 PAPER_ROUNDS = 8
-RUNS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "minilm-l6": ("sst2", ("--num_train_epochs", "4", "--learning_rate", "1e-3")),
-    "smollm2-135m": (
-        "e2e",
-        ("--max_steps", "189", "--warmup_epochs", "0.16", "--recovery_epochs", "0.04"),
-    ),
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "minilm-l6": ("sst2", {"num_train_epochs": 4, "learning_rate": 1e-3}),
+    "smollm2-135m": ("e2e", {"max_steps": 189, "warmup_epochs": 0.16, "recovery_epochs": 0.04}),
 }
-"""Model -> task, flags."""
+"""Model -> task, options."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,9 +111,9 @@ def compose(round_s: float, step_s: float) -> float:
 
 def runs_of(model: str, sets: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Every contestant's whole run, by turns."""
-    task, flags = RUNS[model]
+    task, options = RUNS[model]
     task = task if task in sets else next(iter(sets))
-    return finish({name: begin(name, task, sets[task], model, *flags) for name in CONTESTANTS})
+    return finish({name: begin(name, task, sets[task], model, options) for name in CONTESTANTS})
 
 
 def show(model: str, taken: dict[str, dict[str, Any]]) -> None:

@@ -26,9 +26,8 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import loralloc  # noqa: E402
 from loralloc.cli.progress import prepare_process  # noqa: E402
-from loralloc.runs import run as runs  # noqa: E402
-from loralloc.runs.settings import resolve  # noqa: E402
 
 FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
 PACKAGES = ("torch", "transformers", "peft", "trl")
@@ -63,11 +62,11 @@ def first_task(sets: Mapping[str, str]) -> tuple[str, str]:
     return task, sets[task]
 
 
-def prepare(task: str, data: str, *flags: str, model: str = "smollm2-135m") -> runs.Run:
-    """A run as `loralloc train` makes it, ready to be trained."""
+def prepare(task: str, data: str, **options: Any) -> loralloc.Run:
+    """A run of `smollm2-135m` as `loralloc train` makes it, ready to be trained."""
     with tempfile.TemporaryDirectory() as folder:
-        named = ("--task", task, "--dataset_name", data, "--model_name_or_path", model)
-        return runs.prepare(resolve([*named, "--output_dir", folder, *flags]))
+        named = {"task": task, "dataset_name": data, "model_name_or_path": "smollm2-135m"}
+        return loralloc.prepare({**named, "output_dir": folder, **options})
 
 
 def by_turns(

@@ -21,10 +21,7 @@ import harness
 from processes import begin, finish, peak_bytes
 from whole_run import CONTESTANTS
 
-LONGER = (
-    *("--max_steps", "96", "--num_rounds", "8"),
-    *("--warmup_epochs", "0.027", "--recovery_epochs", "0.0134"),
-)
+LONGER = {"max_steps": 96, "num_rounds": 8, "warmup_epochs": 0.027, "recovery_epochs": 0.0134}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -61,7 +58,7 @@ def by_allocator(task: str, data: str) -> dict[str, dict[str, dict[str, Any]]]:
     library = ctypes.util.find_library("tcmalloc_minimal")
     environments = {"glibc": {}, **({"tcmalloc": {"LD_PRELOAD": library}} if library else {})}
     runs = {
-        (name, method): begin(method, task, data, "smollm2-135m", *LONGER, environment=environment)
+        (name, method): begin(method, task, data, "smollm2-135m", LONGER, environment=environment)
         for name, environment in environments.items()
         for method in ("lora", "alora")
     }

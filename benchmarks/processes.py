@@ -18,10 +18,7 @@ Name = TypeVar("Name")
 WAITING = "waiting"
 """What a run answers when a turn is over; its last answer is JSON."""
 
-SHORT = (
-    *("--max_steps", "4", "--num_rounds", "1"),
-    *("--warmup_epochs", "0.005", "--recovery_epochs", "0.01"),
-)
+SHORT = {"max_steps": 4, "num_rounds": 1, "warmup_epochs": 0.005, "recovery_epochs": 0.01}
 
 MAP_LARGE_BLOCKS = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 """glibc keeps freed blocks in its heap, and with batches of changing lengths the holes grow step by
@@ -33,13 +30,14 @@ def begin(
     task: str,
     data: str,
     model: str,
-    *flags: str,
+    options: Mapping[str, Any],
+    *,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """Start `whole_run.py`, and wait until it is ready for its first turn."""
     script = Path(__file__).with_name("whole_run.py")
     run = subprocess.Popen(
-        [sys.executable, str(script), contestant, task, data, model, *flags],
+        [sys.executable, str(script), contestant, task, data, model, json.dumps(options)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -69,7 +67,7 @@ def finish(runs: Mapping[Name, subprocess.Popen[str]]) -> dict[Name, dict[str, A
 
 def peak_bytes(contestant: str, task: str, data: str) -> int:
     """Peak memory held in a short run with a round in it; its longest batch comes first."""
-    run = begin(contestant, task, data, "smollm2-135m", *SHORT, environment=MAP_LARGE_BLOCKS)
+    run = begin(contestant, task, data, "smollm2-135m", SHORT, environment=MAP_LARGE_BLOCKS)
     return int(finish({contestant: run})[contestant]["peak_bytes"])
 
 

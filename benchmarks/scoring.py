@@ -134,10 +134,10 @@ def measure(task: str, data: str, *, quick: bool) -> dict[str, Any]:
     }
 
 
-def prepared(task: str, data: str, *flags: str, num_examples: int) -> tuple[Any, Objective]:
+def prepared(task: str, data: str, *, num_examples: int, **options: Any) -> tuple[Any, Objective]:
     """A run in float32 and its scoring batch."""
-    small = ("--per_device_train_batch_size", str(BATCH), "--learning_rate", "1e-3")
-    run = harness.prepare(task, data, "--dtype", "float32", *small, *flags)
+    small = {"per_device_train_batch_size": BATCH, "learning_rate": 1e-3}
+    run = harness.prepare(task, data, dtype="float32", **small, **options)
     held_out = run.trainer.eval_dataset
     batches = scoring_batch.draw(run.trainer, held_out, num_examples=num_examples, seed=0)
     return run, Objective(run.model, batches)
@@ -217,8 +217,7 @@ def grow(task: str, data: str, *, repeats: int, warmup: int) -> dict[str, dict[s
     """Seconds of gradient scoring by rank, by depth and by examples."""
     contestants = {}
     for rank in (2, 8, 32):
-        flags = ("--lora_r", str(rank), "--lora_alpha", str(2 * rank))
-        run, objective = prepared(task, data, *flags, num_examples=16)
+        run, objective = prepared(task, data, num_examples=16, lora_r=rank, lora_alpha=2 * rank)
         run.model.eval()
         contestants[str(rank)] = scorer(run.model, objective)
     by_rank = harness.by_turns(contestants, repeats=repeats)

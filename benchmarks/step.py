@@ -84,8 +84,7 @@ def ratios(tasks: dict[str, Any]) -> dict[str, float]:
 
 def measure(task: str, data: str, *, dtype: str, repeats: int, batch_size: int) -> dict[str, Any]:
     """Seconds of every contestant on one real batch of middling length."""
-    flags = ("--dtype", dtype, "--per_device_train_batch_size", str(batch_size))
-    run = harness.prepare(task, data, *flags)
+    run = harness.prepare(task, data, dtype=dtype, per_device_train_batch_size=batch_size)
     run.model.train()
     rows = run.trainer.train_dataset
     lengths = [len(tokens) for tokens in rows["input_ids"]]

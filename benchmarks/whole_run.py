@@ -9,7 +9,8 @@ every turn (waiting does not count), seconds of every round, peak resident memor
     adalora    PEFT's AdaLoRA, init_r twice the target, in the same trainer, its schedule driven by
                a callback; alpha such that its scale is LoRA's
 
-Run: python benchmarks/whole_run.py CONTESTANT TASK DATA MODEL [FLAG ...]
+Run: python benchmarks/whole_run.py CONTESTANT TASK DATA MODEL OPTIONS
+OPTIONS are those of `loralloc train` as a JSON object.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from processes import WAITING
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
+import loralloc
 from loralloc.methods.targets import resolve_targets
-from loralloc.runs import run as runs
-from loralloc.runs.settings import resolve
 
 CONTESTANTS = ("lora", "alora", "adalora")
-ROUNDS = ("--num_rounds", "--warmup_epochs", "--recovery_epochs")
+ROUNDS = ("num_rounds", "warmup_epochs", "recovery_epochs")
+"""Options of the allocation, which nothing else has."""
 STEPS = 10
 """Steps of a turn."""
 
@@ -71,19 +72,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("task")
     parser.add_argument("data")
     parser.add_argument("model")
-    args, flags = parser.parse_known_args(argv)
+    parser.add_argument("options", type=json.loads)
+    args = parser.parse_args(argv)
     harness.prepare_process()
+    options, method = args.options, args.contestant
+    if method != "alora":
+        method = "lora"
+        options = {name: value for name, value in options.items() if name not in ROUNDS}
     with tempfile.TemporaryDirectory() as folder:
-        run = runs.prepare(
-            resolve(
-                [
-                    *("--task", args.task, "--dataset_name", args.data, "--output_dir", folder),
-                    *("--model_name_or_path", args.model, "--save_strategy", "no"),
-                    *("--eval_strategy", "no", "--disable_tqdm", "true"),
-                    *(flags if args.contestant == "alora" else _without_rounds(flags)),
-                    *("--method", "alora" if args.contestant == "alora" else "lora"),
-                ]
-            )
+        run = loralloc.prepare(
+            {
+                "task": args.task,
+                "dataset_name": args.data,
+                "model_name_or_path": args.model,
+                "output_dir": folder,
+                "save_strategy": "no",
+                "eval_strategy": "no",
+                "disable_tqdm": True,
+                "method": method,
+                **options,
+            }
         )
         trainer = run.trainer
         if args.contestant == "adalora":
@@ -106,12 +114,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def _without_rounds(flags: Sequence[str]) -> list[str]:
-    """The flags but those of the allocation, which nothing else has."""
-    pairs = zip(flags[::2], flags[1::2], strict=True)
-    return [part for pair in pairs if pair[0] not in ROUNDS for part in pair]
-
-
 def _peak_bytes() -> int:
     """Peak resident memory of this process, as Linux tells it.
 
@@ -121,7 +123,7 @@ def _peak_bytes() -> int:
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
 
-def adalora(run: runs.Run) -> Any:
+def adalora(run: loralloc.Run) -> Any:
     """The same run with PEFT's AdaLoRA in the place of LoRA, under the libraries' own trainers."""
     lora = run.model.peft_config["default"]
     base = run.model.unload()
@@ -146,7 +148,7 @@ def adalora(run: runs.Run) -> Any:
         def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             model.base_model.update_and_allocate(state.global_step)
 
-    stock = SFTTrainer if run.head == "lm" else Trainer
+    stock = SFTTrainer if isinstance(run.trainer, SFTTrainer) else Trainer
     return stock(
         model=model,
         args=run.trainer.args,

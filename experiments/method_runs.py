@@ -16,11 +16,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import loralloc
 from loralloc.cli.methods import papers_count, papers_shape
 from loralloc.methods.catalog import METHODS, get_method
 
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods")
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--page", action="store_true", help="only write the page again")
-    parser.add_argument("--worker", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         train(args.worker)
@@ -95,20 +96,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
 
 
-def train(flags: Sequence[str]) -> None:
+def train(options: Mapping[str, Any]) -> None:
     """Train in this process, and print what it took."""
     from loralloc.cli.progress import prepare_process
-    from loralloc.runs import run as runs
-    from loralloc.runs.settings import resolve
 
     prepare_process()
-    prepared = runs.prepare(resolve(flags))
-    method = prepared.method
+    run = loralloc.prepare(options)
+    method = run.method
     begin, number = time.perf_counter(), method.num_trained()
-    runs.train(prepared)
+    loralloc.train(run)
     result = {
         "seconds": time.perf_counter() - begin,
-        "steps": prepared.trainer.state.global_step,
+        "steps": run.trainer.state.global_step,
         "trained": number,
         "stored": method.num_stored(),
         "size": {method.size: method.chosen_size()},
@@ -126,16 +125,26 @@ def run(args: argparse.Namespace, model: str, method: str, steps: int) -> dict[s
     if kept.is_file():
         found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
         return found
-    flags = [
-        *("--task", "sst2", "--dataset_name", str(args.data / "sst2")),
-        *("--model_name_or_path", model, "--method", method, "--learning_rate", f"{rate:g}"),
-        *("--eval_strategy", "no", "--save_strategy", "no", "--max_steps", str(steps)),
-        *("--per_device_train_batch_size", str(batch)),
-        *("--output_dir", str(folder), "--disable_tqdm", "true"),
-        *(rounds(model) if get_method(method).allocates else ()),
-    ]
+    options = {
+        "task": "sst2",
+        "dataset_name": str(args.data / "sst2"),
+        "model_name_or_path": model,
+        "method": method,
+        "learning_rate": rate,
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "max_steps": steps,
+        "per_device_train_batch_size": batch,
+        "output_dir": str(folder),
+        "disable_tqdm": True,
+        **(rounds(model) if get_method(method).allocates else {}),
+    }
+    # A process of its own, so that its peak memory is its own.
     done = subprocess.run(
-        [sys.executable, __file__, "--worker", *flags], check=True, capture_output=True, text=True
+        [sys.executable, __file__, "--worker", json.dumps(options)],
+        check=True,
+        capture_output=True,
+        text=True,
     )
     result = json.loads(done.stdout.strip().splitlines()[-1])
     command("eval", str(folder), *TEST[model], "--output_dir", str(folder / "eval"))
@@ -144,12 +153,12 @@ def run(args: argparse.Namespace, model: str, method: str, steps: int) -> dict[s
     return result
 
 
-def rounds(model: str) -> tuple[str, ...]:
+def rounds(model: str) -> dict[str, float]:
     """Eight rounds in the first two thirds of the run."""
     steps, batch = MODELS[model]
     epochs = steps * batch / NUM_EXAMPLES
-    warmup, recovery = f"{epochs / 4:.4f}", f"{epochs / 20:.4f}"
-    return ("--num_rounds", "8", "--warmup_epochs", warmup, "--recovery_epochs", recovery)
+    warmup, recovery = round(epochs / 4, 4), round(epochs / 20, 4)
+    return {"num_rounds": 8, "warmup_epochs": warmup, "recovery_epochs": recovery}
 
 
 def untuned(args: argparse.Namespace) -> None:
