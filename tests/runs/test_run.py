@@ -1,4 +1,4 @@
-"""Whole runs: from settings to a folder that stock PEFT opens."""
+"""Whole runs: from options to a folder that stock PEFT opens."""
 
 import json
 import shutil
@@ -24,8 +24,7 @@ from loralloc.runs import folder as run_folder
 from loralloc.runs import run as runs
 from loralloc.runs.data import ROW
 from loralloc.runs.folder import last_checkpoint
-from loralloc.runs.settings import resolve
-from loralloc.runs.trained import head_of, load_trained
+from loralloc.runs.trained import load_trained
 
 OPTIONS = {
     "lora_r": 2,
@@ -41,7 +40,6 @@ OPTIONS = {
     "use_cpu": True,
     "disable_tqdm": True,
 }
-FLAGS = [str(part) for name, value in OPTIONS.items() for part in (f"--{name}", value)]
 WORDS = ("good", "bad")
 
 
@@ -83,22 +81,21 @@ def sst2(count):
 
 
 @pytest.fixture
-def settings_for(tmp_path, write_rows, llama_folder):
-    """Settings of a small run on rows of a kind, written as a folder of splits."""
+def options_for(tmp_path, write_rows, llama_folder):
+    """Options of a small run on rows of a kind, written as a folder of splits."""
 
-    def settings(rows, *more, model=llama_folder, output="out"):
+    def options(rows, *, model=llama_folder, output="out", **more):
         folder = tmp_path / "data"
         write_rows(folder / "train.jsonl", rows(24))
         write_rows(folder / "validation.jsonl", rows(8))
-        flags = ["--dataset_name", folder, "--model_name_or_path", model]
-        flags += ["--output_dir", tmp_path / output, *FLAGS, *more]
-        return resolve([str(flag) for flag in flags])
+        where = {"dataset_name": folder, "model_name_or_path": model}
+        return {**OPTIONS, **where, "output_dir": tmp_path / output, **more}
 
-    return settings
+    return options
 
 
-def whole_run(settings, **how):
-    prepared = runs.prepare(settings, **how)
+def whole_run(options, **how):
+    prepared = runs.prepare(options, **how)
     runs.train(prepared)
     return prepared
 
@@ -107,8 +104,8 @@ def whole_run(settings, **how):
     ("rows", "task"),
     [(prompts, None), (messages, None), (alpaca, None), (texts, None), (sst2, "sst2")],
 )
-def test_a_run_on_every_form_of_data(rows, task, settings_for):
-    prepared = whole_run(settings_for(rows, *(["--task", task] if task else [])))
+def test_a_run_on_every_form_of_data(rows, task, options_for):
+    prepared = whole_run(options_for(rows, task=task))
     assert prepared.head.name == "lm"
     assert [entry.step for entry in prepared.allocation.record.rounds] == [3, 6]
     assert ranks_now(prepared.model) == present(prepared.allocation.record.ranks)
@@ -116,11 +113,9 @@ def test_a_run_on_every_form_of_data(rows, task, settings_for):
     assert trained[12] < trained[1]
 
 
-def test_the_demo_task_needs_no_data(settings_for):
-    schedule = ["--max_steps", "4", "--num_rounds", "1", "--warmup_epochs", "0.008"]
-    flags = ["--task", "demo", "--dataset_name", "demo", "--eval_strategy", "no", *schedule]
-    settings = settings_for(prompts, *flags)
-    prepared = whole_run(settings)
+def test_the_demo_task_needs_no_data(options_for):
+    schedule = dict(max_steps=4, num_rounds=1, warmup_epochs=0.008, eval_strategy="no")
+    prepared = whole_run(options_for(prompts, task="demo", dataset_name="demo", **schedule))
     assert {name: len(split.dataset) for name, split in prepared.splits.items()} == {
         "train": 1000,
         "validation": 100,
@@ -130,12 +125,12 @@ def test_the_demo_task_needs_no_data(settings_for):
     assert [entry.step for entry in prepared.allocation.record.rounds] == [2]
 
 
-def test_classification_of_a_csv_file(tmp_path, settings_for, bert_folder):
+def test_classification_of_a_csv_file(tmp_path, options_for, bert_folder):
     rows = "".join(f"{row['sentence']},{WORDS[row['label']]}\n" for row in sst2(40))
     (tmp_path / "reviews.csv").write_text("review,verdict\n" + rows)
-    flags = ["--dataset_name", tmp_path / "reviews.csv", "--validation_examples", "16"]
-    flags += ["--text_column", "review", "--label_column", "verdict"]
-    prepared = whole_run(settings_for(sst2, *flags, model=bert_folder))
+    data = dict(dataset_name=tmp_path / "reviews.csv", validation_examples=16)
+    columns = dict(text_column="review", label_column="verdict")
+    prepared = whole_run(options_for(sst2, **data, **columns, model=bert_folder))
     assert prepared.head.name == "classification"
     assert prepared.model.config.id2label == {0: "bad", 1: "good"}
     assert len(prepared.allocation.record.rounds) == 2
@@ -145,22 +140,22 @@ def test_classification_of_a_csv_file(tmp_path, settings_for, bert_folder):
     assert accuracies[-1] > 0.9
 
 
-def test_a_known_task_classifies_with_an_encoder(settings_for, bert_folder):
-    prepared = runs.prepare(settings_for(sst2, "--task", "sst2", model=bert_folder))
+def test_a_known_task_classifies_with_an_encoder(options_for, bert_folder):
+    prepared = runs.prepare(options_for(sst2, task="sst2", model=bert_folder))
     assert prepared.head.name == "classification"
     assert prepared.model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_a_language_model_can_classify(settings_for, llama_folder):
-    head = ["--task", "sst2", "--head", "classification"]
-    prepared = whole_run(settings_for(sst2, *head, model=llama_folder))
+def test_a_language_model_can_classify(options_for, llama_folder):
+    head = dict(task="sst2", head="classification")
+    prepared = whole_run(options_for(sst2, **head, model=llama_folder))
     assert prepared.head.name == "classification"
     assert len(prepared.allocation.record.rounds) == 2
 
 
-def test_an_encoder_cannot_generate(settings_for, bert_folder):
+def test_an_encoder_cannot_generate(options_for, bert_folder):
     with pytest.raises(ValueError, match="is an encoder and cannot generate"):
-        runs.prepare(settings_for(sst2, "--task", "sst2", "--head", "lm", model=bert_folder))
+        runs.prepare(options_for(sst2, task="sst2", head="lm", model=bert_folder))
 
 
 @pytest.fixture(scope="module")
@@ -173,10 +168,9 @@ def finished_runs(tmp_path_factory, llama_folder, bert_folder):
             path = folder / "data" / f"{name}.jsonl"
             path.parent.mkdir(exist_ok=True)
             path.write_text("".join(json.dumps(row) + "\n" for row in rows(count)))
-        flags = ["--dataset_name", folder / "data", "--model_name_or_path", model]
-        flags += ["--output_dir", folder / "run", *FLAGS]
-        flags += ["--ranks_per_round", "model"]
-        prepared = whole_run(resolve([str(flag) for flag in flags]))
+        where = dict(dataset_name=folder / "data", model_name_or_path=model)
+        where["output_dir"] = folder / "run"
+        prepared = whole_run({**OPTIONS, **where, "ranks_per_round": "model"})
         assert 0 in prepared.allocation.record.ranks.values()
         return prepared, folder / "run"
 
@@ -230,7 +224,7 @@ def read_metrics(folder):
 def test_settings_are_saved_with_their_sources(finished):
     _, folder = finished
     data = json.loads((folder / "settings.json").read_text())
-    assert data["lora_r"] == {"value": 2, "source": "flag"}
+    assert data["lora_r"] == {"value": 2, "source": "Python"}
     assert data["lora_alpha"]["source"] == "loralloc default"
 
 
@@ -284,13 +278,13 @@ def logits_of(model, tokenizer):
         return model.eval()(**tokenizer("the film is good", return_tensors="pt")).logits
 
 
-def test_an_encoder_whose_file_lacks_the_pooler(tmp_path, settings_for, bert_folder):
+def test_an_encoder_whose_file_lacks_the_pooler(tmp_path, options_for, bert_folder):
     """What is drawn at random and not trained must not be drawn again when the run is opened."""
     tokenizer = AutoTokenizer.from_pretrained(bert_folder)
     masked = BertForMaskedLM(BertConfig.from_pretrained(bert_folder))
     masked.save_pretrained(tmp_path / "masked")
     tokenizer.save_pretrained(tmp_path / "masked")
-    prepared = whole_run(settings_for(sst2, "--task", "sst2", model=tmp_path / "masked"))
+    prepared = whole_run(options_for(sst2, task="sst2", model=tmp_path / "masked"))
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "masked")
     opened = PeftModel.from_pretrained(base, tmp_path / "out")
     expected = logits_of(prepared.model, tokenizer)
@@ -317,17 +311,16 @@ def test_a_folder_without_an_adapter_does_not_open(tmp_path):
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("kind", ("lm", "classification"))
-def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, settings_for, bert_folder, tmp_path):
-    more = ["--save_strategy", "steps", "--save_steps", "5", "--lora_dropout", "0.1"]
-    rows, model = (prompts, {}) if kind == "lm" else (sst2, dict(model=bert_folder))
-    whole = whole_run(settings_for(rows, *more, output="whole", **model))
-    killed = runs.prepare(settings_for(rows, *more, **model))
+def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, options_for, bert_folder, tmp_path):
+    rows, more = (prompts, {}) if kind == "lm" else (sst2, dict(model=bert_folder))
+    more |= dict(save_strategy="steps", save_steps=5, lora_dropout=0.1)
+    whole = whole_run(options_for(rows, output="whole", **more))
+    killed = runs.prepare(options_for(rows, **more))
     killed.trainer.add_callback(KillAt(8))
     with pytest.raises(Interrupted):
         runs.train(killed)
-    checkpoint = run_folder.checkpoint_to_resume(tmp_path / "out")
-    assert checkpoint.name == "checkpoint-5"
-    resumed = whole_run(settings_for(rows, *more, **model), resume=True)
+    resumed = whole_run(options_for(rows, **more), resume=True)
+    assert resumed.checkpoint.name == "checkpoint-5"
     assert without_seconds(resumed.allocation.record.rounds) == without_seconds(
         whole.allocation.record.rounds
     )
@@ -340,67 +333,56 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(kind, settings_for, bert_fol
     assert logged == sorted(set(logged))
 
 
-def test_the_same_seed_gives_the_same_run(settings_for):
-    first, second = (whole_run(settings_for(prompts, output=name)) for name in ("one", "two"))
+def test_the_same_seed_gives_the_same_run(options_for):
+    first, second = (whole_run(options_for(prompts, output=name)) for name in ("one", "two"))
     assert without_seconds(first.allocation.record.rounds) == without_seconds(
         second.allocation.record.rounds
     )
     assert losses(first.trainer) == losses(second.trainer)
 
 
-def test_another_seed_gives_another_run(settings_for):
-    first, second = (
-        whole_run(settings_for(prompts, "--seed", seed, output=seed)) for seed in ("1", "2")
-    )
+def test_another_seed_gives_another_run(options_for):
+    first, second = (whole_run(options_for(prompts, seed=seed, output=seed)) for seed in ("1", "2"))
     assert losses(first.trainer) != losses(second.trainer)
 
 
 @pytest.mark.parametrize("kind", ("lm", "classification"))
-def test_the_best_checkpoint_is_loaded(kind, settings_for, bert_folder):
-    flags = ["--load_best_model_at_end", "true", "--metric_for_best_model", "loss"]
-    rows, model = (prompts, {}) if kind == "lm" else (sst2, dict(model=bert_folder))
-    prepared = whole_run(settings_for(rows, *flags, **model))
+def test_the_best_checkpoint_is_loaded(kind, options_for, bert_folder):
+    rows, more = (prompts, {}) if kind == "lm" else (sst2, dict(model=bert_folder))
+    more |= dict(load_best_model_at_end=True, metric_for_best_model="loss")
+    prepared = whole_run(options_for(rows, **more))
     assert prepared.trainer.state.best_model_checkpoint
     assert saved_ranks(prepared.settings.output_dir) == present(prepared.allocation.record.ranks)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "options",
     [
-        [
-            "--packing",
-            "true",
-            "--eval_packing",
-            "false",
-            "--num_train_epochs",
-            "9",
-            "--recovery_epochs",
-            "1",
-        ],
-        ["--gradient_checkpointing", "true"],
-        ["--gradient_accumulation_steps", "2"],
-        ["--use_rslora", "true"],
-        ["--dtype", "bfloat16"],
-        ["--lora_target_modules", "q_proj", "v_proj"],
-        ["--lora_target_modules", "all-linear"],
-        ["--score", "ablation", "--allocation.budget", "parameters", "--max_rank", "3"],
+        {"packing": True, "eval_packing": False, "num_train_epochs": 9, "recovery_epochs": 1},
+        {"gradient_checkpointing": True},
+        {"gradient_accumulation_steps": 2},
+        {"use_rslora": True},
+        {"dtype": "bfloat16"},
+        {"lora_target_modules": ["q_proj", "v_proj"]},
+        {"lora_target_modules": "all-linear"},
+        {"score": "ablation", "allocation.budget": "parameters", "max_rank": 3},
     ],
-    ids=lambda flags: " ".join(flags[:2]),
+    ids=lambda options: next(iter(options)),
 )
 @pytest.mark.filterwarnings("ignore:.*attention implementation:UserWarning")
-def test_options_of_trl_and_of_the_allocation_go_together(flags, settings_for):
-    prepared = whole_run(settings_for(texts, *flags))
+def test_options_of_trl_and_of_the_allocation_go_together(options, options_for):
+    prepared = whole_run(options_for(texts, **options))
     assert len(prepared.allocation.record.rounds) == 2
 
 
 @pytest.fixture
-def held_out(tmp_path, write_rows, settings_for):
+def held_out(tmp_path, write_rows, options_for):
     """The rows of 30 that are trained on, and the six held out."""
     path = write_rows(tmp_path / "all.jsonl", prompts(30))
 
-    def rows(*flags):
-        size = ["--validation_examples", "6"]
-        trainer = runs.prepare(settings_for(prompts, "--dataset_name", path, *size, *flags)).trainer
+    def rows(**more):
+        data = dict(dataset_name=path, validation_examples=6)
+        trainer = runs.prepare(options_for(prompts, **data, **more)).trainer
         return set(trainer.train_dataset[ROW]), set(trainer.eval_dataset[ROW])
 
     return rows
@@ -413,46 +395,43 @@ def test_a_development_set_is_held_out_where_there_is_none(held_out):
 
 
 def test_the_held_out_set_does_not_depend_on_the_runs_seed(held_out):
-    assert held_out("--seed", "1") == held_out("--seed", "2")
+    assert held_out(seed=1) == held_out(seed=2)
 
 
-def test_named_splits_are_taken(tmp_path, write_rows, settings_for):
-    settings = settings_for(
-        prompts, "--dataset_train_split", "part", "--dataset_test_split", "held"
-    )
+def test_named_splits_are_taken(tmp_path, write_rows, options_for):
+    options = options_for(prompts, dataset_train_split="part", dataset_test_split="held")
     for name, count in (("part", 20), ("held", 5)):
         write_rows(tmp_path / "data" / f"{name}.jsonl", prompts(count))
-    splits = runs.prepare(settings).splits
+    splits = runs.prepare(options).splits
     assert {name: len(split.dataset) for name, split in splits.items()} == {
         "train": 20,
         "validation": 5,
     }
 
 
-def test_several_data_sets_are_mixed_as_in_trl(tmp_path, write_rows, settings_for):
+def test_several_data_sets_are_mixed_as_in_trl(tmp_path, write_rows, options_for):
     for name in ("one", "two"):
         write_rows(tmp_path / name / "train.jsonl", prompts(20))
     path = tmp_path / "mix.yaml"
     path.write_text(f"datasets:\n  - path: {tmp_path}/one\n  - path: {tmp_path}/two\n")
-    base = dict(settings_for(prompts).given)
-    del base["dataset_name"]
-    settings = resolve(["--validation_examples", "8"], config=path, base=base)
-    prepared = whole_run(settings)
+    options = options_for(prompts, config=path, validation_examples=8)
+    del options["dataset_name"]
+    prepared = whole_run(options)
     assert len(prepared.trainer.train_dataset) == 32
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("options", "words"),
     [
-        (["--dtype", "float33"], "float33"),
-        (["--use_peft", "false"], "`use_peft` is false; choose with `--method`"),
-        (["--use_dora", "true"], "uses `use_dora`, for which ranks cannot be allocated"),
-        (["--task", "sst3"], "There is no task 'sst3'"),
+        ({"dtype": "float33"}, "float33"),
+        ({"use_peft": False}, "`use_peft` is false; choose with `--method`"),
+        ({"use_dora": True}, "uses `use_dora`, for which ranks cannot be allocated"),
+        ({"task": "sst3"}, "There is no task 'sst3'"),
     ],
 )
-def test_what_does_not_fit_is_refused(flags, words, settings_for):
+def test_what_does_not_fit_is_refused(options, words, options_for):
     with pytest.raises((ValueError, TypeError), match=words):
-        runs.prepare(settings_for(prompts, *flags))
+        runs.prepare(options_for(prompts, **options))
 
 
 @pytest.mark.parametrize(
@@ -462,11 +441,11 @@ def test_what_does_not_fit_is_refused(flags, words, settings_for):
         (0, "`validation_examples` is 0"),
     ],
 )
-def test_a_development_set_that_cannot_be_held_out(size, words, settings_for, tmp_path):
-    settings = settings_for(prompts, "--validation_examples", size)
+def test_a_development_set_that_cannot_be_held_out(size, words, options_for, tmp_path):
+    options = options_for(prompts, validation_examples=size)
     (tmp_path / "data" / "validation.jsonl").unlink()
     with pytest.raises(ValueError, match=words):
-        runs.prepare(settings)
+        runs.prepare(options)
 
 
 def test_clearing_removes_the_run_and_nothing_else(finished, tmp_path):
@@ -488,16 +467,3 @@ def test_what_counts_as_a_run(name, tmp_path):
     assert not run_folder.holds_run(tmp_path)
     Path(tmp_path / name).write_text("{}")
     assert run_folder.holds_run(tmp_path)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_opens_in_the_dtype_it_was_trained_in(dtype, finished_runs, tmp_path):
-    _, folder = next(iter(finished_runs.values()))
-    copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
-    saved = json.loads((copy / "settings.json").read_text())
-    saved["dtype"] = {"value": dtype, "source": "flag"}
-    (copy / "settings.json").write_text(json.dumps(saved))
-    model, _ = load_trained(copy, head=head_of(copy))
-    backbone = next(p for name, p in model.named_parameters() if "lora" not in name)
-    assert backbone.dtype == getattr(torch, dtype)
