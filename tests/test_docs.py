@@ -3,6 +3,7 @@
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -51,6 +52,19 @@ def test_the_readme_example_runs_and_its_adapter_opens_without_loralloc(
         "assert 'loralloc' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", opened], check=True, cwd=tmp_path)
+
+
+def test_the_guides_run_from_python_trains(llama_folder, write_rows, tmp_path, monkeypatch):
+    shown = blocks(ROOT / "docs" / "guide.md", "python")
+    (example,) = [block for block in shown if "loralloc.prepare(" in block]
+    rows = [{"sentence": f"the film {i} is good", "label": i % 2} for i in range(64)]
+    write_rows(tmp_path / "data" / "sst2" / "train.jsonl", rows)
+    write_rows(tmp_path / "data" / "sst2" / "dev.jsonl", rows[:32])
+    shutil.copytree(llama_folder, tmp_path / "models" / "smollm2-135m")
+    monkeypatch.setenv("LORALLOC_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert (tmp_path / "runs" / "sst2-smollm2-135m" / "allocation.json").is_file()
 
 
 @pytest.mark.parametrize("command", commands("loralloc"), ids=" ".join)
