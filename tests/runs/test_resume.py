@@ -137,7 +137,7 @@ def test_a_checkpoint_without_an_adapter_is_refused(checkpoint, tmp_path):
 
 
 def test_another_schedule_than_the_runs_is_refused(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="with the options it was begun with"):
+    with pytest.raises(ValueError, match="was begun with `num_rounds` of 3, and now it is 2"):
         run(_plain(tmp_path), resume=checkpoint, warmup_epochs=1, num_rounds=2)
 
 
