@@ -4,6 +4,7 @@ from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
 from loralloc.allocation.blocks import block_index, block_list, modules_per_block
 from loralloc.allocation.layers import (
+    active_adapter,
     lora_config,
     lora_layers,
     rank_cost,
@@ -79,8 +80,30 @@ def test_a_model_without_an_adapter_is_refused():
 
 
 def test_an_unknown_adapter_is_refused_with_those_there_are():
-    with pytest.raises(TypeError, match=r"named 'mine' \(adapters found: 'default' \(LORA\)\)"):
+    with pytest.raises(TypeError) as error:
         lora_layers(tiny.adapted(tiny.llama()), "mine")
+    assert str(error.value) == (
+        "The model has no LoRA adapter named 'mine' (adapters found: 'default' (LORA)); pass "
+        "`adapter_name='default'`."
+    )
+
+
+def test_the_active_adapter_is_the_one_that_the_layers_use():
+    model = tiny.adapted(tiny.llama(), r=4)
+    assert active_adapter(model) == "default"
+    model.add_adapter("second", type(lora_config(model))(r=2, target_modules=["q_proj"]))
+    assert active_adapter(model) == "default"
+    model.set_adapter("second")
+    assert active_adapter(model) == active_adapter(model.get_base_model()) == "second"
+    assert active_adapter(tiny.llama()) == "default"
+
+
+def test_several_active_adapters_want_one_to_be_named():
+    model = tiny.adapted(tiny.llama(), r=4)
+    model.add_adapter("second", type(lora_config(model))(r=2, target_modules=["q_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="The adapters 'default', 'second' are active at once"):
+        active_adapter(model)
 
 
 def test_dora_is_refused():

@@ -99,3 +99,28 @@ def test_a_second_life_after_opening(tmp_path):
     resize(opened, {"model.layers.1.mlp.up_proj": 0, "model.layers.0.self_attn.q_proj": 9})
     tiny.with_trained_b(opened)
     assert_opens_equal(opened, tiny.llama(), tmp_path / "second")
+
+
+@pytest.mark.parametrize(("bias", "empty"), [("all", ["0.mlp.c_fc"]), ("lora_only", [])])
+def test_biases_that_train(bias, empty, tmp_path):
+    model = tiny.adapted(tiny.gpt2(), bias=bias)
+    tiny.train(model, tiny.batch_for(model), 2)
+    resize(model, unequal(model, empty=empty))
+    before = logits(model, tiny.batch_for(model))
+    model.save_pretrained(tmp_path)
+    opened = PeftModel.from_pretrained(tiny.gpt2(), tmp_path).eval()
+    torch.testing.assert_close(logits(opened, tiny.batch_for(model)), before, rtol=0, atol=1e-5)
+
+
+def test_a_module_whose_bias_would_not_be_saved_is_not_emptied():
+    model = tiny.adapted(tiny.gpt2(), bias="lora_only")
+    before = list(model.parameters())
+    with pytest.raises(ValueError) as error:
+        resize(model, {"transformer.h.0.mlp.c_fc": 0})
+    assert str(error.value) == (
+        "transformer.h.0.mlp.c_fc would be left with rank 0, but the adapter has "
+        "`bias='lora_only'`, with which PEFT saves a module's bias only beside its ranks; keep a "
+        "rank of every module."
+    )
+    assert all(x is y for x, y in zip(model.parameters(), before, strict=True))
+    resize(tiny.adapted(tiny.llama(), bias="lora_only"), {"model.layers.0.mlp.up_proj": 0})

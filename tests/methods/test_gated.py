@@ -56,6 +56,15 @@ def test_it_begins_with_twice_its_budget_and_ends_with_it_to_one_rank(kind, shap
     assert budget - dearest < method.num_stored() <= budget
 
 
+def test_an_optimiser_under_which_ranks_cannot_be_dropped_is_refused_before_the_first_step(kind):
+    method = made(kind)
+    drive = Drive(method, num_steps=10)
+    trained = [p for p in method.model.parameters() if p.requires_grad]
+    drive.session.optimizer = torch.optim.Adafactor(trained)
+    with pytest.raises(TypeError, match="Adafactor keeps `row_var` of every parameter"):
+        method.begin(drive.session)
+
+
 def test_it_ends_where_it_pruned_and_from_there_it_is_plain_lora(kind, monkeypatch):
     method = made(kind)
     kernel.fuse(method.model)

@@ -26,6 +26,22 @@ def base_model(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def active_adapter(model: nn.Module) -> str:
+    """The name of the adapter that the model's LoRA layers use now, "default" where it has none.
+
+    Raises:
+        ValueError: They use several.
+    """
+    layers = (module for module in base_model(model).modules() if isinstance(module, LoraLayer))
+    active: list[str] = next((list(layer.active_adapters) for layer in layers), ["default"])
+    if len(active) != 1:
+        raise ValueError(
+            f"The adapters {', '.join(map(repr, active))} are active at once, and ranks move "
+            "within one; say which with `adapter_name=`."
+        )
+    return active[0]
+
+
 def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
     """The LoRA configuration of an adapter.
 
@@ -36,9 +52,15 @@ def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
     config = configs.get(adapter_name)
     if not isinstance(config, LoraConfig):
         found = ", ".join(f"{k!r} ({v.peft_type.value})" for k, v in configs.items()) or "none"
+        lora = [name for name, other in configs.items() if isinstance(other, LoraConfig)]
+        cure = (
+            f"pass `adapter_name={lora[0]!r}`."
+            if lora
+            else "wrap it with `peft.get_peft_model(model, LoraConfig(...))` first."
+        )
         raise TypeError(
             f"The model has no LoRA adapter named {adapter_name!r} (adapters found: {found}); "
-            "wrap it with `peft.get_peft_model(model, LoraConfig(...))` first."
+            f"{cure}"
         )
     return config
 
@@ -91,6 +113,11 @@ def _not_plain(what: str) -> TypeError:
     )
 
 
+def has_own_bias(layer: LoraLayer, config: LoraConfig) -> bool:
+    """Whether a bias trains with the layer that PEFT saves and finds by the layer's ranks alone."""
+    return config.bias == "lora_only" and getattr(layer.get_base_layer(), "bias", None) is not None
+
+
 def weight_a(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
     """A_m, shape (num_ranks, in_features)."""
     return cast(nn.Parameter, layer.lora_A[adapter_name].weight)
@@ -104,6 +131,16 @@ def weight_b(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
 def weights_b(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> dict[str, Tensor]:
     """B_m of every module."""
     return {name: weight_b(layer, adapter_name) for name, layer in layers.items()}
+
+
+def weights_ab(
+    layers: Mapping[str, LoraLayer], adapter_name: str = "default"
+) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+    """A_m and B_m of every module."""
+    return {
+        name: (weight_a(layer, adapter_name), weight_b(layer, adapter_name))
+        for name, layer in layers.items()
+    }
 
 
 def rank_cost(layer: LoraLayer) -> int:

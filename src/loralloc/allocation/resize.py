@@ -5,20 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loralloc.allocation.layers import (
     base_model,
+    has_own_bias,
     lora_config,
     lora_layers,
     weight_a,
     weight_b,
+    weights_ab,
 )
+from loralloc.allocation.optimizer_state import bare_optimizer, check_shapes, check_state, swap
 from loralloc.allocation.policy import Plan
 
 
@@ -52,13 +55,14 @@ def resize(
         The plan that was carried out.
 
     Raises:
-        ValueError: A name is no adapted module, a rank is negative, or all modules would be empty.
-        TypeError: The optimiser keeps state that cannot be cut by rank.
+        ValueError: A name is no adapted module, a rank is negative, or all modules would be empty,
+            or one whose bias PEFT would then not save.
+        TypeError: The optimiser keeps state of which it is not known how it follows the ranks.
     """
     layers = lora_layers(model, adapter_name)
     plan = to if isinstance(to, Plan) else _plan_by_norm(layers, to, adapter_name)
-    bare = _bare_optimizer(optimizer)
-    _check(layers, plan, bare, adapter_name)
+    bare = bare_optimizer(optimizer)
+    _check(layers, plan, bare, lora_config(model, adapter_name), adapter_name)
     for name, kept in plan.kept.items():
         layer, added = layers[name], plan.added[name]
         if not added and len(kept) == layer.r[adapter_name]:
@@ -67,14 +71,14 @@ def resize(
         new_a = _resized(old_a, kept, _kaiming_rows(added, old_a, generator), dim=0)
         new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
         if bare is not None:
-            _swap_in_optimizer(bare, old_a, new_a, kept, added, dim=0)
-            _swap_in_optimizer(bare, old_b, new_b, kept, added, dim=1)
+            swap(bare, old_a, new_a, kept, added, dim=0)
+            swap(bare, old_b, new_b, kept, added, dim=1)
         _set_rank(layer, new_a, new_b, adapter_name)
         if new_a.shape[0] == 0:
             _remove_from_adapter(model, name, layer, adapter_name)
     write_patterns(model, adapter_name)
     if bare is not None:
-        check_optimizer_state(bare)
+        check_shapes(bare)
     return plan
 
 
@@ -94,27 +98,12 @@ def write_patterns(model: nn.Module, adapter_name: str = "default") -> None:
             config.alpha_pattern[key] = alpha
 
 
-def check_optimizer_state(optimizer: Optimizer) -> None:
-    """Check that every state tensor has its parameter's shape.
-
-    Fused optimisers do not check shapes: a stale one makes them write beyond the tensor.
-
-    Raises:
-        TypeError: The optimiser keeps state of another shape, which cannot be cut by rank.
-    """
-    for param, state in optimizer.state.items():
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.numel() > 1 and value.shape != param.shape:
-                raise TypeError(
-                    f"{type(optimizer).__name__} keeps `{key}` of shape {tuple(value.shape)} for a "
-                    f"parameter of shape {tuple(param.shape)}, which cannot follow a change of "
-                    "rank; use an optimiser with state shaped like its parameters, such as "
-                    'optim="adamw_torch".'
-                )
-
-
 def _check(
-    layers: Mapping[str, LoraLayer], plan: Plan, optimizer: Optimizer | None, adapter_name: str
+    layers: Mapping[str, LoraLayer],
+    plan: Plan,
+    optimizer: Optimizer | None,
+    config: LoraConfig,
+    adapter_name: str,
 ) -> None:
     """Refuse what cannot be carried out, before anything is changed."""
     _check_names(layers, plan.kept)
@@ -128,17 +117,15 @@ def _check(
         after[name] = plan.rank_after(name)
     if not any(after.values()):
         raise ValueError("Every module would be left with rank 0; keep at least one rank.")
+    lost = [name for name, rank in after.items() if not rank and has_own_bias(layers[name], config)]
+    if lost:
+        raise ValueError(
+            f"{lost[0]} would be left with rank 0, but the adapter has `bias='lora_only'`, with "
+            "which PEFT saves a module's bias only beside its ranks; keep a rank of every module."
+        )
     if optimizer is None:
         return
-    check_optimizer_state(optimizer)
-    known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for name in plan.kept:
-        for weight in (weight_a(layers[name], adapter_name), weight_b(layers[name], adapter_name)):
-            if weight.requires_grad and id(weight) not in known:
-                raise ValueError(
-                    f"A trainable LoRA weight of {name} is not in the optimiser, so its resized "
-                    "form would never train; pass the optimiser that trains this adapter."
-                )
+    check_state(optimizer, weights_ab({name: layers[name] for name in plan.kept}, adapter_name))
 
 
 def _check_names(layers: Mapping[str, LoraLayer], names: Iterable[str]) -> None:
@@ -186,49 +173,6 @@ def _resized(old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int)
     index = torch.tensor(kept, dtype=torch.long, device=old.device)
     values = torch.cat([old.detach().index_select(dim, index), new], dim=dim)
     return nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
-
-
-def _bare_optimizer(optimizer: Any) -> Optimizer | None:
-    """The PyTorch optimiser under wrappers such as Accelerate's."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return cast("Optimizer | None", optimizer)
-
-
-def _swap_in_optimizer(
-    optimizer: Optimizer,
-    old: nn.Parameter,
-    new: nn.Parameter,
-    kept: tuple[int, ...],
-    added: int,
-    *,
-    dim: int,
-) -> None:
-    """Put `new` where `old` was, with the kept slices of its state and zeros for new ranks."""
-    state = optimizer.state.pop(old, None)
-    for group in optimizer.param_groups:
-        for slot, param in enumerate(group["params"]):
-            if param is not old:
-                continue
-            if new.numel() == 0:
-                del group["params"][slot]
-                return
-            group["params"][slot] = new
-            if state is not None:
-                optimizer.state[new] = {
-                    key: _resized_state(value, old, kept, added, dim)
-                    for key, value in state.items()
-                }
-            return
-
-
-def _resized_state(value: Any, old: Tensor, kept: tuple[int, ...], added: int, dim: int) -> Any:
-    if not isinstance(value, Tensor) or value.shape != old.shape:
-        return value
-    index = torch.tensor(kept, dtype=torch.long, device=value.device)
-    shape = list(value.shape)
-    shape[dim] = added
-    return torch.cat([value.index_select(dim, index), value.new_zeros(shape)], dim=dim).contiguous()
 
 
 def _set_rank(

@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from loralloc.allocation.gates import fold_gates, gate_ranks
-from loralloc.allocation.layers import lora_layers, rank_cost, weights_b
+from loralloc.allocation.layers import lora_layers, rank_cost, weights_ab, weights_b
+from loralloc.allocation.optimizer_state import check_optimizer
 from loralloc.allocation.policy import Plan
 from loralloc.allocation.resize import resize
 from loralloc.methods.peft_method import LoraShaped
@@ -112,7 +113,12 @@ class GatedLora(LoraShaped):
         return bool(self._handles)
 
     def begin(self, session: Session) -> None:
-        """See `Method.begin`."""
+        """See `Method.begin`.
+
+        Raises:
+            TypeError: Ranks cannot be dropped under the optimiser.
+        """
+        check_optimizer(session.optimizer, weights_ab(lora_layers(self.model)))
         self.session = session
         self.prune_step = max(1, round(self.prune_by * session.num_steps))
         device = next(iter(weights_b(lora_layers(self.model)).values())).device
