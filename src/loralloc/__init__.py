@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loralloc.allocation.allocator import Allocator as Allocator
     from loralloc.allocation.allocator import ScoringError as ScoringError
+    from loralloc.allocation.choices import Score as Score
     from loralloc.allocation.config import AllocationConfig as AllocationConfig
+    from loralloc.allocation.importance.tracker import Tracker as Tracker
     from loralloc.allocation.policy import Limits as Limits
     from loralloc.allocation.policy import Plan as Plan
+    from loralloc.allocation.policy import Policy as Policy
     from loralloc.allocation.policy import Scores as Scores
     from loralloc.allocation.policy import plan as plan
     from loralloc.allocation.record import Record as Record
@@ -38,11 +41,14 @@ _HOMES = {
     "Limits": "allocation.policy",
     "Method": "methods.method",
     "Plan": "allocation.policy",
+    "Policy": "allocation.policy",
     "Record": "allocation.record",
     "Round": "allocation.record",
     "Run": "runs.run",
+    "Score": "allocation.choices",
     "Scores": "allocation.policy",
     "ScoringError": "allocation.allocator",
+    "Tracker": "allocation.importance.tracker",
     "attach": "training.attach",
     "detach": "training.drive",
     "drive": "training.drive",

@@ -1,6 +1,7 @@
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from loralloc.allocation.allocator import Allocator, ScoringError
 from loralloc.allocation.config import AllocationConfig
@@ -8,6 +9,7 @@ from loralloc.allocation.importance import gradient
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.policy import Scores
 from loralloc.allocation.record import Record
+from loralloc.allocation.schedule import Schedule
 
 every_score = pytest.mark.parametrize("score", ["gradient", "screened", "ablation", "shapley"])
 
@@ -224,6 +226,61 @@ def test_a_budget_without_a_receiver_is_lost_and_recorded():
     assert sum(entry.ranks_after.values()) == 1
 
 
+# An adapter of another name.
+
+
+def under_the_name(name, build=tiny.llama):
+    """A model whose one adapter has this name."""
+    options = dict(r=4, lora_alpha=8, target_modules=tiny.LLAMA_TARGETS, task_type="CAUSAL_LM")
+    with tiny.seeded(1):
+        return get_peft_model(build(), LoraConfig(**options), adapter_name=name).eval()
+
+
+@pytest.mark.parametrize(
+    "score", ["gradient", "screened", "ablation", "shapley", "architecture", "sensitivity"]
+)
+def test_an_adapters_name_makes_no_difference(score, tmp_path):
+    records = []
+    for name in ("default", "sql"):
+        model = tiny.with_trained_b(under_the_name(name))
+        batch, optimizer = tiny.batch_for(model), tiny.optimizer_for(model)
+        tracked = score in ("architecture", "sensitivity")
+        config = AllocationConfig(score=score, num_rounds=2)
+        allocator = Allocator(model, config, [] if tracked else [batch])
+        assert allocator.adapter_name == name
+        allocator.check_optimizer(optimizer)
+        for _ in range(2):
+            allocator.learn([batch])
+            model(**batch).loss.backward()
+            optimizer.step()
+            allocator.observe()
+            optimizer.zero_grad()
+            allocator.step(optimizer)
+        records.append(without_seconds(allocator.record.as_data()))
+        now = {n: rank for n, rank in allocator.record.ranks.items() if rank}
+        assert ranks(lora_layers(model, name), name) == now
+        model.save_pretrained(tmp_path / name)
+        folder = tmp_path / name / ("" if name == "default" else name)
+        opened = PeftModel.from_pretrained(tiny.llama(), folder).eval()
+        assert ranks(lora_layers(opened)) == now
+        with torch.no_grad():
+            torch.testing.assert_close(opened(**batch).loss, model(**batch).loss)
+    assert records[0] == records[1]
+
+
+def test_of_several_adapters_the_named_one_moves_alone():
+    model = tiny.adapted(tiny.llama(), r=4)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["q_proj", "up_proj"]))
+    model.set_adapter("second")
+    tiny.with_trained_b(model)
+    config = AllocationConfig(ranks_per_round=2)
+    allocator = Allocator(model, config, [tiny.batch_for(model)], adapter_name="second")
+    entry = allocator.step(None)
+    assert entry.ranks_after != entry.ranks_before
+    assert set(ranks(lora_layers(model)).values()) == {4}
+    assert len(allocator.record.births()) == 4
+
+
 # Twice, and in two parts.
 
 
@@ -332,6 +389,29 @@ def test_the_refusal_names_both_losses_and_what_to_do():
     assert str(error.value).endswith("lower the learning rate or check the data.")
 
 
+# Its number of rounds.
+
+
+def test_the_schedule_tells_the_number_of_rounds_and_is_recorded(tmp_path):
+    model = tiny.with_trained_b(tiny.adapted(tiny.llama()))
+    schedule = Schedule(steps=(3, 8), note="why there are two")
+    config = AllocationConfig(score="sensitivity", num_rounds=8)
+    allocator = Allocator(model, config, schedule=schedule)
+    assert (allocator.record.round_steps, allocator.record.note) == ([3, 8], schedule.note)
+    optimizer, batch = tiny.optimizer_for(model), tiny.batch_for(model)
+    for _ in range(2):
+        assert allocator.is_gathering
+        model(**batch).loss.backward()
+        allocator.observe()
+        optimizer.zero_grad()
+        allocator.step(optimizer)
+    assert not allocator.is_gathering
+    with pytest.raises(RuntimeError, match="The 2 rounds of the allocation are over, and 'sensi"):
+        allocator.step(optimizer)
+    allocator.record.save(tmp_path)
+    assert Record.load(tmp_path) == allocator.record
+
+
 # What is refused at the start.
 
 
@@ -358,6 +438,28 @@ def test_pruning_everything_at_once():
 def test_by_block_without_one_list_of_blocks():
     words = 'do not lie in one list of transformer blocks.*`ranks_per_round="block"`'
     refused(tiny.adapted(tiny.t5()), ValueError, words)
+
+
+def test_a_bias_that_would_be_lost_with_a_module():
+    words = (
+        r"The adapter has `bias='lora_only'`, with which PEFT saves the bias of "
+        r"transformer\.h\.0\.attn\.c_attn beside its ranks only, so that it would be lost with the "
+        r"last of them; set `min_rank=1`, or train with `bias='none'`\."
+    )
+    refused(tiny.adapted(tiny.gpt2(), bias="lora_only"), ValueError, words)
+    model = tiny.adapted(tiny.gpt2(), bias="lora_only")
+    Allocator(model, AllocationConfig(min_rank=1), [tiny.batch_for(model)])
+    without_biases = tiny.adapted(tiny.llama(), bias="lora_only")
+    Allocator(without_biases, AllocationConfig(), [tiny.batch_for(without_biases)])
+
+
+def test_an_optimiser_that_cannot_follow():
+    model = tiny.adapted(tiny.llama())
+    allocator = Allocator(model, AllocationConfig(), [tiny.batch_for(model)])
+    allocator.check_optimizer(tiny.optimizer_for(model))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with pytest.raises(TypeError, match="Adafactor keeps `row_var` of every parameter"):
+        allocator.check_optimizer(torch.optim.Adafactor(trained))
 
 
 def test_dora():

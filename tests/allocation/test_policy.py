@@ -1,10 +1,10 @@
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import policy as reference
 
-from loralloc.allocation.policy import Limits, Scores, choose_pruned, plan
+from loralloc.allocation.policy import Limits, Scores, choose_pruned, distances_to_cut, plan
 
 NAMES = ("a", "b", "c", "d", "e")
 
@@ -239,3 +239,96 @@ def test_the_order_of_modules_and_ranks_only_breaks_ties(case, random):
 def test_scores_know_whether_they_are_finite(bad):
     assert scores_of({"a": [1.0], "b": []}).is_finite()
     assert not scores_of({"a": [1.0, bad]}).is_finite()
+
+
+# How far a rank is from the cut.
+
+
+@st.composite
+def rounds_of_distinct(draw):
+    """Distinct whole numbers as importance, so that a half decides between two of them."""
+    sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+    values = draw(st.permutations(range(0, 3 * sum(sizes), 3)))
+    importance, start = {}, 0
+    for name, size in zip(NAMES, sizes, strict=False):
+        importance[name] = torch.tensor(values[start : start + size], dtype=torch.float64)
+        start += size
+    limits = Limits(
+        num_pruned=draw(st.integers(0, sum(sizes) + 1)),
+        min_rank=draw(st.integers(0, 3)),
+        protected={name: draw(st.frozensets(st.integers(0, 3), max_size=2)) for name in importance},
+    )
+    return importance, limits
+
+
+def distances(importance, limits):
+    return distances_to_cut(importance, choose_pruned(importance, limits), limits)
+
+
+def moved(importance, name, index, by):
+    changed = {key: values.clone() for key, values in importance.items()}
+    changed[name][index] += by
+    return changed
+
+
+@given(rounds_of_distinct())
+def test_less_than_its_distance_never_moves_a_rank_over_the_cut(case):
+    importance, limits = case
+    pruned = choose_pruned(importance, limits)
+    for (name, index), distance in distances_to_cut(
+        importance, choose_pruned(importance, limits), limits
+    ).items():
+        assert distance > 0
+        for by in (distance - 0.5, 0.5 - distance):
+            assert choose_pruned(moved(importance, name, index, by), limits) == pruned
+
+
+@given(rounds_of_distinct())
+def test_more_than_its_distance_moves_a_rank_over_the_cut(case):
+    importance, limits = case
+    pruned = choose_pruned(importance, limits)
+    for (name, index), distance in distances_to_cut(
+        importance, choose_pruned(importance, limits), limits
+    ).items():
+        is_pruned = index in pruned.get(name, ())
+        by = distance + 0.5 if is_pruned else -distance - 0.5
+        after = choose_pruned(moved(importance, name, index, by), limits)
+        assert (index in after.get(name, ())) is not is_pruned
+
+
+@given(rounds_of_distinct())
+def test_a_rank_without_a_distance_decides_nothing(case):
+    importance, limits = case
+    pruned = choose_pruned(importance, limits)
+    to_cut = distances(importance, limits)
+    for name, values in importance.items():
+        for index in range(len(values)):
+            if (name, index) not in to_cut:
+                for by in (-1000.0, 1000.0):
+                    assert choose_pruned(moved(importance, name, index, by), limits) == pruned
+
+
+@given(rounds_of_distinct(), st.randoms(use_true_random=False))
+@settings(max_examples=200)
+def test_no_error_below_half_the_distances_changes_what_is_pruned(case, random):
+    """What screening relies on: it holds for all ranks wrong at once."""
+    importance, limits = case
+    to_cut = distances(importance, limits)
+    error = min(to_cut.values(), default=2.0) / 2 - 0.25
+    wrong = {
+        name: values + torch.tensor([random.uniform(-error, error) for _ in values])
+        for name, values in importance.items()
+    }
+    assert choose_pruned(wrong, limits) == choose_pruned(importance, limits)
+
+
+def test_a_rank_on_the_wrong_side_of_the_pools_cut_has_no_distance_to_it():
+    """Of a policy with another rule nothing is known but what it prunes."""
+    importance = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([5.0, 9.0])}
+    pruned = {"a": (0,), "b": (0,)}
+    assert distances_to_cut(importance, pruned, Limits(num_pruned=2)) == {
+        ("a", 0): 1.0,
+        ("a", 1): 0.0,
+        ("b", 0): 0.0,
+        ("b", 1): 4.0,
+    }

@@ -89,6 +89,23 @@ def test_births_follow_each_rank_through_the_rounds():
     assert {name: len(born) for name, born in record.births().items()} == record.ranks
 
 
+def test_churn_is_told_of_what_a_next_round_would_prune():
+    record = a_record()
+    # Of a's ranks three are of round 2, as are no others.
+    assert record.churn({"a": [0, 1], "b": [1]}) == 1 / 3
+    assert record.churn({"b": [0]}) == 0
+    record.rounds.clear()
+    assert record.churn({"a": [0]}) is None
+
+
+def test_a_record_of_before_there_were_schedules_in_it(tmp_path):
+    data = a_record().as_data()
+    del data["round_steps"], data["note"]
+    (tmp_path / "allocation.json").write_text(json.dumps(data))
+    loaded = Record.load(tmp_path)
+    assert (loaded.round_steps, loaded.note) == (None, "")
+
+
 def test_a_folder_without_a_record_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"holds no allocation\.json; name the folder"):
         Record.load(tmp_path)

@@ -1,16 +1,11 @@
 import pytest
 import tiny
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from loralloc.allocation.importance import ablation, gradient, screened
-from loralloc.allocation.importance.screened import distances_to_cut
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
-from loralloc.allocation.policy import Limits, choose_pruned
-
-NAMES = ("a", "b", "c", "d")
+from loralloc.allocation.policy import Limits, Plan, choose_pruned
 
 
 def scores_of(model, limits, **options):
@@ -130,71 +125,28 @@ def test_nothing_to_prune_is_settled():
     assert scores_of(model, Limits(num_pruned=3, min_rank=2)).settled
 
 
-@st.composite
-def rounds(draw):
-    """Distinct whole numbers as importance, so that a half decides between two of them."""
-    sizes = draw(st.lists(st.integers(0, 4), min_size=1, max_size=4))
-    values = draw(st.permutations(range(0, 3 * sum(sizes), 3)))
-    importance, start = {}, 0
-    for name, size in zip(NAMES, sizes, strict=False):
-        importance[name] = torch.tensor(values[start : start + size], dtype=torch.float64)
-        start += size
-    limits = Limits(
-        num_pruned=draw(st.integers(0, sum(sizes) + 1)),
-        min_rank=draw(st.integers(0, 3)),
-        protected={name: draw(st.frozensets(st.integers(0, 3), max_size=2)) for name in importance},
-    )
-    return importance, limits
-
-
-def moved(importance, name, index, by):
-    changed = {key: values.clone() for key, values in importance.items()}
-    changed[name][index] += by
-    return changed
-
-
-@given(rounds())
-def test_less_than_its_distance_never_moves_a_rank_over_the_cut(case):
-    importance, limits = case
-    pruned = choose_pruned(importance, limits)
-    for (name, index), distance in distances_to_cut(importance, limits).items():
-        assert distance > 0
-        for by in (distance - 0.5, 0.5 - distance):
-            assert choose_pruned(moved(importance, name, index, by), limits) == pruned
-
-
-@given(rounds())
-def test_more_than_its_distance_moves_a_rank_over_the_cut(case):
-    importance, limits = case
-    pruned = choose_pruned(importance, limits)
-    for (name, index), distance in distances_to_cut(importance, limits).items():
-        is_pruned = index in pruned.get(name, ())
-        by = distance + 0.5 if is_pruned else -distance - 0.5
-        after = choose_pruned(moved(importance, name, index, by), limits)
-        assert (index in after.get(name, ())) is not is_pruned
-
-
-@given(rounds())
-def test_a_rank_without_a_distance_decides_nothing(case):
-    importance, limits = case
-    pruned = choose_pruned(importance, limits)
-    distances = distances_to_cut(importance, limits)
-    for name, values in importance.items():
-        for index in range(len(values)):
-            if (name, index) not in distances:
-                for by in (-1000.0, 1000.0):
-                    assert choose_pruned(moved(importance, name, index, by), limits) == pruned
-
-
-@given(rounds(), st.randoms(use_true_random=False))
-@settings(max_examples=200)
-def test_no_error_below_half_the_distances_changes_what_is_pruned(case, random):
-    """What screening relies on: it holds for all ranks wrong at once."""
-    importance, limits = case
-    distances = distances_to_cut(importance, limits)
-    error = min(distances.values(), default=2.0) / 2 - 0.25
-    wrong = {
-        name: values + torch.tensor([random.uniform(-error, error) for _ in values])
-        for name, values in importance.items()
+def one_of_each_module(scores, limits):
+    """A policy of another rule than the lowest of one pool."""
+    pruned = {name: (int(x.argmin()),) for name, x in scores.importance.items()}
+    kept = {
+        name: tuple(i for i in range(len(x)) if i not in pruned[name])
+        for name, x in scores.importance.items()
     }
-    assert choose_pruned(wrong, limits) == choose_pruned(importance, limits)
+    return Plan(kept=kept, added=dict.fromkeys(kept, 0), pruned=pruned)
+
+
+def test_under_a_policy_of_another_rule_what_it_prunes_is_what_ablation_would():
+    model = tiny.with_trained_b(tiny.adapted(tiny.llama(), r=4), 0.3)
+    limits = Limits(num_pruned=7)
+    exact = one_of_each_module(exact_of(model, limits), limits)
+    scores = scores_of(model, limits, most=1000, policy=one_of_each_module)
+    assert scores.settled
+    assert one_of_each_module(scores, limits) == exact
+    first_order = scores_of(model, limits, most=0)
+    assert one_of_each_module(first_order, limits) != exact
+
+
+def test_where_the_policys_cut_cannot_be_told_within_the_limit_the_first_order_decides():
+    model = tiny.with_trained_b(tiny.adapted(tiny.llama(), r=4))
+    scores = scores_of(model, Limits(num_pruned=7), most=20, policy=one_of_each_module)
+    assert not scores.settled and scores.verified == {}

@@ -206,7 +206,7 @@ def test_scoring_batches_are_refused():
 def test_more_rounds_than_the_configuration_has_are_refused():
     allocator, optimizer = trained(tiny.adapted(tiny.llama()), num_rounds=1)
     allocator.step(optimizer)
-    with pytest.raises(RuntimeError, match="The 1 rounds of `num_rounds` are over"):
+    with pytest.raises(RuntimeError, match="The 1 rounds of the allocation are over"):
         allocator.step(optimizer)
 
 

@@ -39,12 +39,11 @@ def test_a_budget_smaller_than_min_rank_allows(refused):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(num_rounds=8), "so only 3 of 8 rounds could take place before the last step"),
-        (dict(warmup_epochs=5), "so no round could take place before the last step"),
-        (dict(max_steps=3), "so no round could take place before the last step"),
+        (dict(max_steps=1), "The run has 1 step, and a round of allocation takes place before"),
+        (dict(rounds_at="[12]"), "`num_rounds` is 2, but `rounds_at` says where the 1 rounds take"),
     ],
 )
-def test_rounds_after_the_last_step(changes, words, refused):
+def test_rounds_that_have_no_place(changes, words, refused):
     assert words in refused(**changes)
 
 
@@ -52,9 +51,9 @@ def test_no_rounds_at_all(refused):
     assert "`num_rounds` is 0; it must be a whole number of at least 1" in refused(num_rounds=0)
 
 
-def test_more_scoring_examples_than_the_development_set_has(refused):
-    sentence = refused(scoring_examples=9)
-    assert "`scoring_examples` is 9, but the development set has 8 examples" in sentence
+def test_too_few_held_out_examples_to_score_on(refused, data, write_rows):
+    write_rows(data / "validation.jsonl", [PROMPT] * 3)
+    assert "there are 3, of which one would decide; give at least 4" in refused()
 
 
 def test_missing_columns(refused, data, write_rows):

@@ -62,12 +62,12 @@ def test_overwrite_replaces_it(short_demo, call, output):
 
 def test_the_demos_rounds_fit_its_run():
     """As the docstring of its options says."""
-    from loralloc.allocation.schedule import round_steps
+    from loralloc.allocation.schedule import place_rounds
     from loralloc.runs.settings import resolve
 
     settings = resolve(demo.OPTIONS)
     per_epoch = 1000 // settings.training.per_device_train_batch_size
-    steps = round_steps(
+    schedule = place_rounds(
         settings.allocation, steps_per_epoch=per_epoch, max_steps=settings.training.max_steps
     )
-    assert steps == [31, 50, 69]
+    assert (schedule.steps, schedule.note) == ((31, 50, 69), "")

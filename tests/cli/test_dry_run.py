@@ -96,6 +96,21 @@ def test_scores_gathered_while_training_cost_no_scoring(score, rows_of):
     assert rows["allocation.score"] == [score, "flag"]
 
 
+def test_rounds_that_are_spread_are_said_to_be(rows_of):
+    (shown,) = rows_of(num_rounds=5)["rounds"]
+    assert shown == (
+        "after steps 1, 7 (5 rounds need more than 2.5 epochs and the run has 2: 2 of them are "
+        "spread over steps 1 to 7)"
+    )
+
+
+def test_the_cost_of_a_score_of_ones_own_is_not_known(rows_of):
+    place = "loralloc.allocation.importance.gradient:score"
+    rows = rows_of(score=place)
+    assert rows["scoring a round"] == ["not known: the score is your own"]
+    assert rows["allocation.score"] == [place, "flag"]
+
+
 def test_a_round_never_costs_more_than_verifying_every_rank(rows_of):
     (shown,) = rows_of()["scoring a round"]
     most = int(re.search(r"(\d+) forward passes", shown).group(1))
@@ -123,6 +138,6 @@ def test_a_classification_run(rows_of, data, write_rows, bert_folder):
     assert rows["adapted modules"][0].startswith("12: query x2, key x2, value x2")
 
 
-@pytest.mark.parametrize("changes", (dict(num_rounds=9), dict(scoring_examples=99)))
+@pytest.mark.parametrize("changes", (dict(max_steps=1), dict(min_rank=3)))
 def test_what_training_would_refuse_is_refused(changes, train, output):
     assert train("--dry-run", **changes).sentence

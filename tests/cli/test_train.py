@@ -31,6 +31,15 @@ def test_a_run_from_flags(train, output):
     assert f"loralloc generate {output} --prompt" in answer.out
 
 
+def test_rounds_that_are_spread_are_said_to_be_in_the_first_lines(train, output):
+    lines = train(num_rounds=5).out.splitlines()
+    note = "5 rounds need more than 2.5 epochs and the run has 2: 2 of them are spread over steps"
+    (where,) = [number for number, line in enumerate(lines) if line.startswith(note)]
+    assert lines[where - 1].endswith("2 rounds of 7 ranks, after steps 1, 7")
+    assert where < next(n for n, line in enumerate(lines) if line.startswith("round 1"))
+    assert Record.load(output).note == lines[where]
+
+
 def test_one_line_a_round_and_one_an_evaluation(train):
     lines = train().out.splitlines()
     rounds = [line for line in lines if line.startswith("round ")]

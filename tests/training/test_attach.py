@@ -1,9 +1,11 @@
+import dataclasses
 import json
 
 import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from peft.optimizers import create_lorafa_optimizer
 from trainers import (
     StopAt,
     adapter,
@@ -19,9 +21,16 @@ from trainers import (
 )
 from transformers import TrainerCallback
 
-from loralloc import AllocationConfig, ScoringError, attach
+from loralloc import AllocationConfig, Scores, ScoringError, attach, plan
 from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.allocation.record import Record
+
+PLACES = dict(
+    num_rounds=AllocationConfig.num_rounds,
+    warmup_epochs=AllocationConfig.warmup_epochs,
+    recovery_epochs=AllocationConfig.recovery_epochs,
+)
+"""What `rounds_at` stands in the place of, left out."""
 
 KINDS = ("causal", "classification", "sft")
 
@@ -248,9 +257,13 @@ def test_the_users_own_optimiser_is_followed(trainer_of):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(num_rounds=5), "only 3 of 5 rounds could take place before the last step"),
-        (dict(warmup_epochs=2), "no round could take place before the last step"),
-        (dict(recovery_epochs=0.01), "two rounds would fall on one step; use at least 0.167"),
+        (
+            PLACES | dict(rounds_at=[3, 12]),
+            "`rounds_at` ends with 12, which is step 12, but the",
+        ),
+        (PLACES | dict(rounds_at=[0.5, 0.51]), "which are both step 6 of 12; leave out one of"),
+        (dict(score="no_such_package:mine"), "no_such_package cannot be imported"),
+        (dict(policy="torch:nothing"), "`policy` is 'torch:nothing', but torch has no 'nothing'"),
         (dict(min_rank=3), "raise the LoRA rank `r` to 3 or more, or lower `min_rank`"),
         (dict(ranks_per_round=28), "the adapter has only 28; lower it or raise the LoRA rank"),
     ],
@@ -260,9 +273,40 @@ def test_options_that_do_not_fit_the_run_are_refused_at_once(changes, words, tra
         attach(trainer_of("causal"), options(**changes))
 
 
-def test_the_papers_schedule_on_a_short_run_is_refused(trainer_of):
-    with pytest.raises(ValueError, match="The run has 12 steps of 6 an epoch"):
-        attach(trainer_of("causal"), AllocationConfig(scoring_examples=4))
+def test_the_papers_schedule_on_a_short_run_is_spread_and_recorded(trainer_of):
+    trainer = trainer_of("causal")
+    allocation = attach(trainer, AllocationConfig(scoring_examples=4))
+    trainer.train()
+    assert [entry.step for entry in allocation.record.rounds] == [1, 7]
+    assert allocation.record.round_steps == [1, 7]
+    assert allocation.record.note == (
+        "8 rounds need more than 2.75 epochs and the run has 2: 2 of them are spread over steps "
+        "1 to 7"
+    )
+
+
+def test_places_of_ones_own(trainer_of):
+    trainer = trainer_of("causal")
+    allocation = attach(trainer, options(**PLACES, rounds_at=[0.25, 0.5]))
+    trainer.train()
+    assert [entry.step for entry in allocation.record.rounds] == [3, 6]
+
+
+def test_a_score_and_a_policy_of_ones_own(trainer_of, tmp_path):
+    def by_norm(objective, weights_b, limits):
+        return Scores(terms={"norm": {n: b.detach().norm(dim=0) for n, b in weights_b.items()}})
+
+    def fewer(scores, limits):
+        return plan(scores, dataclasses.replace(limits, num_pruned=1))
+
+    trainer = trainer_of("causal")
+    allocation = attach(trainer, options(score=by_norm, policy=fewer))
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for entry in Record.load(tmp_path / "final").rounds:
+        assert entry.score.endswith("by_norm")
+        assert sum(map(len, entry.pruned.values())) == 1
+    assert len(allocation.record.rounds) == 3
 
 
 def test_without_an_eval_dataset(trainer_of):
@@ -354,8 +398,16 @@ def test_a_model_without_an_adapter_is_refused(trainer_of):
 def test_an_optimiser_whose_state_cannot_follow_is_refused(trainer_of):
     trainer = trainer_of("causal", optim="adafactor")
     attach(trainer, options())
-    with pytest.raises(TypeError, match=r"Adafactor keeps .* cannot follow a change of rank"):
+    with pytest.raises(TypeError, match=r"Adafactor keeps `exp_avg_sq_row` of every parameter"):
         trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_an_optimiser_of_ones_own_is_refused_at_once(trainer_of):
+    model = tiny.adapted(tiny.llama(), r=2)
+    optimizer = create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3)
+    with pytest.raises(TypeError, match="LoraFAOptimizer keeps state under 'base_model"):
+        attach(trainer_of("causal", model=model, optimizers=(optimizer, None)), options())
 
 
 def test_attaching_twice_is_refused(trainer_of):

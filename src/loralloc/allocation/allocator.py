@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation import named, replicas
 from loralloc.allocation.blocks import modules_per_block
-from loralloc.allocation.config import TRACKED, AllocationConfig
-from loralloc.allocation.importance import ablation, gradient, screened, shapley
-from loralloc.allocation.importance.architecture import Gates
-from loralloc.allocation.importance.sensitivity import Sensitivity
-from loralloc.allocation.importance.tracker import Tracker
+from loralloc.allocation.choices import (
+    check_scores,
+    is_gathered,
+    measured_by,
+    policy_of,
+    tracker_of,
+)
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import (
+    active_adapter,
+    has_own_bias,
+    lora_config,
     lora_layers,
     rank_cost,
     ranks,
+    weights_ab,
     weights_b,
 )
 from loralloc.allocation.objective import Batch, Objective
-from loralloc.allocation.policy import Limits, Plan, Scores, plan
+from loralloc.allocation.optimizer_state import bare_optimizer, check_optimizer
+from loralloc.allocation.policy import Limits, Policy, Scores
 from loralloc.allocation.record import Record, Round
 from loralloc.allocation.resize import resize
-
-Score = Callable[[Objective, Mapping[str, Tensor], Limits], Scores]
+from loralloc.allocation.schedule import Schedule
 
 
 class ScoringError(ArithmeticError):
@@ -49,13 +57,15 @@ class Allocator:
             labels; none for a score that is gathered while training. Memory does not rise where
             they are no larger than training's; one example each under gradient checkpointing,
             which rests in evaluation mode.
-        adapter_name: PEFT's name of the adapter.
+        adapter_name: PEFT's name of the adapter; the active one by default.
+        policy: What decides the rounds, in the place of `config.policy`.
+        schedule: Where the rounds are to take place, for their number and the record.
         record: Rounds of an earlier part of the same run, whose ranks the model already has.
 
     Raises:
         TypeError: The adapter has a part that rank allocation is not defined for.
-        ValueError: The budget cannot give every module `min_rank` ranks, or the batches do not fit
-            the score.
+        ValueError: The budget cannot give every module `min_rank` ranks, the batches do not fit
+            the score, or a score or policy of one's own cannot be used.
     """
 
     def __init__(
@@ -64,30 +74,33 @@ class Allocator:
         config: AllocationConfig,
         batches: Sequence[Batch] = (),
         *,
-        adapter_name: str = "default",
+        adapter_name: str | None = None,
+        policy: Policy | None = None,
+        schedule: Schedule | None = None,
         record: Record | None = None,
     ) -> None:
         self.model = model
-        self.config = config
-        self.adapter_name = adapter_name
-        is_tracked = config.score in TRACKED
-        if is_tracked and batches:
+        self.config = config if policy is None else dataclasses.replace(config, policy=policy)
+        self.adapter_name = adapter_name or active_adapter(model)
+        self.num_rounds = len(schedule.steps) if schedule else config.num_rounds
+        gathers = is_gathered(config)
+        if gathers and batches:
             raise ValueError(
-                f"`score` is {config.score!r}, which is gathered while the adapter trains, so that "
-                "scoring batches would have no effect; leave them out."
+                f"`score` is {named.name_of(config.score)!r}, which is gathered while the adapter "
+                "trains, so that scoring batches would have no effect; leave them out."
             )
-        self._objective = None if is_tracked else Objective(model, batches)
-        layers = lora_layers(model, adapter_name)
-        frozen = [
-            name for name, b in weights_b(layers, adapter_name).items() if not b.requires_grad
-        ]
-        if frozen:
-            raise ValueError(
-                f"The LoRA weights of {frozen[0]} do not train, so ranks cannot be measured; load "
-                "the adapter with `is_trainable=True`, or make it the active one."
-            )
-        start = ranks(layers, adapter_name)
-        self.record = record or Record(config=dataclasses.asdict(config), initial_ranks=start)
+        self._policy = policy_of(self.config)
+        self._measure = None if gathers else measured_by(config, self._policy)
+        self._objective = None if gathers else Objective(model, batches)
+        layers = lora_layers(model, self.adapter_name)
+        self._check_trains_and_is_saved(layers)
+        start = ranks(layers, self.adapter_name)
+        self.record = record or Record(
+            config=self.config.as_data(),
+            initial_ranks=start,
+            round_steps=list(schedule.steps) if schedule else None,
+            note=schedule.note if schedule else "",
+        )
         self._check_ranks(start)
         self._cost = (
             {name: rank_cost(layer) for name, layer in layers.items()}
@@ -95,7 +108,22 @@ class Allocator:
             else {}
         )
         self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
-        self._tracker = self._track() if self._has_rounds_ahead else None
+        self._tracker = (
+            tracker_of(config, model, self.adapter_name)
+            if gathers and self._has_rounds_ahead
+            else None
+        )
+
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """Refuse an optimiser under which ranks cannot move; call it before the first step.
+
+        The optimiser is tried on stand-ins of its parameters, and is as it was afterwards.
+
+        Raises:
+            ValueError: A LoRA weight that trains is not in it.
+            TypeError: It keeps state of which it is not known how it follows a change of rank.
+        """
+        check_optimizer(optimizer, self._weights())
 
     def learn(self, batches: Iterable[Batch]) -> None:
         """Let the gates of `score="architecture"` learn; nothing with another score.
@@ -164,13 +192,11 @@ class Allocator:
         """
         begin = time.perf_counter()
         number = len(self.record.rounds) + 1
-        births = self.record.births()
+        births, before = self.record.births(), self.record.ranks
         limits = self._limits(births, number)
-        before = self.record.ranks
-        layers = lora_layers(self.model, self.adapter_name)
-        scores = self._scores(weights_b(layers, self.adapter_name), limits)
+        scores = replicas.mean(self._scores(limits))
         _check_finite(scores, number, step)
-        decided = plan(scores, limits)
+        decided = replicas.agreed(self._policy(scores, limits))
         resize(
             self.model,
             decided,
@@ -178,6 +204,7 @@ class Allocator:
             adapter_name=self.adapter_name,
             generator=torch.Generator().manual_seed((self.config.seed or 0) * 1000 + number),
         )
+        replicas.check_equal(self._weights(), bare_optimizer(optimizer))
         if self._tracker:
             self._tracker.follow(decided, optimizer=optimizer)
         after = {name: decided.rank_after(name) if name in decided.kept else 0 for name in before}
@@ -185,17 +212,17 @@ class Allocator:
             round=number,
             step=step,
             epoch=epoch,
-            score=self.config.score,
+            score=named.name_of(self.config.score),
             s_full=scores.s_full,
             s_base=scores.s_base,
             terms={name: _rounded(term) for name, term in scores.terms.items()},
             verified={name: list(indices) for name, indices in scores.verified.items()},
             settled=scores.settled,
-            pruned={name: list(indices) for name, indices in decided.pruned.items()},
+            pruned={name: list(indices) for name, indices in decided.pruned.items() if indices},
             added={name: count for name, count in decided.added.items() if count},
             ranks_before=before,
             ranks_after=after,
-            churn=_churn(decided, births, number),
+            churn=self.record.churn(decided.pruned),
             lost=decided.lost,
             spare=decided.spare,
             seconds=round(time.perf_counter() - begin, 3),
@@ -207,36 +234,26 @@ class Allocator:
 
     @property
     def _has_rounds_ahead(self) -> bool:
-        return len(self.record.rounds) < self.config.num_rounds
+        return len(self.record.rounds) < self.num_rounds
 
-    def _track(self) -> Tracker | None:
-        """What gathers the score while training, where one does."""
-        if self.config.score == "sensitivity":
-            return Sensitivity(self.model, adapter_name=self.adapter_name)
-        if self.config.score == "architecture":
-            return Gates(
-                self.model,
-                lr=self.config.gate_lr,
-                weight_decay=self.config.gate_weight_decay,
-                adapter_name=self.adapter_name,
-            )
-        return None
+    def _weights(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        layers = lora_layers(self.model, self.adapter_name)
+        return weights_ab(layers, self.adapter_name)
 
-    def _scores(self, weights_b: Mapping[str, Tensor], limits: Limits) -> Scores:
+    def _scores(self, limits: Limits) -> Scores:
+        """Importance of every rank now, of this process alone."""
+        layers = lora_layers(self.model, self.adapter_name)
         if self._tracker:
-            return self._tracker.score()
-        if self._objective is None:
+            scores = self._tracker.score()
+        elif self._measure is not None and self._objective is not None:
+            scores = self._measure(self._objective, weights_b(layers, self.adapter_name), limits)
+        else:
             raise RuntimeError(
-                f"The {self.config.num_rounds} rounds of `num_rounds` are over, and "
-                f"{self.config.score!r} is not gathered any more; give a larger `num_rounds`."
+                f"The {self.num_rounds} rounds of the allocation are over, and "
+                f"{named.name_of(self.config.score)!r} is not gathered any more; give a larger "
+                "`num_rounds`."
             )
-        scores: dict[str, Score] = {
-            "gradient": gradient.score,
-            "ablation": ablation.score,
-            "screened": functools.partial(screened.score, most=self.config.verify_ranks),
-            "shapley": functools.partial(shapley.score, num_nodes=self.config.shapley_nodes),
-        }
-        return scores[self.config.score](self._objective, weights_b, limits)
+        return check_scores(scores, ranks(layers, self.adapter_name), self.config)
 
     def _limits(self, births: Mapping[str, Sequence[int]], number: int) -> Limits:
         grace = self.config.grace_rounds
@@ -252,6 +269,23 @@ class Allocator:
             cost=self._cost,
             spare=self.record.spare,
         )
+
+    def _check_trains_and_is_saved(self, layers: Mapping[str, LoraLayer]) -> None:
+        """Refuse an adapter that stands still, and one whose emptied modules would lose a bias."""
+        for name, b in weights_b(layers, self.adapter_name).items():
+            if not b.requires_grad:
+                raise ValueError(
+                    f"The LoRA weights of {name} do not train, so ranks cannot be measured; load "
+                    "the adapter with `is_trainable=True`, or make it the active one."
+                )
+        options = lora_config(self.model, self.adapter_name)
+        biased = [name for name, layer in layers.items() if has_own_bias(layer, options)]
+        if biased and self.config.min_rank < 1:
+            raise ValueError(
+                "The adapter has `bias='lora_only'`, with which PEFT saves the bias of "
+                f"{biased[0]} beside its ranks only, so that it would be lost with the last of "
+                "them; set `min_rank=1`, or train with `bias='none'`."
+            )
 
     def _check_ranks(self, now: Mapping[str, int]) -> None:
         """Refuse a budget that cannot be kept, and a record that is not this model's."""
@@ -308,17 +342,6 @@ def _check_finite(scores: Scores, number: int, step: int) -> None:
         f"Round {number} at step {step} was refused and the model left as it was: {losses}"
         f"importance is not finite{where}; lower the learning rate or check the data."
     )
-
-
-def _churn(decided: Plan, births: Mapping[str, Sequence[int]], number: int) -> float | None:
-    """Share of the ranks given in the last round that are pruned in this one."""
-    young = sum(b == number - 1 for born in births.values() for b in born)
-    if number == 1 or not young:
-        return None
-    gone = sum(
-        births[name][i] == number - 1 for name, indices in decided.pruned.items() for i in indices
-    )
-    return gone / young
 
 
 def _rounded(term: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-SCORES = ("gradient", "screened", "ablation", "shapley", "architecture", "sensitivity")
-"""Names of the importance scores, the default first."""
+from loralloc.allocation import named
 
-TRACKED = ("architecture", "sensitivity")
-"""Scores that are gathered while the adapter trains; no scoring batch is read."""
+if TYPE_CHECKING:
+    from loralloc.allocation.choices import Score
+    from loralloc.allocation.importance.tracker import Tracker
+    from loralloc.allocation.policy import Policy
+
+SCORES = {
+    name: f"loralloc.allocation.importance.{place}"
+    for name, place in {
+        "gradient": "gradient:score",
+        "screened": "screened:score",
+        "ablation": "ablation:score",
+        "shapley": "shapley:score",
+        "architecture": "architecture:Gates",
+        "sensitivity": "sensitivity:Sensitivity",
+    }.items()
+}
+"""Our importance scores and where they are, the default first: a function that measures at a round
+(see `allocation.choices.Score`), or a `Tracker` that gathers while the adapter trains."""
+
+SCORE_OPTIONS = {
+    "screened": {"most": "verify_ranks", "policy": "policy"},
+    "shapley": {"num_nodes": "shapley_nodes"},
+    "architecture": {"lr": "gate_lr", "weight_decay": "gate_weight_decay"},
+}
+"""Further arguments of our scores, and the options below that they are taken from."""
+
+POLICIES = {"paper": "loralloc.allocation.policy:plan"}
+"""Our policies and where they are."""
 
 BUDGETS = ("ranks", "parameters")
 """What a budget can be counted in."""
@@ -26,7 +51,7 @@ class AllocationConfig:
     """
 
     num_rounds: int = 8
-    """Rounds of scoring, pruning and giving (N_A); at least 1. Source: the paper."""
+    """Rounds of scoring, pruning and giving (N_A), at most; at least 1. Source: the paper."""
 
     ranks_per_round: int | Literal["block", "model"] = "block"
     """Ranks pruned a round (n_A): a number, "block" (as many as a transformer block has adapted
@@ -34,24 +59,29 @@ class AllocationConfig:
     is read as "block"."""
 
     warmup_epochs: float = 1.0
-    """Epochs of training before the first round (K1); more than 0. Source: the paper."""
+    """Epochs of training before the first round (K1); more than 0. Source: the paper. In a run
+    that is too short for all rounds they are spread over its first 60% (see `place_rounds`)."""
 
     recovery_epochs: float = 0.25
     """Epochs of training between two rounds (K2); more than 0. Source: the paper."""
 
-    scoring_examples: int = 32
-    """Held-out examples that importance is measured on (B_val), drawn once; "architecture" and
-    "sensitivity" need none. Source: the paper."""
+    rounds_at: tuple[int | float, ...] | None = None
+    """Where the rounds take place, in the place of the three options above: shares of the run,
+    between 0 and 1, or optimiser steps, from 1; ascending. None for the paper's places."""
 
-    score: Literal["gradient", "screened", "ablation", "shapley", "architecture", "sensitivity"] = (
-        "gradient"
-    )
+    scoring_examples: int = 32
+    """Held-out examples that importance is measured on (B_val), drawn once; all there are where
+    there are fewer. "architecture" and "sensitivity" need none. Source: the paper."""
+
+    score: str | Score | type[Tracker] = "gradient"
     """How importance is measured: "gradient" is eq. 6 to first order (two backward passes for all
     ranks), "ablation" is eq. 6 exactly, "screened" ranks by gradient and settles the ranks near
     the cut by ablation, "shapley" divides the whole improvement among the ranks. "architecture"
     (ALoRA-DNAS) learns a gate on every rank from half of the training examples, while until the
     last round the weights learn from the other half alone; "sensitivity" (ALoRA-Sensi) averages
-    AdaLoRA's |w dL/dw| over the training steps."""
+    AdaLoRA's |w dL/dw| over the training steps. Your own, a function as
+    `allocation.choices.Score` describes or a subclass of `Tracker`, is given itself or as
+    "package.module:name"."""
 
     verify_ranks: int = 64
     """Most ranks a round may check by ablation when `score` is "screened"; fewer than 16 are too
@@ -79,6 +109,11 @@ class AllocationConfig:
     grace_rounds: int = 0
     """Rounds during which a newly given rank cannot be pruned; 0 is the paper's reading."""
 
+    policy: str | Policy = "paper"
+    """Who is pruned and who receives: "paper" prunes the lowest scores of one pool and gives to
+    the modules that lost nothing. Your own, a function from `Scores` and `Limits` to a `Plan`, is
+    given itself or as "package.module:name"."""
+
     budget: Literal["ranks", "parameters"] = "ranks"
     """What is held constant: the number of ranks (the paper) or of LoRA parameters. A rank of a
     feed-forward module costs more parameters than one of an attention module."""
@@ -95,7 +130,8 @@ class AllocationConfig:
         _at_least("shapley_nodes", self.shapley_nodes, 1)
         _at_least("min_rank", self.min_rank, 0)
         _at_least("grace_rounds", self.grace_rounds, 0)
-        _one_of("score", self.score, SCORES)
+        named.check("score", self.score, SCORES)
+        named.check("policy", self.policy, POLICIES)
         _one_of("budget", self.budget, BUDGETS)
         if isinstance(self.ranks_per_round, str):
             _one_of("ranks_per_round", self.ranks_per_round, ("block", "model"), "or a number")
@@ -116,6 +152,40 @@ class AllocationConfig:
             _at_least("max_rank", self.max_rank, max(1, self.min_rank))
         if self.seed is not None:
             _at_least("seed", self.seed, 0)
+        if self.rounds_at is not None:
+            self._take_places(self.rounds_at)
+
+    def as_data(self) -> dict[str, Any]:
+        """The options as JSON has them, a score or policy of one's own by its name."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {
+            **values,
+            "rounds_at": None if self.rounds_at is None else list(self.rounds_at),
+            "score": named.name_of(self.score),
+            "policy": named.name_of(self.policy),
+        }
+
+    def _take_places(self, places: Any) -> None:
+        """Check `rounds_at`, and let `num_rounds` be the number of its places."""
+        is_list = isinstance(places, (list, tuple)) and len(places) > 0
+        in_steps = is_list and all(type(place) is int and place >= 1 for place in places)
+        in_shares = is_list and all(type(place) is float and 0 < place < 1 for place in places)
+        if not (in_steps or in_shares) or sorted(set(places)) != list(places):
+            raise ValueError(
+                f"`rounds_at` is {places!r}; give a list in ascending order, either of shares of "
+                "the run between 0 and 1, as [0.1, 0.3], or of optimiser steps, as [20, 60]."
+            )
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in ("num_rounds", "warmup_epochs", "recovery_epochs"):
+            value = getattr(self, name)
+            if value not in (defaults[name], len(places) if name == "num_rounds" else None):
+                raise ValueError(
+                    f"`{name}` is {value}, but `rounds_at` says where the {len(places)} rounds "
+                    "take place; leave out one of the two."
+                )
+        # Frozen for users; here the two fields are brought into one form.
+        object.__setattr__(self, "rounds_at", tuple(places))
+        object.__setattr__(self, "num_rounds", len(places))
 
 
 def _is_positive(value: object) -> bool:

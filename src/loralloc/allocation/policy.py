@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -51,6 +52,48 @@ class Scores:
         measured = [s for s in (self.s_full, self.s_base) if s is not None]
         terms = (x for term in self.terms.values() for x in term.values())
         return all(map(math.isfinite, measured)) and all(bool(x.isfinite().all()) for x in terms)
+
+    def check(self, num_ranks: Mapping[str, int], *, name: str) -> None:
+        """Refuse scores that are not of these ranks.
+
+        Args:
+            num_ranks: The rank of every module, in model order.
+            name: Of the score that gave them, for the message.
+
+        Raises:
+            ValueError: A term is missing, or is not a tensor of shape (num_ranks,) for every
+                module.
+        """
+        who = f"The score {name!r} gave"
+        if not self.terms:
+            raise ValueError(f"{who} no term; a rank's importance is the sum of one or more.")
+        for measured in (self.s_full, self.s_base):
+            if measured is not None and not isinstance(measured, (int, float)):
+                raise ValueError(
+                    f"{who} a {type(measured).__name__} as `s_full` or `s_base`; give a number, or "
+                    "None where it was not measured."
+                )
+        for term, by_module in self.terms.items():
+            if list(by_module) != list(num_ranks):
+                odd = sorted({*by_module} ^ {*num_ranks})
+                why = f"{odd[0]} is in one of the two only" if odd else "the order differs"
+                raise ValueError(
+                    f"{who} a term {term!r} that has not the adapter's modules in model order "
+                    f"({why}); give one tensor for every module of `weights_b`, in its order."
+                )
+            for module, values in by_module.items():
+                wanted = (num_ranks[module],)
+                if not isinstance(values, Tensor) or not values.is_floating_point():
+                    has = values.dtype if isinstance(values, Tensor) else type(values).__name__
+                    raise ValueError(
+                        f"{who} {has} as {term!r} of {module}; give a tensor of floats of shape "
+                        f"{wanted}."
+                    )
+                if values.shape != wanted:
+                    raise ValueError(
+                        f"{who} a tensor of shape {tuple(values.shape)} as {term!r} of {module}, "
+                        f"which has {wanted[0]} ranks; give one of shape {wanted}."
+                    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +145,50 @@ class Plan:
     def rank_after(self, name: str) -> int:
         """The module's rank once the plan is carried out."""
         return len(self.kept[name]) + self.added[name]
+
+    def check(self, num_ranks: Mapping[str, int], *, name: str) -> None:
+        """Refuse a plan that is not one of these ranks.
+
+        Args:
+            num_ranks: The rank of every module before the plan.
+            name: Of the policy that made it, for the message.
+
+        Raises:
+            ValueError: A module is missing, a rank is not in one of `kept` and `pruned`, or no rank
+                would be left.
+        """
+        who = f"The policy {name!r} made a plan that"
+        for what in ("kept", "added"):
+            odd = sorted({*getattr(self, what)} ^ {*num_ranks})
+            if odd:
+                raise ValueError(
+                    f"{who} does not have every module of the adapter and no other in `{what}` "
+                    f"({odd[0]}); name each module of the scores."
+                )
+        for module, rank in num_ranks.items():
+            kept, pruned = list(self.kept[module]), list(self.pruned.get(module, ()))
+            if kept != sorted(kept) or sorted([*kept, *pruned]) != list(range(rank)):
+                raise ValueError(
+                    f"{who} keeps {kept} and prunes {pruned} of the {rank} ranks of {module}; put "
+                    "every index from 0 into one of the two, ascending."
+                )
+            added = self.added[module]
+            if isinstance(added, bool) or not isinstance(added, int) or added < 0:
+                raise ValueError(
+                    f"{who} adds {added!r} ranks to {module}; give a whole number from 0."
+                )
+        if not any(map(self.rank_after, num_ranks)):
+            raise ValueError(f"{who} leaves no rank; keep at least one.")
+
+
+class Policy(Protocol):
+    """What decides a round: `plan`, or a function of your own with its signature.
+
+    A pure function, for a score may ask it more than once in a round.
+    """
+
+    def __call__(self, scores: Scores, limits: Limits, /) -> Plan:
+        """Who is pruned and who receives."""
 
 
 def choose_pruned(importance: Mapping[str, Tensor], limits: Limits) -> dict[str, tuple[int, ...]]:
@@ -201,3 +288,49 @@ def plan(scores: Scores, limits: Limits) -> Plan:
         spare=unspent if receivers else limits.spare,
         lost=0 if receivers else freed,
     )
+
+
+def distances_to_cut(
+    importance: Mapping[str, Tensor], pruned: Mapping[str, tuple[int, ...]], limits: Limits
+) -> dict[tuple[str, int], float]:
+    """How far each rank's importance would have to move for the pruned set to change.
+
+    Exact where the lowest of one pool are pruned. Where a policy has another rule, a rank that
+    lies on the wrong side of the pool's cut has distance 0: nothing can be said for it.
+
+    Args:
+        importance: A tensor of shape (num_ranks,) for each module.
+        pruned: What the policy prunes of it, as in `Plan.pruned`.
+        limits: Its `min_rank` and `protected` are read.
+
+    Returns:
+        A distance of at least 0 by (module, index), for every rank whose fate is open: neither
+        protected nor in a module that `min_rank` closes to pruning.
+    """
+    values = {name: scores.tolist() for name, scores in importance.items()}
+    left = {name: len(scores) - len(pruned.get(name, ())) for name, scores in values.items()}
+    is_open = {name: left[name] > limits.min_rank for name in values}
+    lost = {name: [values[name][i] for i in gone] for name, gone in pruned.items() if gone}
+    stay = {
+        name: {
+            i: score
+            for i, score in enumerate(scores)
+            if i not in pruned.get(name, ()) and i not in limits.protected.get(name, ())
+        }
+        for name, scores in values.items()
+    }
+    highest_pruned = max((max(scores) for scores in lost.values()), default=-math.inf)
+    lowest_kept = min(
+        (min(stay[name].values()) for name in stay if is_open[name] and stay[name]),
+        default=math.inf,
+    )
+    distance = {}
+    for name in values:
+        # A module at `min_rank` swaps among its own ranks only.
+        cut = highest_pruned if is_open[name] else max(lost.get(name, ()), default=-math.inf)
+        for index, score in stay[name].items():
+            distance[name, index] = score - cut
+        rival = min(lowest_kept, min(stay[name].values(), default=math.inf))
+        for index in pruned.get(name, ()):
+            distance[name, index] = rival - values[name][index]
+    return {rank: max(d, 0.0) for rank, d in distance.items() if d < math.inf}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ class Round:
     """Epochs of training before it."""
 
     score: str
-    """Name of the importance score."""
+    """Name of the importance score; of the user's own, "package.module:name"."""
 
     s_full: float | None
     """S(M), minus the mean cross-entropy of the model on the scoring batch; None where the score
@@ -76,10 +76,16 @@ class Record:
     """The rounds of a run, with what they started from."""
 
     config: Mapping[str, Any]
-    """The `AllocationConfig` as data."""
+    """The `AllocationConfig` as data; a score or policy of the user's own by its name."""
 
     initial_ranks: Mapping[str, int]
     """Rank of every adapted module before the first round, in model order."""
+
+    round_steps: list[int] | None = None
+    """Optimiser steps after which rounds were to take place; None where there was no schedule."""
+
+    note: str = ""
+    """What of the schedule is otherwise than `config` says, and why; empty where nothing is."""
 
     rounds: list[Round] = field(default_factory=list)
     """The rounds so far."""
@@ -103,6 +109,18 @@ class Record:
             for name, count in entry.added.items():
                 births[name] += [entry.round] * count
         return births
+
+    def churn(self, pruned: Mapping[str, Sequence[int]]) -> float | None:
+        """Share of the ranks given in the last round that a next one prunes; None without any.
+
+        Args:
+            pruned: Indices of the ranks that are to go, by module.
+        """
+        last, births = len(self.rounds), self.births()
+        young = sum(born == last for of in births.values() for born in of)
+        if not last or not young:
+            return None
+        return sum(births[name][i] == last for name, gone in pruned.items() for i in gone) / young
 
     def as_data(self) -> dict[str, Any]:
         """What `allocation.json` holds."""

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from transformers import TrainerState
 
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import SCORES, AllocationConfig
 from loralloc.cli.console import console
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
@@ -54,7 +54,9 @@ def _rounds(run: Run) -> dict[str, str]:
         "adapted modules": f"{len(start)}: "
         + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
         "ranks": f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round",
-        "rounds": "after steps " + ", ".join(map(str, run.allocation.steps)),
+        "rounds": "after steps "
+        + ", ".join(map(str, run.allocation.steps))
+        + (f" ({note})" if (note := run.allocation.record.note) else ""),
         "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded),
     }
 
@@ -135,6 +137,8 @@ def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> st
     if config.score == "shapley":
         passes = 2 + 2 * config.shapley_nodes
         return f"about {passes} forward passes or more (the paper's 2R: {paper:,})"
+    if config.score not in SCORES:
+        return "not known: the score is your own"
     if config.score == "gradient" or rounded:
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
     most = 4 + min(config.verify_ranks, num_ranks)

@@ -75,11 +75,14 @@ class Progress:
             f"{method.num_trained():,} parameters train"
         )
         if run.allocation:
-            rounds, start = run.allocation.steps, run.allocation.record.initial_ranks
+            rounds, record = run.allocation.steps, run.allocation.record
+            start = record.initial_ranks
             self._say(
                 f"{sum(start.values()):,} ranks in {len(start)} modules; {len(rounds)} rounds of "
                 f"{run.allocation.num_pruned} ranks, after steps {', '.join(map(str, rounds))}"
             )
+            if record.note:
+                self._say(record.note)
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)

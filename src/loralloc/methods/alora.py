@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from loralloc.allocation.allocator import Allocator
-from loralloc.allocation.config import TRACKED, AllocationConfig
+from loralloc.allocation.choices import is_gathered, learns_from_batches
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.record import FILE_NAME, Record, Round
-from loralloc.allocation.schedule import round_steps
+from loralloc.allocation.schedule import Schedule, place_rounds
 from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About
 from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
@@ -40,6 +41,7 @@ class Alora(Lora):
     steps: list[int] = field(default_factory=list, init=False)
     """Optimiser steps after which a round takes place."""
 
+    _schedule: Schedule | None = field(default=None, init=False, repr=False, compare=False)
     _allocator: Allocator | None = field(default=None, init=False, repr=False, compare=False)
     _session: Session | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -84,12 +86,13 @@ class Alora(Lora):
             ValueError: The rounds do not fit into the run.
         """
         config = self.allocation
-        self.steps = round_steps(
+        self._schedule = place_rounds(
             config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
         )
+        self.steps = list(self._schedule.steps)
         return Wants(
-            held_out=0 if config.score in TRACKED else config.scoring_examples,
-            half_until=self.steps[-1] if config.score == "architecture" else 0,
+            held_out=0 if is_gathered(config) else config.scoring_examples,
+            half_until=self.steps[-1] if learns_from_batches(config) else 0,
             seed=config.seed,
         )
 
@@ -104,13 +107,16 @@ class Alora(Lora):
             self.allocation = dataclasses.replace(self.allocation, seed=session.seed)
         self._session = session
         self._allocate()
+        self.allocator.check_optimizer(session.optimizer)  # where the user gave one
 
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 
         Raises:
             ValueError: The run goes on at a step by which other rounds were due.
+            TypeError: Ranks cannot move under the optimiser.
         """
+        self.allocator.check_optimizer(session.optimizer)
         past = sum(step <= session.steps_done for step in self.steps)
         if past != len(self.record.rounds):
             raise ValueError(
@@ -121,7 +127,7 @@ class Alora(Lora):
 
     def before_step(self) -> None:
         """See `Method.before_step`: gates learn, where the score is theirs."""
-        if self.allocation.score == "architecture" and self._has_rounds_ahead:
+        if learns_from_batches(self.allocation) and self._has_rounds_ahead:
             assert self._session is not None, "a run calls join()"
             self.model.train()
             batches = self._session.second_half
@@ -220,6 +226,7 @@ class Alora(Lora):
             self.allocation,
             self._session.held_out,
             adapter_name=self.adapter_name,
+            schedule=self._schedule,
             record=record,
         )
 

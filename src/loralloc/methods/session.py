@@ -46,7 +46,8 @@ class Session:
     """What a run gives a method to work with, from its first step to its last."""
 
     optimizer: Any = None
-    """The `torch.optim.Optimizer` that trains the model; None until training begins."""
+    """The `torch.optim.Optimizer` that trains the model; before training begins, one that the user
+    gave, or None."""
 
     num_steps: int
     """Optimiser steps of the whole run."""

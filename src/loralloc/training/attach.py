@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from peft import PeftModel
 from transformers import Trainer
 
 from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.layers import active_adapter
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.training.drive import drive
@@ -49,24 +49,7 @@ def attach(
         >>> attach(trainer, AllocationConfig(num_rounds=8))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
-    name = _active_adapter(trainer.model) if adapter_name is None else adapter_name
+    name = active_adapter(trainer.model) if adapter_name is None else adapter_name
     method = Alora.on(trainer.model, config or AllocationConfig(), adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)
     return method
-
-
-def _active_adapter(model: Any) -> str:
-    """The one adapter that is active; PEFT's usual name where the model has none.
-
-    Raises:
-        ValueError: Several adapters are active at once.
-    """
-    inner = getattr(model, "_orig_mod", model)  # under torch.compile
-    active = list(inner.active_adapters) if isinstance(inner, PeftModel) else ["default"]
-    if len(active) != 1:
-        raise ValueError(
-            f"The adapters {', '.join(map(repr, active))} are active at once, and ranks move "
-            "within one; say which with `adapter_name=`."
-        )
-    name: str = active[0]
-    return name

@@ -110,6 +110,7 @@ class Driver(TrainerCallback):
         self._length = planned_length(trainer)
         self._wants = method.wants(self._length)
         self._session = Session(
+            optimizer=trainer.optimizer,
             num_steps=self._length.num_steps,
             steps_per_epoch=self._length.steps_per_epoch,
             batches_per_step=trainer.args.gradient_accumulation_steps,

@@ -8,14 +8,13 @@ the one that ablation of all ranks would choose, as far as the errors seen can t
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Iterable, Mapping
 
 from torch import Tensor
 
 from loralloc.allocation.importance import ablation, gradient
 from loralloc.allocation.objective import Objective
-from loralloc.allocation.policy import Limits, Scores, choose_pruned
+from loralloc.allocation.policy import Limits, Policy, Scores, distances_to_cut, plan
 
 SAFETY = 2.0
 """A rank is in doubt within this many times the largest error seen on verified ranks."""
@@ -28,18 +27,24 @@ ENOUGH = 16
 
 
 def score(
-    objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits, *, most: int = 64
+    objective: Objective,
+    weights_b: Mapping[str, Tensor],
+    limits: Limits,
+    *,
+    most: int = 64,
+    policy: Policy = plan,
 ) -> Scores:
     """Importance of every rank: exact near the cut, to first order elsewhere.
 
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
-        limits: What the round may prune; it places the cut.
+        limits: What the round may prune.
         most: Ranks that may be verified at most. Where more are in doubt, or this is less than
             `ENOUGH`, the first-order scores decide alone. So they do on a backbone below
             float32, where ablation takes the difference of losses that are rounded more coarsely
             than one rank changes them, while a gradient's error stays relative to its size.
+        policy: What will decide on the scores; what it prunes places the cut.
     """
     first_order = gradient.score(objective, weights_b, limits)
     if objective.is_rounded or most < ENOUGH or not first_order.is_finite():
@@ -47,7 +52,8 @@ def score(
     scores, error = first_order, 0.0
     verified: set[tuple[str, int]] = set()
     while True:
-        distance = distances_to_cut(scores.importance, limits)
+        pruned = policy(scores, limits).pruned
+        distance = distances_to_cut(scores.importance, pruned, limits)
         nearest = [
             rank for rank in sorted(distance, key=distance.__getitem__) if rank not in verified
         ]
@@ -67,49 +73,6 @@ def score(
             abs(float(scores.importance[name][index] - first_order.importance[name][index]))
             for name, index in verified
         )
-
-
-def distances_to_cut(
-    importance: Mapping[str, Tensor], limits: Limits
-) -> dict[tuple[str, int], float]:
-    """How far each rank's importance would have to move for the pruned set to change.
-
-    Args:
-        importance: A tensor of shape (num_ranks,) for each module.
-        limits: What may be pruned.
-
-    Returns:
-        A distance of at least 0 by (module, index), for every rank whose fate is open: neither
-        protected nor in a module that `min_rank` closes to pruning.
-    """
-    pruned = choose_pruned(importance, limits)
-    values = {name: scores.tolist() for name, scores in importance.items()}
-    left = {name: len(scores) - len(pruned.get(name, ())) for name, scores in values.items()}
-    is_open = {name: left[name] > limits.min_rank for name in values}
-    lost = {name: [values[name][i] for i in gone] for name, gone in pruned.items()}
-    stay = {
-        name: {
-            i: score
-            for i, score in enumerate(scores)
-            if i not in pruned.get(name, ()) and i not in limits.protected.get(name, ())
-        }
-        for name, scores in values.items()
-    }
-    highest_pruned = max((max(scores) for scores in lost.values()), default=-math.inf)
-    lowest_kept = min(
-        (min(stay[name].values()) for name in stay if is_open[name] and stay[name]),
-        default=math.inf,
-    )
-    distance = {}
-    for name in values:
-        # A module at `min_rank` swaps among its own ranks only.
-        cut = highest_pruned if is_open[name] else max(lost.get(name, ()), default=-math.inf)
-        for index, score in stay[name].items():
-            distance[name, index] = score - cut
-        rival = min(lowest_kept, min(stay[name].values(), default=math.inf))
-        for index in pruned.get(name, ()):
-            distance[name, index] = rival - values[name][index]
-    return {rank: d for rank, d in distance.items() if d < math.inf}
 
 
 def _by_module(
