@@ -168,10 +168,51 @@ def test_dropout_runs_the_kernel_of_pytorch(calls):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("build", MODELS)
+def test_float32_runs_the_kernel_of_pytorch(build, calls):
+    model = build()
+    assert_runs_pytorch(model, changed(model), calls)
+
+
 def test_a_model_that_is_made_float32_later_runs_the_kernel_of_pytorch(calls):
     model = tiny.llama().to(torch.bfloat16)
     short = changed(model).float()
     assert_runs_pytorch(model.float(), short, calls)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("build", tiny.MODELS)
+def test_under_autocast_gradients_are_as_near_to_the_truth(build, dtype, calls):
+    squared = [0.0, 0.0]
+    for seed in range(4):
+        model = tiny.with_trained_b(tiny.adapted(build()), seed=seed)
+        truth = in_one_row(model)
+        model.get_base_model().to(dtype)
+        short = copy.deepcopy(model)
+        assert use_short_attention(short.get_base_model())
+        for index, each in enumerate((short, model)):
+            with torch.autocast("cpu", torch.bfloat16):
+                squared[index] += float((in_one_row(each) - truth).norm() ** 2)
+    assert squared[0] < 1.2**2 * squared[1] < (0.2 * truth.norm()) ** 2
+    assert calls == [(12, 12)] * 2 * 4
+
+
+def in_one_row(model):
+    return torch.cat([g.flatten().double() for g in loss_and_gradients(model)[1].values()])
+
+
+def test_probabilities_are_float32_within_autocast_too(calls):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, 4, 9, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3)
+    )
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            attended = attention.short_attention(q, k, v, None, 0.3)
+            gradients = torch.autograd.grad(attended.square().sum(), (q, k, v))
+        results.append((attended, *gradients))
+    assert all(map(torch.equal, *results))
 
 
 def test_a_mask_of_numbers_runs_the_kernel_of_pytorch(calls):
@@ -208,12 +249,11 @@ def falcon():
 @pytest.mark.parametrize(
     "build",
     [
-        tiny.llama,
         lambda: tiny.llama().to(torch.bfloat16).to("meta"),
         lambda: tiny.llama(attn_implementation="eager").to(torch.bfloat16),
         falcon,
     ],
-    ids=["float32", "not-on-a-cpu", "eager", "attention-of-its-own"],
+    ids=["not-on-a-cpu", "eager", "attention-of-its-own"],
 )
 def test_other_models_are_left_as_they_are(build, caplog):
     model = build()

@@ -67,6 +67,42 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_autograd(rows):
     assert ours[1:].norm() <= 1.1 * autograd[1:].norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_cast_before", [False, True])
+def test_under_autocast_logits_are_in_its_dtype_and_losses_in_float32(dtype, is_cast_before, rows):
+    results = []
+    for function in (in_one_piece, linear_cross_entropy):
+        hidden, weight, targets, bias = tensors(300)
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        read = hidden.to(torch.bfloat16) if is_cast_before else hidden
+        with torch.autocast("cpu", torch.bfloat16):
+            losses, correct = function(read, weight, targets, bias)
+        losses.sum().backward()
+        results.append((losses, correct, hidden.grad))
+    assert results[1][0].dtype == torch.float32 == results[1][2].dtype
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
+
+
+def test_a_head_of_another_dtype_than_its_input_is_taken_in_that_of_the_input():
+    hidden, weight, targets, bias = tensors(300)
+    hidden = hidden.detach().to(torch.bfloat16)
+    expected = linear_cross_entropy(hidden, weight.bfloat16(), targets, bias.bfloat16())
+    got = linear_cross_entropy(hidden, weight, targets, bias)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 7, 8, 9])
+def test_of_equal_logits_the_first_is_the_answer_as_argmax_has_it(width, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "BLOCK", 4)
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randint(3, (200, width), generator=generator).float()
+    targets = torch.randint(width, (200,), generator=generator)
+    for z in (logits, torch.zeros_like(logits), logits.neg(), logits.bfloat16().float()):
+        hidden, weight = z, torch.eye(width)
+        _, correct = linear_cross_entropy(hidden, weight, targets)
+        assert int(correct) == int((z.argmax(1) == targets).sum())
+
+
 def test_the_factor_of_the_loss_is_not_rounded_to_bfloat16():
     gradients = []
     for factor in (1.0, 1 / 3):

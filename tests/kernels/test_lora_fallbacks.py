@@ -10,6 +10,7 @@ from peft import LoHaConfig, LoraConfig
 from peft.tuners.loha import Linear as LoHaLinear
 from peft.tuners.lora import Linear
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from loralloc.kernels.lora import fuse
 
@@ -44,11 +45,14 @@ def test_a_bias_of_b(monkeypatch):
     assert_runs_peft(model, fused_copy(model), monkeypatch)
 
 
-def test_autocast(monkeypatch):
+def test_a_compiled_model_is_one_graph_of_pefts_own_forward(monkeypatch):
     model = adapted()
-    fused = fused_copy(model)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_runs_peft(model, fused, monkeypatch)
+    part = "base_model.model.model.layers.0.mlp"
+    fused, counter = fused_copy(model).get_submodule(part), CompileCounter()
+    calls, x = Calls(monkeypatch), torch.linspace(-1, 1, 96).view(3, 32)
+    compiled = torch.compile(fused, backend=counter)
+    torch.testing.assert_close(compiled(x), model.get_submodule(part)(x))
+    assert counter.frame_count == 1 and calls == []
 
 
 def test_several_active_adapters(monkeypatch):

@@ -43,3 +43,13 @@ def test_loss_and_gradients_equal_those_of_peft(folder, kind, dtype, tolerance, 
     calls = Calls(monkeypatch)
     assert_equal_steps(model, fused, tolerance=tolerance)
     assert calls == [1] * 14  # the base layer is called, and the update alone is fused
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_under_autocast_they_equal_those_of_peft_to_rounding(folder, kind, monkeypatch):
+    model = adapted(folder, kind, torch.bfloat16)
+    fused = fused_copy(model)
+    calls = Calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal_steps(model, fused, tolerance=0.1)
+    assert calls == [1] * 14

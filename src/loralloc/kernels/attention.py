@@ -2,8 +2,9 @@
 
 PyTorch's own kernel for CPUs takes longer over the backward pass of a short sequence than over all
 linear layers of the block. Up to `LONGEST` keys the scores are small enough to be written out;
-beyond, on other devices and in float32, PyTorch's kernel runs. Probabilities are computed
-anew in backward, so no more is kept than PyTorch's kernel keeps.
+beyond, on other devices and in float32, PyTorch's kernel runs. The dtype is the one that the
+arithmetic has, under autocast its own. Probabilities are computed anew in backward, so no more is
+kept than PyTorch's kernel keeps.
 
     forward     P = softmax(scale Q K^T)        O = P V
     backward    dV = P^T dO        dS = P * (dP - rowsum(P * dP)),  dP = dO V^T
@@ -21,6 +22,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from loralloc.kernels.autocast import autocast_dtype, without_autocast
+
 NAME = "loralloc_short"
 """The name under which Transformers knows this attention."""
 
@@ -35,13 +38,12 @@ HALF = (torch.bfloat16, torch.float16)
 def use_short_attention(model: Any) -> bool:
     """Let a model attend to short sequences in this way, where that is faster.
 
+    Each call shows whether it is: the dtype of the arithmetic is not known before.
+
     Returns:
-        Whether anything was changed: the model must be in bfloat16 or float16 on a CPU, and use
-        PyTorch's attention.
+        Whether anything was changed: the model must be on a CPU and use PyTorch's attention.
     """
-    weight = next(model.parameters())
-    is_slow = weight.device.type == "cpu" and weight.dtype in HALF
-    if not is_slow or model.config._attn_implementation != "sdpa":
+    if next(model.parameters()).device.type != "cpu" or model.config._attn_implementation != "sdpa":
         return False
     if not model._can_set_attn_implementation():
         return False  # it calls PyTorch's attention by itself
@@ -65,11 +67,12 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention as Transformers calls it, (batch, heads, length, dim) to (batch, length, ...)."""
     length, num_keys = query.shape[2], key.shape[2]
+    dtype = autocast_dtype(query) or query.dtype
     is_covered = (
         length > 1
         and num_keys <= LONGEST
         and query.device.type == "cpu"
-        and query.dtype in HALF
+        and dtype in HALF
         and len(query) == len(key)
         and dropout == 0
         and position_bias is None
@@ -97,6 +100,7 @@ def _attention(
     if attention_mask is None and causal:
         attention_mask = query.new_ones(length, num_keys, dtype=torch.bool).tril()[None, None]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
     attended = short_attention(query, key, value, attention_mask, scale)
     return attended.transpose(1, 2).contiguous(), None
 
@@ -130,21 +134,23 @@ class _ShortAttention(torch.autograd.Function):
         groups = key.shape[0] * key.shape[1]
         q = query.reshape(groups, -1, query.shape[-1])  # (groups, heads / groups * length, dim)
         k, v = (t.reshape(groups, *t.shape[2:]) for t in (key, value))
-        p = _probabilities(q, k, mask, scale, query.shape)
         ctx.save_for_backward(q, k, v, mask)
         ctx.scale, ctx.shapes = scale, (query.shape, key.shape, value.shape)
-        return torch.bmm(p.to(v.dtype), v).view(*query.shape[:3], -1)
+        with without_autocast(q):
+            p = _probabilities(q, k, mask, scale, query.shape)
+            return torch.bmm(p.to(v.dtype), v).view(*query.shape[:3], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, mask = ctx.saved_tensors
         grad = grad.reshape(len(q), q.shape[1], -1)
-        p = _probabilities(q, k, mask, ctx.scale, ctx.shapes[0])
-        dv = torch.bmm(p.to(v.dtype).transpose(1, 2), grad)
-        dp = torch.bmm(grad, v.transpose(1, 2)).float()
-        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(ctx.scale).to(q.dtype)
-        dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
+        with without_autocast(q):
+            p = _probabilities(q, k, mask, ctx.scale, ctx.shapes[0])
+            dv = torch.bmm(p.to(v.dtype).transpose(1, 2), grad)
+            dp = torch.bmm(grad, v.transpose(1, 2)).float()
+            ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p).mul_(ctx.scale).to(q.dtype)
+            dq, dk = torch.bmm(ds, k), torch.bmm(ds.transpose(1, 2), q)
         return *(t.view(s) for t, s in zip((dq, dk, dv), ctx.shapes, strict=True)), None, None
 
 

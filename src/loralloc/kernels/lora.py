@@ -13,6 +13,11 @@ After a few rounds every module has a rank of its own, and oneDNN compiles and k
 half precision for every shape and stride. So there ranks are rounded up to a multiple of `MULTIPLE`
 with zeros, which change no sum, and h lies with a row a rank, so that no part of it depends on its
 siblings' ranks. Products of float32 are not compiled, and have the ranks that there are.
+
+Under autocast the arithmetic is autocast's. A frozen weight of another dtype is cast in every
+forward and kept for backward, as autocast does it: kept from step to step, the copies would be half
+as large again as a float32 model, which a run with gradient checkpointing never holds otherwise.
+Whoever wants neither the casts nor the copies loads the model in bfloat16.
 """
 
 from __future__ import annotations
@@ -27,6 +32,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loralloc.kernels.autocast import autocast_dtype, without_autocast
 from loralloc.kernels.linear import linear
 
 MULTIPLE = 8
@@ -51,8 +57,8 @@ def fuse(model: nn.Module) -> int:
 
     The layers keep their parameters, names and everything else of PEFT's class, of which theirs
     becomes a subclass. Whatever the fused step does not cover (several or merged adapters,
-    variants such as DoRA, dropout, autocast, hooks on A or B, an adapter switched off) runs
-    PEFT's own forward.
+    variants such as DoRA, dropout, hooks on A or B, an adapter switched off) runs PEFT's own
+    forward, and so does a model under `torch.compile`, which fuses that in its own way.
 
     Returns:
         How many layers were changed.
@@ -88,6 +94,16 @@ def is_fused(layer: nn.Module) -> bool:
     return hasattr(type(layer), "shared_input")
 
 
+def is_covered(layer: LoraLayer) -> bool:
+    """Whether a layer has an adapter that the fused step covers in training, hooks aside."""
+    return (is_fused(layer) or _is_linear_of_peft(type(layer))) and any(
+        name not in layer.lora_variant
+        and not layer.lora_bias.get(name)
+        and isinstance(dropout, nn.Identity)
+        for name, dropout in layer.lora_dropout.items()
+    )
+
+
 class SharedInput:
     """Sibling layers that read the same tensor: the first that is called computes for all."""
 
@@ -109,7 +125,7 @@ class SharedInput:
             if layer in self._outputs:
                 self._layers = [layer]  # cross-attention: they do not read the same tensor
             position = self._layers.index(layer) if layer in self._layers else len(self._layers)
-            later = [other for other in self._layers[position + 1 :] if _is_whole(other, x)]
+            later = [other for other in self._layers[position + 1 :] if _is_whole(other)]
             output, *others = _lora_linears(x, [layer, *later])
             self._input, self._outputs = x, dict(zip(later, others, strict=True))
         if not self._outputs:
@@ -126,7 +142,7 @@ def _fused(cls: Any) -> Any:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Shape (..., in_features) to (..., out_features)."""
-            if args or kwargs or not _is_plain(self, x):
+            if args or kwargs or not _is_plain(self):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             if not _has_frozen_linear(self):
                 return cast(Tensor, _apply(_LoraUpdate, x, self.base_layer(x), *_adapter(self)))
@@ -147,12 +163,12 @@ def _is_linear_of_peft(cls: type) -> bool:
     return cls is Linear or (cls.__module__ == "peft.tuners.lora.bnb" and cls.__name__ in quantised)
 
 
-def _is_whole(layer: LoraLayer, x: Tensor) -> bool:
+def _is_whole(layer: LoraLayer) -> bool:
     """Whether all of the layer, its frozen linear too, is one fused function."""
-    return _is_plain(layer, x) and _has_frozen_linear(layer)
+    return _is_plain(layer) and _has_frozen_linear(layer)
 
 
-def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
+def _is_plain(layer: LoraLayer) -> bool:
     """Whether the layer is its base layer and s B (A x), and nothing else."""
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
         return False
@@ -164,7 +180,7 @@ def _is_plain(layer: LoraLayer, x: Tensor) -> bool:
         and not _is_hooked(layer.lora_A[name])
         and not _is_hooked(layer.lora_B[name])
         and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
-        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
     )
 
 
@@ -218,16 +234,22 @@ class _LoraLinears(torch.autograd.Function):
         n = len(scalings)
         w, bias, a, b = (tensors[start : start + n] for start in range(0, 4 * n, n))
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        sa = _scaled(a, scalings, x.dtype)  # (R, in)
-        bt = [_transposed(b_i, x.dtype) for b_i in b]  # (R_i, out)
-        h = sa @ flat.t()  # (R, tokens)
-        outputs = []
-        for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt), bt, strict=True):
-            y = linear(flat, w_i, bias_i).addmm_(h_i.t(), bt_i)
-            outputs.append(y.resize_(*x.shape[:-1], len(w_i)))  # views may not be changed in place
-        ctx.save_for_backward(flat, h, sa, *w, *bt)
+        if cast_to := autocast_dtype(x):
+            flat = flat.to(cast_to)
+            w = tuple(w_i.to(cast_to) for w_i in w)
+            bias = tuple(bias_i if bias_i is None else bias_i.to(cast_to) for bias_i in bias)
+        sa = _scaled(a, scalings, flat.dtype)  # (R, in)
+        bt = [_transposed(b_i, flat.dtype) for b_i in b]  # (R_i, out)
+        with without_autocast(x):
+            h = sa @ flat.t()  # (R, tokens)
+            outputs = []
+            for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt), bt, strict=True):
+                y = linear(flat, w_i, bias_i).addmm_(h_i.t(), bt_i)
+                # Not a view, which may not be changed in place.
+                outputs.append(y.resize_(*x.shape[:-1], len(w_i)))
+        ctx.save_for_backward(flat, h, sa, *bt, *(w if ctx.needs_input_grad[0] else ()))
         ctx.scalings, ctx.ranks, ctx.shape = scalings, [len(a_i) for a_i in a], x.shape
-        ctx.dtypes = a[0].dtype, b[0].dtype
+        ctx.dtypes = x.dtype, a[0].dtype, b[0].dtype
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -236,18 +258,23 @@ class _LoraLinears(torch.autograd.Function):
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
         n = len(ctx.scalings)
         flat, h, sa, *rest = ctx.saved_tensors
-        w, bt = rest[:n], rest[n:]
+        bt, w = rest[:n], rest[n:]
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
-        dh, da, db = _update_gradients(
-            flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
-            *(h, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes),
-        )
-        dx = None
-        if ctx.needs_input_grad[0]:
-            parts = [
-                linear(dy, w_i.t()) for w_i, dy in zip(w, flat_dys, strict=True) if dy is not None
-            ]
-            dx = functools.reduce(Tensor.add_, parts).addmm_(dh.t(), sa).view(ctx.shape)
+        with without_autocast(flat):
+            dh, da, db = _update_gradients(
+                flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
+                *(h, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
+            )
+            dx = None
+            if ctx.needs_input_grad[0]:
+                first, *others = (
+                    linear(dy, w_i.t())
+                    for w_i, dy in zip(w, flat_dys, strict=True)
+                    if dy is not None
+                )
+                # Summed in x's dtype, as autograd sums the gradients of several readers.
+                dx = first.addmm_(dh.t(), sa).to(ctx.dtypes[0])
+                dx = functools.reduce(Tensor.add_, others, dx).view(ctx.shape)
         return dx, None, *[None] * (2 * n), *da, *db
 
 
@@ -256,12 +283,15 @@ class _LoraUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, base: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        sa, bt = _scaled([a], [s], x.dtype), _transposed(b, x.dtype)
-        h = sa @ flat.t()
-        y = torch.addmm(base.reshape(-1, base.shape[-1]), h.t().to(base.dtype), bt.to(base.dtype))
+        flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x) or x.dtype)
+        sa, bt = _scaled([a], [s], flat.dtype), _transposed(b, flat.dtype)
+        with without_autocast(x):
+            h = sa @ flat.t()
+            update = h.t().to(base.dtype), bt.to(base.dtype)
+            y = torch.addmm(base.reshape(-1, base.shape[-1]), *update)
         ctx.save_for_backward(flat, h, sa, bt)
-        ctx.s, ctx.rank, ctx.shape, ctx.dtypes = s, len(a), x.shape, (a.dtype, b.dtype)
+        ctx.s, ctx.rank, ctx.shape = s, len(a), x.shape
+        ctx.dtypes = x.dtype, a.dtype, b.dtype
         return y.resize_(base.shape)
 
     @staticmethod
@@ -269,11 +299,14 @@ class _LoraUpdate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         flat, h, sa, bt = ctx.saved_tensors
         flat_dy = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
-        dh, (da,), (db,) = _update_gradients(
-            flat if ctx.needs_input_grad[2] else None,
-            *(h, [bt], [flat_dy], [ctx.s], [ctx.rank], ctx.dtypes),
-        )
-        dx = (dh.t() @ sa).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        with without_autocast(flat):
+            dh, (da,), (db,) = _update_gradients(
+                flat if ctx.needs_input_grad[2] else None,
+                *(h, [bt], [flat_dy], [ctx.s], [ctx.rank], ctx.dtypes[1:]),
+            )
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = (dh.t() @ sa).to(ctx.dtypes[0]).view(ctx.shape)
         return dx, dy, da, db, None
 
 
