@@ -3,7 +3,8 @@
 import pytest
 import tiny
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     CohereConfig,
@@ -13,6 +14,7 @@ from transformers import (
     GraniteConfig,
     GraniteForCausalLM,
 )
+from waits import Waits, waits_of
 
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss, supervised_logits
 from loralloc.kernels import cross_entropy
@@ -188,12 +190,54 @@ def test_what_becomes_of_the_logits_is_looked_at_once(build, passes):
         assert len(count) == expected
 
 
-def test_an_error_of_the_model_leaves_no_hook_behind():
+@pytest.mark.parametrize("trains", [False, True])
+def test_an_error_within_the_model_leaves_nothing_behind(trains):
     model = adapted(untied())
-    with pytest.raises(IndexError):
+    head = model.get_output_embeddings().requires_grad_(trains)
+    words = r"reads \(6, 12\) .* `labels` has the shape \(6, 99\); give one label for each"
+    with pytest.raises(ValueError, match=words):
         SupervisedLoss(model)({**tiny.causal_batch(), "labels": torch.zeros(6, 99)})
-    head = model.get_output_embeddings()
-    assert not head._forward_hooks and not head._forward_pre_hooks
+    assert not head._forward_hooks and not head._forward_pre_hooks and "forward" not in vars(head)
+
+
+@pytest.mark.parametrize("build", [untied, gemma2])
+def test_of_equal_logits_the_first_is_the_answer_whatever_the_way(build):
+    model = adapted(build())
+    with torch.no_grad():
+        model.get_output_embeddings().weight.zero_()
+    batch = tiny.causal_batch()
+    batch["labels"][0, 6:8] = 0
+    loss = SupervisedLoss(model)
+    for _ in range(2):  # the first batch also shows what becomes of the logits
+        assert int(loss(batch).correct) == 2
+
+
+@pytest.mark.parametrize("build", [untied, gemma2])
+def test_once_what_becomes_of_the_logits_is_known_the_device_is_waited_for_once(build):
+    model, batch = adapted(build()), tiny.causal_batch()
+    loss = SupervisedLoss(model)
+    loss(batch)
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    own = waits_of(lambda: model(**inputs).logits.sum().backward())
+    with Waits() as waits, NewVectors(tiny.VOCABULARY) as vectors:
+        loss(batch).mean.backward()
+    assert len(waits.seen) == len(own) + 1  # for the number of supervised positions
+    if build is untied:
+        assert vectors.count == 0
+
+
+class NewVectors(TorchDispatchMode):
+    """How many tensors as long as the vocabulary were made outside of the head's chunks."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.vocabulary, self.count = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        if isinstance(output, torch.Tensor) and not function.is_view:
+            self.count += tuple(output.shape) in {(self.vocabulary,), (1, 1, self.vocabulary)}
+        return output
 
 
 def test_logits_at_supervised_positions_are_the_models_own():
@@ -202,6 +246,27 @@ def test_logits_at_supervised_positions_are_the_models_own():
     supervised = batch["labels"][:, 1:] != IGNORED
     torch.testing.assert_close(logits, model(**batch).logits[:, :-1][supervised])
     torch.testing.assert_close(targets, batch["labels"][:, 1:][supervised])
+
+
+@pytest.fixture
+def process_group():
+    """This process alone, as one of several would find itself."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("build", [untied, gemma2])
+def test_a_wrapper_that_looks_for_unused_parameters_finds_none(build, process_group):
+    model, batch = adapted(build()), tiny.causal_batch()
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    loss = SupervisedLoss(model)
+    model(**batch).loss.backward()
+    expected = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    for _ in range(2):  # the first batch also shows what becomes of the logits
+        model.zero_grad()
+        loss(batch, through=wrapped).mean.backward()
+        torch.testing.assert_close(gradients(model), expected, rtol=1e-3, atol=1e-6)
 
 
 class MostRows(TorchDispatchMode):

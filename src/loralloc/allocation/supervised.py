@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loralloc.allocation.layers import base_model
+from loralloc.kernels.autocast import autocast_dtype
 from loralloc.kernels.cross_entropy import linear_cross_entropy
 
 IGNORED = -100
@@ -24,7 +24,11 @@ class Supervised(NamedTuple):
     """Cross-entropy at each of them, row after row: float32 of shape (tokens,) with its graph."""
 
     correct: Tensor
-    """How many of their targets have the highest logit."""
+    """How many of their targets argmax would have chosen."""
+
+    router: Tensor | None
+    """What a mixture of experts adds to its mean loss so that its experts share the work, weighted:
+    a scalar with its graph. None where the model returns nothing of the kind."""
 
     @property
     def total(self) -> Tensor:
@@ -35,6 +39,12 @@ class Supervised(NamedTuple):
     def num_targets(self) -> int:
         """How many they are."""
         return len(self.losses)
+
+    @property
+    def mean(self) -> Tensor:
+        """The loss that the model itself returns, a float32 scalar with its graph."""
+        mean = self.total / max(1, self.num_targets)
+        return mean if self.router is None else mean + self.router
 
 
 class SupervisedLoss:
@@ -69,29 +79,82 @@ class SupervisedLoss:
         return bool(self._passes_on)
 
     def __call__(
-        self, inputs: Mapping[str, Any], *, through: nn.Module | None = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        positions: Tensor | None = None,
+        through: nn.Module | None = None,
     ) -> Supervised:
         """Run the model.
 
         Args:
             inputs: Arguments of its forward on the model's device; `labels` as Transformers has
                 them, one for each input position and not yet shifted.
+            positions: The `supervised_positions` of the labels, where they are known already.
             through: A wrapper of the model whose forward is to be called, for several processes.
         """
-        run = functools.partial(_run, self._model, inputs, through=through)
+        if positions is None:
+            positions = supervised_positions(inputs["labels"])
+        targets = inputs["labels"].flatten()[positions + 1]
         base: Any = base_model(self._model)
         head = base.get_output_embeddings()
         if self._passes_on is False or not _is_frozen_linear(head):
-            _, logits, targets = run()
-            return _from_logits(logits, targets)
-        # Known numbers that the head puts out, once, show whether the model scales or caps them.
-        known = torch.linspace(-100, 100, len(head.weight)).to(head.weight)
-        hidden, logits, targets = run(instead_of_logits=known)
-        if self._passes_on is None:
-            self._passes_on = torch.equal(logits, known[None])
+            outputs = _run(self._model, inputs, positions, through=through)
+            losses, correct = _from_logits(outputs.logits[0], targets)
+        else:
+            hidden, outputs = self._run_without_head(head, inputs, positions, through)
             if not self._passes_on:
-                return self(inputs, through=through)
-        return Supervised(*linear_cross_entropy(hidden, head.weight, targets, head.bias))
+                return self(inputs, positions=positions, through=through)
+            losses, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
+        return Supervised(losses, correct, _router_loss(base, outputs))
+
+    def _run_without_head(
+        self,
+        head: nn.Linear,
+        inputs: Mapping[str, Any],
+        positions: Tensor,
+        through: nn.Module | None,
+    ) -> tuple[Tensor, Any]:
+        """Hidden states at supervised positions, in the dtype of the head's arithmetic."""
+        kept: list[Tensor] = []
+        size, known = len(head.weight), None
+        if self._passes_on is None:
+            # Known numbers that the head puts out show whether the model scales or caps them.
+            known = torch.linspace(-100, 100, size, device=head.weight.device)
+            known = known.to(head.weight.dtype)[None, None]
+
+        def stand_in(hidden: Tensor) -> Tensor:
+            hidden = _at(positions, hidden, inputs)
+            kept.append(hidden.to(autocast_dtype(hidden) or hidden.dtype))
+            # Logits of no position, or the known ones; with a graph, which a wrapper may follow.
+            none = hidden[None, :0, :1].expand(-1, -1, size)
+            return none if known is None else known + none.sum()
+
+        vars(head)["forward"] = stand_in
+        try:
+            outputs = _call(self._model if through is None else through, inputs)
+        finally:
+            del vars(head)["forward"]
+        if known is not None:
+            self._passes_on = torch.equal(outputs.logits.to(known.dtype), known)
+        return kept[0], outputs
+
+
+def supervised_positions(labels: Tensor) -> Tensor:
+    """The positions whose next token a loss is taken on, counted through all examples.
+
+    How many there are is not known before they are found: a GPU is waited for here, and nowhere
+    else in a step.
+
+    Args:
+        labels: Shape (batch, length), not yet shifted.
+
+    Returns:
+        Ascending numbers below batch * length, shape (tokens,).
+    """
+    is_supervised = labels.roll(-1, dims=1) != IGNORED
+    is_supervised[:, -1] = False
+    return is_supervised.flatten().nonzero()[:, 0]
 
 
 def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -104,49 +167,70 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tens
     Returns:
         Logits of shape (tokens, vocabulary) and targets of shape (tokens,).
     """
-    _, logits, targets = _run(model, inputs)
-    return logits, targets
+    positions = supervised_positions(inputs["labels"])
+    outputs = _run(model, inputs, positions)
+    return outputs.logits[0], inputs["labels"].flatten()[positions + 1]
 
 
 def _run(
     model: nn.Module,
     inputs: Mapping[str, Any],
+    positions: Tensor,
     *,
     through: nn.Module | None = None,
-    instead_of_logits: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, logits and targets at supervised positions.
+) -> Any:
+    """The model's outputs with its head run at some positions, as if they were one example.
 
-    A hook on the head's input selects the positions, so nothing need be known about the model.
-    Where something is given instead, the head computes nothing and the model goes on with that.
+    A hook on the head's input selects them, so nothing need be known about the model.
     """
-    arguments = {**inputs, "use_cache": False}
-    targets = arguments.pop("labels")[:, 1:]
-    supervised = targets != IGNORED
-    kept: list[Tensor] = []
 
     def select(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        kept.append(args[0][:, :-1][supervised])  # (batch, length, hidden) -> (tokens, hidden)
-        read = kept[0] if instead_of_logits is None else kept[0][:0]
-        return (read.unsqueeze(0), *args[1:])
-
-    def replace(*_: Any) -> Tensor | None:
-        return None if instead_of_logits is None else instead_of_logits[None, None]
+        return (_at(positions, args[0], inputs).unsqueeze(0), *args[1:])
 
     base: Any = base_model(model)
-    head = base.get_output_embeddings()
-    handles = [head.register_forward_pre_hook(select), head.register_forward_hook(replace)]
+    handle = base.get_output_embeddings().register_forward_pre_hook(select)
     try:
-        logits = (through or model)(**arguments).logits
+        return _call(model if through is None else through, inputs)
     finally:
-        for handle in handles:
-            handle.remove()
-    return kept[0], logits[0], targets[supervised]
+        handle.remove()
 
 
-def _from_logits(logits: Tensor, targets: Tensor) -> Supervised:
+def _call(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a model's forward without the labels, of which it would make a loss of its own."""
+    arguments = {**inputs, "use_cache": False}
+    del arguments["labels"]
+    return model(**arguments)
+
+
+def _at(positions: Tensor, hidden: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """What the head reads at some positions: (batch, length, hidden) to (tokens, hidden)."""
+    read, labelled = hidden.shape[:2], inputs["labels"].shape
+    if read != labelled:
+        raise ValueError(
+            f"The head of the model reads {tuple(read)} examples and positions, and `labels` has "
+            f"the shape {tuple(labelled)}; give one label for each input position."
+        )
+    return hidden.flatten(0, 1).index_select(0, positions)
+
+
+def _from_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-    return Supervised(losses, (logits.detach().argmax(dim=-1) == targets).sum())
+    return losses, (logits.detach().argmax(dim=-1) == targets).sum()
+
+
+def _router_loss(base: Any, outputs: Any) -> Tensor | None:
+    """The loss of a mixture's router as the model weighs it, where the outputs have one."""
+    loss = getattr(outputs, "aux_loss", None)
+    if not isinstance(loss, Tensor):
+        return None
+    for owner in (base, base.config, base.config.get_text_config()):
+        for name in ("router_aux_loss_coef", "aux_loss_coef"):
+            if (weight := getattr(owner, name, None)) is not None:
+                return float(weight) * loss
+    raise ValueError(
+        f"The outputs of {type(base).__name__} have an `aux_loss`, and its configuration has no "
+        "`router_aux_loss_coef` to weigh it with; set one, or `output_router_logits` to False."
+    )
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

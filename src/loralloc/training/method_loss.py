@@ -24,8 +24,7 @@ def mean_loss(trainer: Trainer, method: Method) -> Callable[[Batch], Tensor]:
         inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         method.watch(inputs)
         if supervised is not None:
-            found = supervised(inputs)
-            return found.total / found.num_targets
+            return supervised(inputs).mean
         mean: Tensor = model(**inputs).loss
         return mean
 

@@ -1,11 +1,15 @@
 """Our trainer's loss against TRL's own, and what TRL does to the data."""
 
+import json
+
+import mixtures
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
+from waits import waits_of
 
 from loralloc.runs.data import ROW
 from loralloc.runs.heads import lm
@@ -16,10 +20,12 @@ from loralloc.tasks.source import Split
 def trainer_on(tmp_path, llama_folder):
     """Our trainer on given rows, with a trained adapter."""
 
-    def build(rows, validation=None, **changes):
+    def build(
+        rows, validation=None, *, folder=llama_folder, target_modules="all-linear", **changes
+    ):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_pretrained(llama_folder, dtype=torch.float32)
-        config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        config = LoraConfig(r=2, target_modules=target_modules, task_type="CAUSAL_LM")
         model = get_peft_model(model, config)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -89,6 +95,77 @@ def test_loss_and_gradients_are_trls(data, num_items, trainer_on):
     theirs = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, num_items)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
     assert all(bool(gradient.any()) for gradient in ours[1].values())
+
+
+def test_under_autocast_losses_are_trls_to_rounding(trainer_on):
+    losses = []
+    for own in (True, False):
+        trainer = trainer_on(rows(), bf16=True, max_steps=3, logging_steps=1, learning_rate=1e-2)
+        if not own:
+            trainer.compute_loss = SFTTrainer.compute_loss.__get__(trainer)
+        trainer.train()
+        losses.append([e["loss"] for e in trainer.state.log_history if "loss" in e])
+        assert trainer._supervised_loss._passes_on is (True if own else None)
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+@pytest.mark.parametrize("average", [True, False])
+@pytest.mark.parametrize("num_items", (None, 50), ids=("alone", "accumulated"))
+def test_with_several_processes_gradients_are_trls(num_items, average, trainer_on, monkeypatch):
+    trainer = trainer_on(rows(), average_tokens_across_devices=average)
+    batch = next(iter(trainer.get_train_dataloader()))
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 4)
+    num_items = None if num_items is None else torch.tensor(num_items)
+    ours = loss_and_gradients(trainer, batch, lm.SupervisedSFTTrainer.compute_loss, num_items)
+    theirs = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, num_items)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_several_processes_take_one_way_whatever_their_batches(trainer_on, monkeypatch):
+    trainer = trainer_on(rows())
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 4)
+    batch = next(iter(trainer.get_train_dataloader()))
+    nothing = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    monkeypatch.setattr(SFTTrainer, "compute_loss", None)  # where others would wait for this one
+    assert trainer.compute_loss(trainer.model, nothing).detach() == 0
+
+
+def test_a_step_waits_for_the_device_once_and_what_is_logged_are_numbers(trainer_on):
+    trainer = trainer_on(rows(), max_steps=2, logging_steps=2, eval_strategy="steps", eval_steps=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    own = waits_of(lambda: trainer.model(**inputs).logits.sum().backward())
+    trainer.compute_loss(trainer.model, batch)
+    waits = waits_of(trainer.compute_loss, trainer.model, batch)
+    assert len(waits) == len(own) + 1
+    trainer.train()
+    train, evaluation, _ = trainer.state.log_history
+    for name in ("mean_token_accuracy", "num_tokens"):
+        assert type(train[name]) is type(evaluation[f"eval_{name}"]) is float
+    json.dumps(trainer.state.log_history)
+
+
+def test_a_mixture_has_the_loss_of_its_router(trainer_on, tmp_path):
+    vocabulary = trainer_on(rows()).model.config.vocab_size
+    model = mixtures.mixtral(vocab_size=vocabulary, output_router_logits=False)
+    model.save_pretrained(tmp_path / "mixtral")
+    targets = ["q_proj", "v_proj"]
+    trainer = trainer_on(rows(), folder=tmp_path / "mixtral", target_modules=targets)
+    batch = next(iter(trainer.get_train_dataloader()))
+    ours = loss_and_gradients(trainer, batch, lm.SupervisedSFTTrainer.compute_loss, None)
+    theirs = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, None)
+    torch.testing.assert_close(ours, theirs)
+    trainer.aux_loss_enabled = False
+    without, _ = loss_and_gradients(trainer, batch, SFTTrainer.compute_loss, None)
+    assert ours[0] - without > 0.1
+
+
+def test_a_compiled_model_has_trls_loss(trainer_on, monkeypatch):
+    trainer = trainer_on(rows())
+    trainer.model.compile(backend="eager")
+    monkeypatch.setattr(SFTTrainer, "compute_loss", lambda *_: "TRL's")
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.compute_loss(trainer.model, batch) == "TRL's"
 
 
 # TRL warns of sequences that see each other, which they do not: their positions begin anew.

@@ -6,13 +6,13 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from datasets import Dataset
 from peft import TaskType
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from loralloc.allocation.supervised import IGNORED, SupervisedLoss
+from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
 from loralloc.runs.data import ROW
 from loralloc.runs.heads.head import Head
 from loralloc.tasks.columns import to_sft
@@ -20,6 +20,8 @@ from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.bucketing import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.compiled import is_compiled
+from loralloc.training.supervised import loss_of_step
 
 MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
@@ -36,34 +38,54 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
     def _supervised_loss(self) -> SupervisedLoss:
         return SupervisedLoss(self.accelerator.unwrap_model(self.model))
 
+    @functools.cached_property
+    def _is_compiled(self) -> bool:
+        return is_compiled(self)
+
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean cross-entropy at supervised positions; TRL's own way for all that is not plain."""
-        if return_outputs or not self._is_plain(inputs):
+        if return_outputs or self._has_a_loss_of_its_own():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        positions = supervised_positions(inputs["labels"])
+        if not self._fits(positions, inputs):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
-        loss = self._supervised_loss(inputs, through=model)
+        loss = self._supervised_loss(inputs, positions=positions, through=model)
         if mode == "train":
             mask = inputs.get("attention_mask")  # None where sequences are packed into one row
-            num_tokens = inputs["input_ids"].numel() if mask is None else int(mask.sum())
-            self._total_train_tokens += num_tokens
-        self._metrics[mode]["mean_token_accuracy"].append(float(loss.correct) / loss.num_targets)
-        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
-        count = loss.num_targets if num_items_in_batch is None else num_items_in_batch
-        return loss.total / torch.as_tensor(count).clamp(min=1)
+            self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
+        metrics = self._metrics[mode]
+        metrics["mean_token_accuracy"].append(loss.correct / max(1, loss.num_targets))
+        metrics["num_tokens"] = [self._total_train_tokens]
+        return loss_of_step(self, loss, num_items_in_batch)
 
-    def _is_plain(self, inputs: Any) -> bool:
-        num_targets = int((inputs["labels"][:, 1:] != IGNORED).sum())
-        fits = num_targets * self.model.config.vocab_size <= MOST_LOGITS
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's log, for which the metrics leave the device, where they wait until here."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for values in metrics.values():
+            values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
+        super().log(logs, start_time)
+
+    def _has_a_loss_of_its_own(self) -> bool:
         return (
-            num_targets > 0
-            and (fits or self._supervised_loss.is_bounded(inputs))
-            and self.args.loss_type == "nll"
-            and self.compute_loss_func is None
-            and self.label_smoother is None
-            and not self.aux_loss_enabled
+            self.args.loss_type != "nll"
+            or self.compute_loss_func is not None
+            or self.label_smoother is not None
+            or self.aux_loss_enabled  # of a mixture's router
+            or self._is_compiled
         )
+
+    def _fits(self, positions: Tensor, inputs: Any) -> bool:
+        """Whether the logits can be held: with several processes, one answer for all of them.
+
+        TRL's own way gathers its metrics, for which every process waits.
+        """
+        num_logits = len(positions) * self.model.config.vocab_size
+        if self.accelerator.num_processes == 1 and num_logits <= MOST_LOGITS:
+            return True
+        return self._supervised_loss.is_bounded(inputs)
 
 
 def sft_trainer(
