@@ -71,7 +71,7 @@ def sft_trainer(folder, *, model_folder, **changes) -> SFTTrainer:
     callbacks = changes.pop("callbacks", None)
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
-        args=SFTConfig(**arguments(folder, bf16=False, **changes)),
+        args=SFTConfig(**arguments(folder, **{"bf16": False, **changes})),
         callbacks=callbacks,
         train_dataset=rows(4 * STEPS_PER_EPOCH),
         eval_dataset=rows(8),
