@@ -8,6 +8,8 @@ STAMP := $(VENV)/.installed
 QUICK := --quick
 
 export HF_HUB_DISABLE_TELEMETRY := 1
+# Threads that wait sleep: spinning, they stop every other process that wants the cores.
+export OMP_WAIT_POLICY ?= passive
 test docs reliability: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help

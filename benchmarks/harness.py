@@ -19,9 +19,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.table import Table
+from loralloc.runs.machine import WAIT_POLICY, let_idle_threads_sleep
+
+let_idle_threads_sleep()  # PyTorch reads it once, when it is loaded
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -102,6 +106,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
+        "wait_policy": os.environ[WAIT_POLICY],
         **{name: version(name) for name in PACKAGES},
     }
 

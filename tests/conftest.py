@@ -8,6 +8,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
+from loralloc.runs.machine import let_idle_threads_sleep
+
+let_idle_threads_sleep()  # before any test loads PyTorch
+
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -1,6 +1,8 @@
 import argparse
 import io
 import json
+import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -22,6 +24,7 @@ def report(monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
     parser = argparse.ArgumentParser()
     env.add_parser(parser.add_subparsers())
     args = parser.parse_args(["env", *flags])
+    args.wait_policy = "passive"
     assert args.run(args) == 0
     return stream.getvalue()
 
@@ -47,7 +50,7 @@ def test_the_table_has_every_fact(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(line for line in lines if line.startswith("torch ")).split()[1] == version("torch")
     assert next(line for line in lines if line.startswith("bf16")).split()[-1] == "yes"
     assert next(line for line in lines if line.startswith("CPU ")).split()[1] == "[bold]Model"
-    assert all(any(line.startswith(name) for line in lines) for name in env.facts())
+    assert all(any(line.startswith(name) for line in lines) for name in env.facts(wait_policy=""))
 
 
 def test_a_missing_package_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +136,7 @@ def test_no_large_package_but_torch_is_imported() -> None:
 import sys
 from loralloc.cli import env
 assert "torch" not in sys.modules
-env.facts()
+env.facts(wait_policy="")
 assert not {"transformers", "peft", "trl", "datasets", "accelerate"} & set(sys.modules)
 """
     done = subprocess.run(
@@ -156,3 +159,43 @@ def test_wordnet_is_told_with_its_version_or_with_what_installs_it(
         for name in (f"index.{part}", f"data.{part}", f"{part}.exc"):
             (folder / name).write_text("  1 WordNet 7.5 Copyright 2026 by nobody.\n", "utf-8")
     assert report_data(monkeypatch)["wordnet"] == f"7.5 in {Path('~/wordnet')}"
+
+
+MODULE = (sys.executable, "-m", "loralloc", "env", "--json")
+SCRIPT = (str(Path(sys.executable).with_name("loralloc")), "env", "--json")
+BENCHMARK = (sys.executable, "-c", "import harness")
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+def in_a_fresh_process(command: tuple[str, ...], **variables: str) -> tuple[str, str]:
+    """What a command prints, and how long OpenMP said that it spins when PyTorch loaded it."""
+    free = {name: value for name, value in os.environ.items() if name not in WAITING}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=BENCHMARKS,
+        env={**free, "OMP_DISPLAY_ENV": "verbose", **variables},
+    )
+    # as GNU's runtime tells it, or LLVM's and Intel's
+    spins = re.search(r"(?:GOMP_SPINCOUNT = |KMP_BLOCKTIME=)'(\w+)", done.stderr)
+    assert spins, done.stderr
+    return done.stdout, spins[1].removesuffix("ms")
+
+
+def test_idle_threads_sleep_before_pytorch_could_let_them_spin() -> None:
+    report, spins = in_a_fresh_process(SCRIPT)
+    assert json.loads(report)["openmp_wait_policy"] == "passive (set by loralloc)"
+    assert spins == "0"
+
+
+def test_the_users_own_wait_policy_stays() -> None:
+    report, spins = in_a_fresh_process(MODULE, OMP_WAIT_POLICY="ACTIVE")
+    assert json.loads(report)["openmp_wait_policy"] == "active (from OMP_WAIT_POLICY)"
+    assert spins != "0"
+
+
+def test_idle_threads_sleep_in_benchmarks_too() -> None:
+    assert in_a_fresh_process(BENCHMARK)[1] == "0"

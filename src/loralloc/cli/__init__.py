@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from loralloc.cli import demo, env, eval, generate, judge, methods, preview, ranks, tasks, train
+from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (demo, tasks, methods, preview, train, ranks, generate, eval, judge, env)
 EXIT_BAD_INPUT = 2
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not getattr(args, "takes_more_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    args.wait_policy = let_idle_threads_sleep()
     # Nothing here may wait for a network that is not asked for.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    found = facts()
+    found = facts(wait_policy=args.wait_policy)
     if args.json:
         data = {name.lower().replace(" ", "_"): value for name, value in found.items()}
         console().print_json(data=data)
@@ -58,8 +58,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def facts() -> dict[str, Fact]:
-    """Every fact by name, in the order of the report; it holds on a broken installation too."""
+def facts(*, wait_policy: str) -> dict[str, Fact]:
+    """Every fact by name, in the order of the report; it holds on a broken installation too.
+
+    Args:
+        wait_policy: How idle threads wait, as `let_idle_threads_sleep` says.
+    """
     found: dict[str, Fact] = {
         "loralloc": __version__,
         "Python": platform.python_version(),
@@ -76,6 +80,7 @@ def facts() -> dict[str, Fact]:
     }
     for name, ask in hardware.items():
         found[name] = _attempt(ask)
+    found["OpenMP wait policy"] = wait_policy
     found["Hub offline"] = _hub_is_offline()
     found["model cache"] = _attempt(_cache_dir)
     found["built-in models cached"] = _attempt(_cached_models)

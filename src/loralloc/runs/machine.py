@@ -1,4 +1,4 @@
-"""What this machine computes fastest: dtype and threads."""
+"""What suits this machine: dtype, and how many threads that wait how."""
 
 from __future__ import annotations
 
@@ -11,6 +11,25 @@ if TYPE_CHECKING:
     import torch
 
 CPUINFO = Path("/proc/cpuinfo")
+WAIT_POLICY = "OMP_WAIT_POLICY"
+
+
+def let_idle_threads_sleep() -> str:
+    """Let threads that wait for each other sleep, unless the user has chosen; before PyTorch loads.
+
+    OpenMP's threads spin while they wait. Where another process wants the cores too, the ones that
+    spin keep away those that are waited for, and both processes all but stand still. Alone, a run
+    loses nothing by sleeping. OpenMP reads its variables when PyTorch loads it, once; what this
+    process starts inherits them.
+
+    Returns:
+        The policy in force, and whose choice it is.
+    """
+    chosen = os.environ.get(WAIT_POLICY)
+    if chosen:
+        return f"{chosen.lower()} (from {WAIT_POLICY})"
+    os.environ[WAIT_POLICY] = "passive"
+    return "passive (set by loralloc)"
 
 
 def fastest_dtype() -> torch.dtype:
