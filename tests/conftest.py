@@ -7,10 +7,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-from loralloc.runs.machine import let_idle_threads_sleep
-
-let_idle_threads_sleep()  # before any test loads PyTorch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin slow each other down
 
 import json
 from collections.abc import Callable, Iterable, Mapping

@@ -2,25 +2,23 @@ import json
 
 import pytest
 
+from loralloc.allocation.record import Record
 from loralloc.cli import demo
+from loralloc.runs import run as runs
 from loralloc.tasks import demo_grammar, source
 
-SHORT = {
-    "max_steps": 6,
-    "per_device_train_batch_size": 4,
-    "ranks_per_round": 5,
-    "warmup_epochs": 0.2,
-    "recovery_epochs": 0.1,
-    "scoring_examples": 4,
-}
+SHORT = {"per_device_train_batch_size": 4, "ranks_per_round": 5, "scoring_examples": 4}
 
 
 @pytest.fixture
 def short_demo(monkeypatch, llama_folder):
-    """The demo with a tiny model, 40 examples and 6 steps."""
+    """The demo with a tiny model, 40 examples and 16 steps, or 8 where these would take long."""
     rows = {name: part[:40] for name, part in demo_grammar.demo_rows().items()}
     monkeypatch.setattr(source, "demo_rows", lambda: rows)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 10)
+    monkeypatch.setattr(demo, "MOST_STEPS", 16)
+    monkeypatch.setattr(demo, "FEWEST_STEPS", 8)
     options = {**demo.OPTIONS, **SHORT, "model_name_or_path": llama_folder}
     monkeypatch.setattr(demo, "OPTIONS", options)
 
@@ -60,14 +58,72 @@ def test_overwrite_replaces_it(short_demo, call, output):
     assert json.loads((output / "settings.json").read_text())["task"]["value"] == "demo"
 
 
-def test_the_demos_rounds_fit_its_run():
-    """As the docstring of its options says."""
-    from loralloc.allocation.schedule import place_rounds
+def test_a_slow_machine_takes_fewer_steps_and_says_how_long(short_demo, call, output, monkeypatch):
+    monkeypatch.setattr(demo, "step_seconds", lambda run: 6.0)
+    told = call("demo", "--output_dir", output).out
+    assert "about 7 minutes on this machine: 8 training steps of 6 s" in told
+    assert "8 steps in " in told
+
+
+@pytest.mark.parametrize(
+    ("step_s", "steps", "minutes"),
+    [(0.05, 96, 1), (1.0, 96, 3), (1.9, 96, 5), (2.2, 76, 5), (2.7, 51, 5), (8.0, 48, 14)],
+)
+def test_five_minutes_are_filled_and_what_takes_longer_is_told(step_s, steps, minutes):
+    assert demo.fitting_steps(step_s) == steps
+    assert demo.how_long(steps, step_s).startswith(f"about {minutes} minute")
+
+
+def test_timing_two_steps_changes_nothing_of_the_training(short_demo, call, output, monkeypatch):
+    def losses(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+    monkeypatch.setitem(demo.OPTIONS, "logging_steps", 1)
+    call("demo", "--output_dir", output / "timed")
+    monkeypatch.setattr(demo, "step_seconds", lambda run: 0.1)
+    call("demo", "--output_dir", output / "untimed")
+    assert losses(output / "timed") == losses(output / "untimed") != []
+
+
+def test_timing_leaves_no_gradient_no_mode_and_no_random_number(short_demo, tmp_path):
+    import torch
+
+    prepared = runs.prepare(demo.options(8, tmp_path))
+    prepared.model.eval()
+    state = torch.get_rng_state()
+    assert demo.step_seconds(prepared) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not prepared.model.training
+    assert all(parameter.grad is None for parameter in prepared.model.parameters())
+
+
+@pytest.mark.parametrize("steps", [demo.MOST_STEPS, 61, demo.FEWEST_STEPS])
+def test_the_demos_rounds_fit_its_run(steps, tmp_path):
+    from loralloc.allocation.schedule import round_steps
     from loralloc.runs.settings import resolve
 
-    settings = resolve(demo.OPTIONS)
-    per_epoch = 1000 // settings.training.per_device_train_batch_size
-    schedule = place_rounds(
-        settings.allocation, steps_per_epoch=per_epoch, max_steps=settings.training.max_steps
-    )
-    assert (schedule.steps, schedule.note) == ((31, 50, 69), "")
+    allocation = resolve(demo.options(steps, tmp_path)).allocation
+    found = round_steps(allocation, steps_per_epoch=demo.STEPS_PER_EPOCH, max_steps=steps)
+    assert found == [round(steps / 8), round(steps / 2), round(steps * 7 / 8)]
+
+
+def test_an_epoch_of_the_demo_is_as_long_as_it_says():
+    from loralloc.allocation.schedule import steps_per_epoch
+
+    batch = demo.OPTIONS["per_device_train_batch_size"]
+    rows = len(demo_grammar.demo_rows()["train"])
+    assert steps_per_epoch(rows, batch_size=batch) == demo.STEPS_PER_EPOCH
+
+
+def test_ranks_that_no_round_has_scored_are_not_shown_as_gained(short_demo, call, output):
+    told = call("demo", "--output_dir", output).out
+    assert "after round 3 of 3" in told
+    record = Record.load(output)
+    new = sum(record.rounds[-1].added.values())
+    total = sum(record.ranks.values())
+    assert f"{total - new} now and {new} that no round has scored yet" in told
+    births = [birth for births in record.births().values() for birth in births]
+    kept = sum(birth in (1, 2) for birth in births)
+    given = sum(sum(entry.added.values()) for entry in record.rounds[:2])
+    assert f"{kept} of the {given} ranks given before round 3 have outlasted" in told

@@ -47,7 +47,7 @@ def test_a_round_names_its_step_what_went_and_what_came(progress):
     progress.show_round(entry())
     (line,) = shown(progress).splitlines()
     assert line.startswith("round 2") and line.endswith("1.2 s")
-    for words in ("step 50", "pruned q", "given to v", "churn 25%"):
+    for words in ("step 50", "pruned q", "given to v", "75% of the last given stay"):
         assert words in line
 
 
@@ -67,9 +67,21 @@ def test_what_is_out_of_the_ordinary_is_said(changes, words, progress):
     assert words not in shown(ordinary)
 
 
-def test_the_first_round_has_no_churn(progress):
+def test_the_first_round_has_no_ranks_given_before(progress):
     progress.show_round(entry(round=1, churn=None))
-    assert "churn" not in shown(progress)
+    assert "stay" not in shown(progress)
+
+
+@pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 2), (False, 1)])
+def test_a_round_is_broken_between_words_where_a_person_reads_it(is_terminal, num_lines):
+    screen = Console(
+        file=io.StringIO(), width=60, force_terminal=is_terminal, color_system=None, _environ={}
+    )
+    progress = Progress(screen)
+    progress.show_round(entry())
+    lines = shown(progress).splitlines()
+    assert len(lines) == num_lines
+    assert all(line == line.strip() for line in lines[1:])
 
 
 def test_losses_are_lines_where_there_is_no_bar(progress):

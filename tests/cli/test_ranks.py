@@ -21,7 +21,11 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def folder(tmp_path: Path) -> Path:
     """A run of two rounds."""
     states = [{"h.0.q": 8, "h.0.v": 8}, {"h.0.q": 5, "h.0.v": 11}, {"h.0.q": 0, "h.0.v": 16}]
-    rounds = [{"round": i, "ranks_after": state} for i, state in enumerate(states[1:], start=1)]
+    added = [{"h.0.v": 3}, {"h.0.v": 5}]
+    rounds = [
+        {"round": i, "ranks_after": state, "added": given}
+        for i, (state, given) in enumerate(zip(states[1:], added, strict=True), start=1)
+    ]
     data = {"version": 1, "config": {}, "initial_ranks": states[0], "rounds": rounds}
     folder = tmp_path / "run"
     folder.mkdir()
@@ -47,6 +51,14 @@ def test_the_last_round_is_shown(screen: io.StringIO, folder: Path) -> None:
 def test_an_earlier_round_is_shown(screen: io.StringIO, folder: Path) -> None:
     assert call(folder, "--round", "1") == 0
     assert "5 -3" in screen.getvalue() and "16 +8" not in screen.getvalue()
+
+
+def test_what_no_round_has_scored_can_be_left_out(screen: io.StringIO, folder: Path) -> None:
+    assert call(folder, "--scored") == 0
+    shown = " ".join(screen.getvalue().split())
+    assert "after round 2 of 2 (every module started with 8), without the 5 that it gave" in shown
+    assert "11 +3" in shown and "16 +8" not in shown
+    assert "16 ranks at the start, 11 now and 5 that no round has scored yet; modules" in shown
 
 
 def test_a_picture_is_drawn_and_named(screen: io.StringIO, folder: Path, tmp_path: Path) -> None:

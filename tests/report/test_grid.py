@@ -134,6 +134,32 @@ def test_what_is_no_record_is_refused(data: dict[str, Any], words: str) -> None:
     assert words in str(error.value)
 
 
+def given_twice() -> dict[str, Any]:
+    """Two rounds, each of which gave v a rank of q's."""
+    states = [{"h.0.q": 8, "h.0.v": 8}, {"h.0.q": 7, "h.0.v": 9}, {"h.0.q": 6, "h.0.v": 10}]
+    return {
+        "initial_ranks": states[0],
+        "rounds": [
+            {"round": number, "ranks_after": state, "added": {"h.0.v": 1}}
+            for number, state in enumerate(states[1:], start=1)
+        ],
+    }
+
+
+@pytest.mark.parametrize(("shown", "v", "new"), [(None, 9, 1), (2, 9, 1), (1, 8, 1), (0, 8, 0)])
+def test_ranks_that_no_round_has_scored_can_be_left_out(
+    shown: int | None, v: int, new: int
+) -> None:
+    grid = RankGrid.from_allocation(given_twice(), shown_round=shown, scored=True)
+    assert (grid.cells[0, "v"], grid.num_new) == (Cell(8, v), new)
+    assert RankGrid.from_allocation(given_twice()).num_new == 0
+
+
+def test_a_record_that_does_not_say_what_was_given_is_refused() -> None:
+    with pytest.raises(ValueError, match="round 8 holds no `added`"):
+        RankGrid.from_allocation(make_record(), scored=True)
+
+
 def test_a_run_folder_is_read(tmp_path: Path) -> None:
     data = make_record(num_layers=2)
     (tmp_path / "allocation.json").write_text(json.dumps(data), encoding="utf-8")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,8 @@ from loralloc.cli.console import console
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from loralloc.allocation.record import Record
+    from loralloc.cli.progress import Progress
     from loralloc.evaluation.metrics import Figure
     from loralloc.runs.run import Run
     from loralloc.tasks.task import Example
@@ -23,16 +28,27 @@ OPTIONS: dict[str, Any] = {
     "dataset_name": "demo",
     "model_name_or_path": "smollm2-135m",
     "per_device_train_batch_size": 8,
-    "max_steps": 96,
     "learning_rate": 2e-3,
+    "lr_scheduler_type": "constant_with_warmup",
     "num_rounds": 3,
     "ranks_per_round": 30,
-    "warmup_epochs": 0.25,
-    "recovery_epochs": 0.15,
     "eval_strategy": "no",
     "save_strategy": "no",
 }
-"""The demo's run: 768 examples, rounds after steps 31, 50 and 69."""
+"""The demo's run, but for its length and the places of its rounds. A learning rate that fell would
+leave ranks that are given late no time to learn before the next round scores them."""
+
+STEPS_PER_EPOCH = 125
+FIRST_ROUND, BETWEEN_ROUNDS = 1 / 8, 3 / 8
+"""Places of the rounds as shares of the run: early, and far apart for the same reason."""
+
+MOST_STEPS, FEWEST_STEPS = 96, 48
+FITS_S = 300.0
+"""What the whole demo may take; on a slow machine it takes fewer steps."""
+
+REST = 60
+"""What all else takes, in training steps of the same time: loading, scoring three times, and
+measuring the test set twice."""
 
 SHOWN = 3
 """Generated sentences shown."""
@@ -72,12 +88,14 @@ def run(args: argparse.Namespace) -> int:
         )
     progress = Progress(out)
     with out.status("loading SmolLM2-135M"):
-        prepared = runs.prepare(
-            {**OPTIONS, "output_dir": args.output_dir},
-            overwrite=args.overwrite,
-            on_round=progress.show_round,
-        )
+        prepare = partial(runs.prepare, overwrite=args.overwrite, on_round=progress.show_round)
+        prepared = prepare(options(MOST_STEPS, args.output_dir))
+        step_s = step_seconds(prepared)
+        num_steps = fitting_steps(step_s)
+        if num_steps < MOST_STEPS:
+            prepared = prepare(options(num_steps, args.output_dir))
     progress.introduce(prepared)
+    out.print(how_long(num_steps, step_s), highlight=False)
     progress.take_over(prepared.trainer)
     before = _measure(prepared, "before training")
     with progress.shown():
@@ -87,11 +105,63 @@ def run(args: argparse.Namespace) -> int:
     out.print(_sentences(before, after))
     assert prepared.allocation is not None, "the demo's method allocates"
     record = prepared.allocation.record
-    out.print(rank_table(RankGrid.from_allocation(record.as_data()), out.width))
+    out.print(rank_table(RankGrid.from_allocation(record.as_data(), scored=True), out.width))
+    out.print(_kept(record), highlight=False)
     result = {"before": before.figures(), "after": after.figures()}
     (args.output_dir / run_folder.DEMO).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     out.print(f"\nadapter: [bold]{args.output_dir}/[/] (opens with stock PEFT)")
     return 0
+
+
+def options(num_steps: int, output_dir: Path) -> dict[str, Any]:
+    """The demo's run with a length."""
+    epochs = num_steps / STEPS_PER_EPOCH
+    return {
+        **OPTIONS,
+        "max_steps": num_steps,
+        "warmup_epochs": FIRST_ROUND * epochs,
+        "recovery_epochs": BETWEEN_ROUNDS * epochs,
+        "output_dir": output_dir,
+    }
+
+
+def step_seconds(prepared: Run) -> float:
+    """Seconds of a training step on this machine, from two that leave no trace.
+
+    They are forward and backward passes without an optimiser; a third warms up before them.
+    """
+    import torch
+
+    from loralloc.allocation.supervised import SupervisedLoss
+
+    model, loss = prepared.model, SupervisedLoss(prepared.model)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    was_training = model.training
+    model.train()
+    seconds = []
+    with torch.random.fork_rng():
+        for batch in islice(prepared.trainer.get_train_dataloader(), 3):
+            begin = time.perf_counter()
+            torch.autograd.grad(loss(batch).losses.mean(), trained)
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+            seconds.append(time.perf_counter() - begin)
+    model.train(was_training)
+    return sum(seconds[1:]) / 2
+
+
+def fitting_steps(step_s: float) -> int:
+    """Training steps with which the whole demo takes about five minutes, where it can."""
+    return min(max(int(FITS_S / step_s) - REST, FEWEST_STEPS), MOST_STEPS)
+
+
+def how_long(num_steps: int, step_s: float) -> str:
+    """How long the whole demo takes, in a sentence."""
+    minutes = max(round((num_steps + REST) * step_s / 60), 1)
+    return (
+        f"about {minutes} minute{'s' if minutes > 1 else ''} on this machine: {num_steps} training "
+        f"steps of {step_s:.2g} s, and the ranks scored and the test set measured in between"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +210,16 @@ def _comparison(before: Measured, after: Measured) -> Table:
     table.add_row("BLEU", f"{before.bleu.value:.1f}", f"{after.bleu.value:.1f}")
     table.caption = after.bleu.implementation
     return table
+
+
+def _kept(record: Record) -> str:
+    """How many of the ranks that were given proved themselves."""
+    last = len(record.rounds)
+    given = sum(sum(entry.added.values()) for entry in record.rounds[:-1])
+    kept = sum(0 < birth < last for births in record.births().values() for birth in births)
+    return (
+        f"{kept} of the {given} ranks given before round {last} have outlasted every scoring since."
+    )
 
 
 def _sentences(before: Measured, after: Measured) -> Table:

@@ -102,7 +102,7 @@ class Progress:
             self.bar.stop()
 
     def show_round(self, entry: Round) -> None:
-        """One line a round: pruned from, given to, churn, seconds."""
+        """One line a round: pruned from, given to, what became of the last given, seconds."""
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
         modules = entry.ranks_before
         parts = [
@@ -116,11 +116,12 @@ class Progress:
         if entry.lost:
             parts.append(f"[yellow]{entry.lost} lost[/]")
         if entry.churn is not None:
-            parts.append(f"churn {entry.churn:.0%}")
+            parts.append(f"{1 - entry.churn:.0%} of the last given stay")
         if entry.score == "screened" and not entry.settled:
             parts.append("first order")
         line = " | ".join([*parts, f"{entry.seconds:.1f} s"])
-        self.console.print(line, highlight=False, soft_wrap=True)
+        # A terminal would break it within words; a log file is to keep it one line.
+        self.console.print(line, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
 class _BarCallback(TrainerCallback):

@@ -31,6 +31,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="N",
         help="show the ranks after round N; 0 is the start (default: the last round)",
     )
+    parser.add_argument(
+        "--scored",
+        action="store_true",
+        help="leave out the ranks that this round gave, which no round has scored yet",
+    )
     parser.set_defaults(run=run)
 
 
@@ -40,7 +45,9 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.report.grid import RankGrid, read_allocation
     from loralloc.report.ranks import rank_table
 
-    grid = RankGrid.from_allocation(read_allocation(args.folder), shown_round=args.round)
+    grid = RankGrid.from_allocation(
+        read_allocation(args.folder), shown_round=args.round, scored=args.scored
+    )
     if args.png is not None:
         check_picture(args.png)
     out = console()

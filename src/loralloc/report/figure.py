@@ -144,7 +144,8 @@ def _draw_words(axes: Axes, grid: RankGrid) -> None:
     axes.set_xlabel("\n".join(["layer", *outside]), fontsize=8, color=FAINT)
     when = f"after round {grid.shown_round}" if grid.shown_round else "at the start"
     start = grid.common_start
-    budget = f"{grid.total.now:,} ranks in {len(grid.modules)} modules"
+    scored = "scored " if grid.num_new else ""
+    budget = f"{grid.total.now:,} {scored}ranks in {len(grid.modules)} modules"
     begun = "" if start is None else f", each started with {start}"
     for words, size, colour, height in (
         (f"LoRA ranks {when}", 11, INK, 24),

@@ -52,15 +52,19 @@ class RankGrid:
     num_rounds: int
     """Rounds that the run holds."""
 
+    num_new: int = 0
+    """Ranks left out because the shown round gave them, so that no round has scored them yet."""
+
     @classmethod
     def from_allocation(
-        cls, data: Mapping[str, Any], *, shown_round: int | None = None
+        cls, data: Mapping[str, Any], *, shown_round: int | None = None, scored: bool = False
     ) -> RankGrid:
         """The grid of one run.
 
         Args:
             data: The content of `allocation.json`.
             shown_round: Show the ranks after this round; 0 is the start, None the last round.
+            scored: Leave out the ranks that this round gave: no round has scored them yet.
 
         Raises:
             ValueError: `data` is not an allocation record, or holds no such round.
@@ -80,8 +84,11 @@ class RankGrid:
                 f"Round {shown} was asked for, but the run holds {last} rounds; "
                 f"give a number from 0 (the start) to {last}."
             )
-        cells = {name: Cell(rank, states[shown][name]) for name, rank in start.items()}
-        return _arrange(cells, shown_round=shown, num_rounds=last)
+        new = _new_in(data["rounds"][shown - 1]) if scored and shown else {}
+        cells = {
+            name: Cell(rank, states[shown][name] - new.get(name, 0)) for name, rank in start.items()
+        }
+        return _arrange(cells, shown_round=shown, num_rounds=last, num_new=sum(new.values()))
 
     @property
     def total(self) -> Cell:
@@ -157,7 +164,9 @@ def short_labels(kinds: Sequence[str]) -> dict[str, str]:
     return labels
 
 
-def _arrange(cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int) -> RankGrid:
+def _arrange(
+    cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int, num_new: int
+) -> RankGrid:
     """Puts modules given by name into layers and kinds."""
     places = {name: split_name(name) for name in cells}
     kinds_of: dict[str, list[str]] = {}  # stack -> its kinds, both in model order
@@ -184,6 +193,7 @@ def _arrange(cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int) ->
         others={name: cells[name] for name, place in places.items() if place is None},
         shown_round=shown_round,
         num_rounds=num_rounds,
+        num_new=num_new,
     )
 
 
@@ -215,6 +225,14 @@ def _ranks_of(entry: Mapping[str, Any], key: str, *, where: str) -> dict[str, in
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise _unreadable(f"`{key}` of {where} gives {module} the rank {rank!r}")
     return dict(ranks)
+
+
+def _new_in(entry: Mapping[str, Any]) -> dict[str, int]:
+    """Ranks that a round gave, by module."""
+    added = entry.get("added")
+    if not isinstance(added, dict):
+        raise _unreadable(f"round {entry.get('round')} holds no `added`")
+    return added
 
 
 def _unreadable(reason: str) -> ValueError:

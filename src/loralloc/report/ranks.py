@@ -57,8 +57,9 @@ def summary(grid: RankGrid) -> str:
     """One line: the budget at the start and now, and how many modules gained, lost, emptied."""
     changes = [cell.change for cell in grid.modules]
     emptied = sum(cell.now == 0 < cell.start for cell in grid.modules)
+    new = f" and {grid.num_new:,} that no round has scored yet" if grid.num_new else ""
     return (
-        f"{grid.total.start:,} ranks at the start, {grid.total.now:,} now; modules: "
+        f"{grid.total.start:,} ranks at the start, {grid.total.now:,} now{new}; modules: "
         f"{sum(c > 0 for c in changes)} gained, {sum(c < 0 for c in changes)} lost "
         f"({emptied} emptied)"
     )
@@ -69,7 +70,9 @@ def _title(grid: RankGrid) -> str:
     if grid.shown_round:
         when = f"after round {grid.shown_round} of {grid.num_rounds}"
     start = grid.common_start
-    return f"Ranks {when}" + ("" if start is None else f" (every module started with {start})")
+    begun = "" if start is None else f" (every module started with {start})"
+    without = f", without the {grid.num_new:,} that it gave" if grid.num_new else ""
+    return f"Ranks {when}{begun}{without}"
 
 
 @dataclass(frozen=True)
