@@ -89,6 +89,13 @@ def test_every_make_target_shown_exists():
         assert re.search(rf"^{command[1]}:", makefile, re.MULTILINE), command
 
 
+def test_the_api_page_has_every_public_name_once_and_no_other():
+    import loralloc
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(loralloc.__all__)
+
+
 def test_the_guide_shows_every_option_of_the_allocation_with_its_default():
     from loralloc import AllocationConfig
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from loralloc.allocation.record import Record
-    from loralloc.cli.progress import Progress
     from loralloc.evaluation.metrics import Figure
     from loralloc.runs.run import Run
     from loralloc.tasks.task import Example
