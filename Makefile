@@ -10,13 +10,13 @@ QUICK := --quick
 export HF_HUB_DISABLE_TELEMETRY := 1
 # Threads that wait sleep: spinning, they stop every other process that wants the cores.
 export OMP_WAIT_POLICY ?= passive
-test docs reliability: export HF_HUB_OFFLINE := 1
+test test-quick docs reliability: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench docs reliability clean
+.PHONY: help setup demo test test-quick check bench docs reliability clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
 		while IFS='|' read -r target what; do printf '%-20s %s\n' "$$target" "$$what"; done
 
 setup: $(STAMP) ## make .venv and install the pinned versions into it
@@ -26,6 +26,9 @@ demo: $(STAMP) ## fine-tune a small model in a few minutes; the adapter lies in 
 
 test: $(STAMP) ## run all tests, offline, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+test-quick: $(STAMP) ## run the first case of most tests, in under a minute
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --quick
 
 check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/ruff check

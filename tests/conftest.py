@@ -1,4 +1,4 @@
-"""What every test shares: no network, and tiny model folders with their tokenizers on disk.
+"""What every test shares: no network, tiny model folders with their tokenizers on disk, `--quick`.
 
 Being here puts this folder on the import path: tests say `import tiny` and `import reference`.
 """
@@ -20,6 +20,18 @@ from hypothesis import settings
 settings.register_profile("loralloc", deadline=None, derandomize=True)
 settings.load_profile("loralloc")
 
+LONG = (
+    *("cli/test_demo.py", "cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py"),
+    *("cli/test_train.py", "runs/test_protocol.py", "runs/test_resume.py", "runs/test_run.py"),
+    *("runs/heads/test_classification_pairs.py", "runs/heads/test_span.py", "test_docs.py"),
+    *("training/test_attach.py", "evaluation/judge/test_judge_served.py"),
+    *("allocation/test_ablation.py", "allocation/test_ablation_copies.py"),
+    *("evaluation/test_evaluate.py", "methods/test_adalora.py", "methods/test_sora.py"),
+    "methods/test_ssp.py",
+)
+"""Modules that `--quick` leaves out: whole runs, and others whose first cases take over 3 seconds.
+What has one case of every method or score stays."""
+
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -32,6 +44,27 @@ SENTENCES = (
     "the place is warm",
     "the story is good",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `make test-quick` asks for."""
+    parser.addoption("--quick", action="store_true", help="the first case of most tests")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--quick`, keep the first case of every test outside the long modules."""
+    if not config.getoption("--quick"):
+        return
+    long = {Path(__file__).parent / name for name in LONG}
+    if not all(path.is_file() for path in long):
+        raise pytest.UsageError("LONG in tests/conftest.py names a module that is not there.")
+    cases = {}
+    for item in items:
+        if item.path not in long:
+            cases.setdefault(item.nodeid.partition("[")[0], item)
+    kept = list(cases.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+    items[:] = kept
 
 
 @pytest.fixture(scope="session")
