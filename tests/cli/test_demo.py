@@ -100,12 +100,13 @@ def test_timing_leaves_no_gradient_no_mode_and_no_random_number(short_demo, tmp_
 
 @pytest.mark.parametrize("steps", [demo.MOST_STEPS, 61, demo.FEWEST_STEPS])
 def test_the_demos_rounds_fit_its_run(steps, tmp_path):
-    from loralloc.allocation.schedule import round_steps
+    from loralloc.allocation.schedule import place_rounds
     from loralloc.runs.settings import resolve
 
     allocation = resolve(demo.options(steps, tmp_path)).allocation
-    found = round_steps(allocation, steps_per_epoch=demo.STEPS_PER_EPOCH, max_steps=steps)
-    assert found == [round(steps / 8), round(steps / 2), round(steps * 7 / 8)]
+    found = place_rounds(allocation, steps_per_epoch=demo.STEPS_PER_EPOCH, max_steps=steps)
+    expected = (round(steps / 8), round(steps / 2), round(steps * 7 / 8))
+    assert (found.steps, found.note) == (expected, "")
 
 
 def test_an_epoch_of_the_demo_is_as_long_as_it_says():

@@ -24,6 +24,7 @@ from loralloc.methods.session import Session
 from loralloc.training import scoring_batch
 from loralloc.training.adopt import adopt
 from loralloc.training.checkpoint import read_state, write_state
+from loralloc.training.compiled import compile_anew
 from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
@@ -177,6 +178,8 @@ class Driver(TrainerCallback):
         should_log = control.should_log
         has_changed = self.method.after_step(number, float(state.epoch or 0.0))
         control.should_log = should_log  # logging a round is not logging the step
+        if has_changed:
+            compile_anew(self._trainer)
         if has_changed or number == self.method.first_eligible_step():
             begin_counting(self._trainer, state)
 
