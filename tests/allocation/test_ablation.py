@@ -1,4 +1,5 @@
 import pytest
+import rounding
 import tiny
 import torch
 from reference import importance as reference
@@ -15,9 +16,9 @@ def measured(model, batches):
     return ablation.score(Objective(model, batches), weights_b(lora_layers(model)), ANY)
 
 
-def assert_equals_paper(scores, paper):
+def assert_equals_paper(model, scores, paper):
     """To float32 rounding of the losses, of which every number is a difference."""
-    close = dict(rtol=0, atol=4e-7 * max(1.0, abs(paper.s_base), abs(paper.s_full)))
+    close = dict(rtol=0, atol=rounding.of_losses(model, paper.s_base, paper.s_full))
     assert scores.s_full == pytest.approx(paper.s_full, abs=close["atol"])
     assert scores.s_base == pytest.approx(paper.s_base, abs=close["atol"])
     assert list(scores.terms["without"]) == list(scores.terms["only"]) == list(paper.s_without)
@@ -33,7 +34,7 @@ def test_equals_two_forward_passes_a_rank(build):
     batch = tiny.batch_for(model)
     paper = reference.ablation(model, batch)
     for size in (1, 4, 6):
-        assert_equals_paper(measured(model, tiny.micro_batches(batch, size)), paper)
+        assert_equals_paper(model, measured(model, tiny.micro_batches(batch, size)), paper)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,7 @@ def test_equals_the_paper_with_adapters_outside_the_blocks(build, outside):
     batch = tiny.batch_for(model)
     assert any(name.endswith(outside) for name in lora_layers(model))
     assert_equals_paper(
-        measured(model, tiny.micro_batches(batch, 4)), reference.ablation(model, batch)
+        model, measured(model, tiny.micro_batches(batch, 4)), reference.ablation(model, batch)
     )
 
 
@@ -53,7 +54,7 @@ def test_equals_the_paper_where_blocks_lie_in_two_lists():
     model = tiny.with_trained_b(tiny.adapted(tiny.t5(), r=2), scale=0.5)
     batch = tiny.batch_for(model)
     assert_equals_paper(
-        measured(model, tiny.micro_batches(batch, 4)), reference.ablation(model, batch)
+        model, measured(model, tiny.micro_batches(batch, 4)), reference.ablation(model, batch)
     )
 
 
@@ -62,7 +63,7 @@ def test_equals_the_paper_with_unequal_ranks_and_rslora():
     model = tiny.adapted(tiny.llama(), r=2, lora_alpha=3, use_rslora=True, rank_pattern=pattern)
     tiny.with_trained_b(model)
     batch = tiny.batch_for(model)
-    assert_equals_paper(measured(model, [batch]), reference.ablation(model, batch))
+    assert_equals_paper(model, measured(model, [batch]), reference.ablation(model, batch))
 
 
 def test_a_rank_that_does_nothing_has_no_importance():
@@ -72,8 +73,9 @@ def test_a_rank_that_does_nothing_has_no_importance():
     with torch.no_grad():
         weights_b(layers)[name][:, 1] = 0
     scores = measured(model, tiny.micro_batches(tiny.batch_for(model), 4))
-    assert abs(float(scores.terms["without"][name][1])) < 1e-6
-    assert abs(float(scores.terms["only"][name][1])) < 1e-6
+    nothing = rounding.of_losses(model, scores.s_full, scores.s_base)
+    assert abs(float(scores.terms["without"][name][1])) < nothing
+    assert abs(float(scores.terms["only"][name][1])) < nothing
 
 
 def test_only_the_wanted_ranks_are_measured():
@@ -86,7 +88,8 @@ def test_only_the_wanted_ranks_are_measured():
     assert some.verified == {name: (0, 2)}
     for term, measured_ranks in some.terms.items():
         expected = everything.terms[term][name][[0, 2]]
-        torch.testing.assert_close(measured_ranks[name][[0, 2]], expected, rtol=0, atol=2e-6)
+        atol = rounding.of_losses(model, some.s_full, some.s_base)
+        torch.testing.assert_close(measured_ranks[name][[0, 2]], expected, rtol=0, atol=atol)
     assert sum(int(term.isfinite().sum()) for term in some.importance.values()) == 2
 
 
