@@ -1,7 +1,8 @@
 import pytest
+import rounding
 import tiny
 import torch
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, BertForSequenceClassification
 
 from loralloc.allocation.objective import Objective, is_causal_lm
 
@@ -9,7 +10,8 @@ from loralloc.allocation.objective import Objective, is_causal_lm
 def assert_is_the_models_own_loss(model, batch):
     with torch.no_grad():
         own = float(model(**batch).loss)
-    assert Objective(model, [batch]).mean_loss() == pytest.approx(own, abs=1e-6)
+    atol = rounding.of_losses(model, own)
+    assert Objective(model, [batch]).mean_loss() == pytest.approx(own, abs=atol)
 
 
 @pytest.mark.parametrize("build", tiny.MODELS)
@@ -25,7 +27,7 @@ def test_every_target_weighs_the_same_however_the_batch_is_cut(build, size):
     batch = tiny.batch_for(model)
     whole = Objective(model, [batch]).mean_loss()
     assert Objective(model, tiny.micro_batches(batch, size)).mean_loss() == pytest.approx(
-        whole, abs=1e-5
+        whole, abs=rounding.of_losses(model, whole)
     )
 
 
@@ -124,3 +126,104 @@ def test_an_encoder_and_decoder_is_not_a_causal_model():
     model = tiny.t5()
     assert not is_causal_lm(model)
     assert_is_the_models_own_loss(model, tiny.causal_batch())
+
+
+class Perceptron(torch.nn.Module):
+    """A module of a user's own: no configuration, a dict for its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x, labels):
+        logits = self.head(x)
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+class Weighted(BertForSequenceClassification):
+    """A model of Transformers whose loss is the user's."""
+
+    def forward(self, *args, labels=None, **kwargs):
+        outputs = super().forward(*args, labels=labels, **kwargs)
+        weight = torch.tensor([9.0, 1.0, 0.1])
+        outputs.loss = torch.nn.functional.cross_entropy(outputs.logits, labels, weight=weight)
+        return outputs
+
+
+def test_a_plain_module_is_measured_by_its_own_loss():
+    with tiny.seeded(0):
+        model = Perceptron()
+        batch = {"x": torch.randn(6, 8), "labels": torch.arange(6) % 3}
+    assert Objective(model, [batch]).num_targets == 6
+    expected = float(model(**batch)["loss"].detach())
+    assert Objective(model, [batch]).mean_loss() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("build", [tiny.bert_classifier, tiny.roberta_classifier])
+def test_outputs_that_are_a_tuple(build):
+    model = build()
+    expected = Objective(model, [tiny.batch_for(model)]).mean_loss()
+    model.config.return_dict = False
+    found = Objective(model, [tiny.batch_for(model)]).mean_loss()
+    assert found == pytest.approx(expected, abs=rounding.of_losses(model, expected))
+
+
+def test_a_users_loss_in_a_model_of_transformers_is_taken():
+    model, plain = Weighted(tiny.bert_classifier().config).eval(), tiny.bert_classifier()
+    model.load_state_dict(plain.state_dict())
+    batch = tiny.classification_batch()
+    assert_is_the_models_own_loss(model, batch)
+    own, usual = (Objective(m, [batch]).mean_loss() for m in (model, plain))
+    assert abs(own - usual) > 1e-2
+
+
+def test_a_loss_function_that_was_set_is_taken():
+    model, batch = tiny.llama(), tiny.causal_batch()
+    model.loss_function = lambda logits, labels, **_: logits.square().mean()
+    assert_is_the_models_own_loss(model, batch)
+
+
+def test_whole_numbers_are_targets_of_a_regression_where_the_model_puts_out_one_number():
+    model = tiny.bert_classifier(num_labels=1)
+    batch = {**tiny.classification_batch(), "labels": torch.arange(6) % 5}
+    assert_is_the_models_own_loss(model, batch)
+
+
+def test_whole_numbers_are_targets_of_a_regression_where_the_model_is_told_so():
+    model = tiny.bert_classifier(num_labels=3, problem_type="regression")
+    batch = {**tiny.classification_batch(), "labels": torch.arange(18).view(6, 3) % 5}
+    assert_is_the_models_own_loss(model, batch)
+
+
+def test_a_given_loss_stands_in_for_the_models():
+    model, batch = tiny.llama(), tiny.causal_batch()
+    batches = tiny.micro_batches(batch, 4)
+    objective = Objective(model, batches, loss=lambda b: b["input_ids"].double().mean())
+    counts = [int((b["labels"][:, 1:] != tiny.IGNORED).sum()) for b in batches]
+    means = [float(b["input_ids"].double().mean()) for b in batches]
+    expected = sum(c * m for c, m in zip(counts, means, strict=True)) / sum(counts)
+    assert objective.mean_loss() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {"chosen": torch.zeros(5, 3)},
+        (torch.zeros(5, 3), 1),
+        {"scale": torch.tensor(1.0), "x": torch.zeros(5)},
+    ],
+)
+def test_targets_are_examples_where_a_given_loss_reads_no_labels(batch):
+    objective = Objective(tiny.llama(), [batch, batch], loss=lambda _: torch.tensor(2.0))
+    assert objective.num_targets == 10
+    assert objective.mean_loss() == 2.0
+
+
+def test_a_batch_without_labels_is_refused():
+    batch = tiny.causal_batch()
+    del batch["labels"]
+    with pytest.raises(ValueError, match="has no `labels`, only input_ids, attention_mask"):
+        Objective(tiny.llama(), [batch])
+    objective = Objective(tiny.bert_classifier(), [batch])
+    with pytest.raises(ValueError, match="no loss for a scoring batch of input_ids"):
+        objective.mean_loss()

@@ -6,6 +6,7 @@ import tiny
 import torch
 from peft import TaskType
 
+from loralloc.allocation.objective import Objective
 from loralloc.methods.method import Method
 from loralloc.methods.session import Length, Session
 
@@ -51,7 +52,9 @@ class Drive:
             steps_per_epoch=length.steps_per_epoch,
             loss=self.loss_of,
             second_half=itertools.repeat(other),
-            held_out=tiny.micro_batches(other, 4) if wants.held_out else [],
+            objective=Objective(method.model, tiny.micro_batches(other, 4))
+            if wants.held_out
+            else None,
             seed=0,
         )
         method.join(self.session)

@@ -199,7 +199,7 @@ def test_a_search_is_given_the_other_half_and_held_out_examples(tmp_path):
     trainer = driven(tmp_path, method)
     trainer.train()
     session = method.session
-    assert len(session.held_out[0]["labels"]) > 0
+    assert len(session.objective.batches[0]["labels"]) > 0
     loss = session.loss(next(session.second_half))
     assert loss.requires_grad
     plain = Probe()

@@ -43,9 +43,24 @@ def test_micro_batches_are_half_of_trainings(trainer):
     assert [len(batch["labels"]) for batch in batches] == [2, 2, 2, 2, 2]
 
 
-@pytest.mark.parametrize("option", ("gradient_checkpointing", "activation_checkpointing"))
-def test_with_activation_checkpointing_a_micro_batch_is_one_example(option, trainer):
+CHECKPOINTING = ("gradient_checkpointing", "activation_checkpointing")
+
+
+@pytest.mark.parametrize("option", CHECKPOINTING)
+def test_so_they_are_with_activation_checkpointing(option, trainer):
     setattr(trainer.args, option, True)
+    batches = draw(trainer, causal_rows(20), num_examples=6, seed=0)
+    assert [len(batch["labels"]) for batch in batches] == [2] * 3
+
+
+@pytest.mark.parametrize("option", CHECKPOINTING)
+@pytest.mark.parametrize("why", ["reentrant", "not by layers of Transformers"])
+def test_where_checkpointing_rests_while_scoring_a_micro_batch_is_one_example(option, why, trainer):
+    setattr(trainer.args, option, True)
+    if why == "reentrant":
+        setattr(trainer.args, f"{option}_kwargs", {"use_reentrant": True})
+    else:
+        trainer.model = torch.nn.Linear(2, 2)
     batches = draw(trainer, causal_rows(20), num_examples=5, seed=0)
     assert [len(batch["labels"]) for batch in batches] == [1] * 5
 

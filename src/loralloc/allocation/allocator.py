@@ -55,8 +55,9 @@ class Allocator:
         config: The options; of its schedule only `num_rounds` is read here.
         batches: The scoring batch B_val in micro-batches, as the model's forward takes them, with
             labels; none for a score that is gathered while training. Memory does not rise where
-            they are no larger than training's; one example each under gradient checkpointing,
-            which rests in evaluation mode.
+            they are no larger than training's.
+        objective: The scoring batch with the loss on it, in the place of `batches`, where the loss
+            is not the model's own. Without a scoring batch for a score that is gathered.
         adapter_name: PEFT's name of the adapter; the active one by default.
         policy: What decides the rounds, in the place of `config.policy`.
         schedule: Where the rounds are to take place, for their number and the record.
@@ -65,7 +66,8 @@ class Allocator:
     Raises:
         TypeError: The adapter has a part that rank allocation is not defined for.
         ValueError: The budget cannot give every module `min_rank` ranks, the batches do not fit
-            the score, or a score or policy of one's own cannot be used.
+            the score, losses are too coarse for it, or a score or policy of one's own cannot be
+            used.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Allocator:
         config: AllocationConfig,
         batches: Sequence[Batch] = (),
         *,
+        objective: Objective | None = None,
         adapter_name: str | None = None,
         policy: Policy | None = None,
         schedule: Schedule | None = None,
@@ -84,14 +87,14 @@ class Allocator:
         self.adapter_name = adapter_name or active_adapter(model)
         self.num_rounds = len(schedule.steps) if schedule else config.num_rounds
         gathers = is_gathered(config)
-        if gathers and batches:
+        if gathers and (batches or (objective and objective.batches)):
             raise ValueError(
                 f"`score` is {named.name_of(config.score)!r}, which is gathered while the adapter "
                 "trains, so that scoring batches would have no effect; leave them out."
             )
         self._policy = policy_of(self.config)
         self._measure = None if gathers else measured_by(config, self._policy)
-        self._objective = None if gathers else Objective(model, batches)
+        self._objective = objective or Objective(model, None if gathers else batches)
         layers = lora_layers(model, self.adapter_name)
         self._check_trains_and_is_saved(layers)
         start = ranks(layers, self.adapter_name)
@@ -108,8 +111,10 @@ class Allocator:
             else {}
         )
         self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
+        if config.score == "ablation":
+            _refuse_rounding(self._objective)
         self._tracker = (
-            tracker_of(config, model, self.adapter_name)
+            tracker_of(config, self._objective, self.adapter_name)
             if gathers and self._has_rounds_ahead
             else None
         )
@@ -245,7 +250,7 @@ class Allocator:
         layers = lora_layers(self.model, self.adapter_name)
         if self._tracker:
             scores = self._tracker.score()
-        elif self._measure is not None and self._objective is not None:
+        elif self._measure:
             scores = self._measure(self._objective, weights_b(layers, self.adapter_name), limits)
         else:
             raise RuntimeError(
@@ -324,6 +329,20 @@ def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mappin
             f"the adapter has only {total}; lower it or raise the LoRA rank `r`."
         )
     return count
+
+
+def _refuse_rounding(objective: Objective) -> None:
+    """Refuse to tell ranks apart by losses that are rounded more coarsely than a rank changes them.
+
+    Raises:
+        ValueError: They are.
+    """
+    if objective.rounding:
+        raise ValueError(
+            f"`score` is 'ablation', but the model computes in {str(objective.rounding)[6:]}, "
+            "whose rounding hides what one rank changes in the loss; use 'gradient' or 'screened', "
+            "or float32 weights."
+        )
 
 
 def _check_finite(scores: Scores, number: int, step: int) -> None:

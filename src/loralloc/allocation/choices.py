@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from loralloc.allocation import named
 from loralloc.allocation.config import POLICIES, SCORE_OPTIONS, SCORES, AllocationConfig
@@ -25,7 +25,8 @@ class Score(Protocol):
 
         Args:
             objective: The held-out batches (`objective.batches`), the adapted model and its losses
-                on them (`objective.losses(batch)`, `objective.mean_loss()`).
+                on them (`objective.losses(batch)`, `objective.mean_loss()`), to be taken within
+                `objective.evaluating()`; and what they are rounded to (`objective.rounding`).
             weights_b: B_m by module, shape (out_features, num_ranks), the model's own parameters in
                 model order; a gate of rank r multiplies column r.
             limits: What the round may prune.
@@ -61,15 +62,17 @@ def measured_by(config: AllocationConfig, policy: Policy) -> Score:
     return cast(Score, functools.partial(_found(config), **_options(config, policy)))
 
 
-def tracker_of(config: AllocationConfig, model: nn.Module, adapter_name: str) -> Tracker:
+def tracker_of(config: AllocationConfig, objective: Objective, adapter_name: str) -> Tracker:
     """What gathers a configuration's score while the adapter trains.
 
     Args:
         config: Of a score that is gathered.
-        model: A PEFT model with a plain LoRA adapter.
+        objective: The loss of the run, of a PEFT model with a plain LoRA adapter.
         adapter_name: PEFT's name of the adapter.
     """
-    tracker: Tracker = _found(config)(model, adapter_name=adapter_name, **_options(config))
+    options = _options(config)
+    tracker: Tracker = _found(config)(objective.model, adapter_name=adapter_name, **options)
+    tracker.objective = objective
     return tracker
 
 

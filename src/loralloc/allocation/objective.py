@@ -1,8 +1,9 @@
-"""S(.) of eq. 6: minus the mean cross-entropy of a model on a fixed set of held-out examples."""
+"""S(.) of eq. 6: minus the mean loss of a model on a fixed set of held-out examples."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,29 +11,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from loralloc.allocation.checkpointing import checkpointing_kept
 from loralloc.allocation.layers import base_model
+from loralloc.allocation.precision import Coarsest, full_precision
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 
 Batch = Mapping[str, Any]
 """Arguments of the model's forward, with the labels."""
 
+Loss = Callable[[Batch], Tensor]
+"""The mean loss of a batch, with its graph."""
+
 
 class Objective:
     """The scoring batch B_val and the loss on it, in micro-batches.
 
-    Losses are taken in evaluation mode and in float32, a causal language model's at supervised
-    positions only.
+    It is the cross-entropy that the model itself computes, a causal language model's at supervised
+    positions only, for the models of Transformers; the loss that the model puts out for any other
+    model; and whatever is given as `loss`.
 
     Args:
         model: The adapted model, not wrapped for several processes.
         batches: Micro-batches as the model's forward takes them, with `labels` (or the
             `start_positions` and `end_positions` of span prediction); None where only losses of
             other batches are asked for.
+        loss: The loss in the place of the model's. It may read batches of any kind.
+        mixed: The run's mixed precision; see `precision.full_precision`.
+
+    Raises:
+        ValueError: The batches hold nothing that a loss is taken on.
     """
 
-    def __init__(self, model: nn.Module, batches: Sequence[Batch] | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch] | None,
+        *,
+        loss: Loss | None = None,
+        mixed: torch.dtype | None = None,
+    ) -> None:
         self.model = model
-        self.is_causal = is_causal_lm(model)
+        self._loss = loss
+        self._mixed = mixed
+        self._shifts_labels = is_causal_lm(model)
+        self._is_known = loss is None and _has_known_loss(model)
         self._supervised = SupervisedLoss(model)
         self.batches = [b for b in batches or () if self.count_targets(b)]
         self.num_targets = sum(self.count_targets(batch) for batch in self.batches)
@@ -48,62 +70,99 @@ class Objective:
         return next(self.model.parameters()).device
 
     @property
-    def is_rounded(self) -> bool:
-        """Whether losses are too coarse to be told apart rank by rank: a backbone below float32."""
-        return next(self.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    def has_own_loss(self) -> bool:
+        """Whether the loss was given, and may do with the model what it likes."""
+        return self._loss is not None
+
+    @functools.cached_property
+    def rounding(self) -> torch.dtype | None:
+        """What losses are rounded to where it is coarser than float32, and None where it is not.
+
+        Losses that are rounded more coarsely than one rank changes them cannot be told apart rank
+        by rank. It is measured once, on the first micro-batch.
+        """
+        coarsest = Coarsest()
+        with self.evaluating(), torch.no_grad(), coarsest:
+            self.losses(self.batches[0])
+        return coarsest.dtype
 
     def losses(self, batch: Batch) -> Tensor:
-        """Cross-entropy of each of the batch's targets, row after row, in float32 with its graph.
+        """Loss of each of the batch's targets, row after row, in float32 with its graph.
 
         Returns:
-            Shape (num_targets,); a scalar, their sum, where the model tells no more than its mean.
+            Shape (num_targets,); a scalar, their sum, where no more than their mean is known.
         """
+        if self._loss is not None:
+            return self._loss(batch).float() * self.count_targets(batch)
         inputs = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        if self.is_causal:
+        if self._is_known and self._shifts_labels:
             return self._supervised(inputs).losses
-        labels = inputs.get("labels")
         outputs: Any = self.model(**inputs)
-        if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
-            return F.cross_entropy(outputs.logits.float(), labels, reduction="none")
-        if "start_logits" in outputs:
+        if self._is_known and self._has_classes(outputs, inputs):
+            return F.cross_entropy(outputs.logits.float(), inputs["labels"], reduction="none")
+        if self._is_known and "start_logits" in outputs:
             return _span_losses(outputs, inputs)
-        loss: Tensor = outputs.loss.float()
-        return loss * self.count_targets(batch)
+        return _mean_loss(outputs, batch).float() * self.count_targets(batch)
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Cross-entropy summed over the batch's targets, a float32 scalar with its graph."""
+        """Loss summed over the batch's targets, a float32 scalar with its graph."""
         return self.losses(batch).sum()
 
     def mean_loss(self) -> float:
-        """Mean cross-entropy over all targets, without a graph."""
+        """Mean loss over all targets, without a graph."""
         with torch.no_grad():
             total = sum(float(self.loss_sum(batch)) for batch in self.batches)
         return total / self.num_targets
 
     def count_targets(self, batch: Batch) -> int:
-        """Positions (causal), labels (otherwise) or examples (spans) that loss is taken on."""
-        if "start_positions" in batch:
-            return len(batch["start_positions"])
-        if "labels" not in batch:
-            raise ValueError(
-                f"A scoring batch has no `labels`, only {', '.join(batch)}; importance is measured "
-                "on labelled held-out examples."
-            )
-        labels = batch["labels"]
-        if self.is_causal:
-            return int((labels[:, 1:] != IGNORED).sum())
+        """Positions (causal), labels (otherwise) or examples (without labels) to take loss on."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor):
+            if self._is_known and self._shifts_labels:
+                raise ValueError(
+                    f"A scoring batch has no `labels`, only {', '.join(batch)}; importance is "
+                    "measured on labelled held-out examples."
+                )
+            return count_examples(batch)
+        if self._shifts_labels and labels.ndim > 1:
+            labels = labels[:, 1:]
         return int((labels != IGNORED).sum())
+
+    def _has_classes(self, outputs: Any, inputs: Batch) -> bool:
+        """Whether each example is of one class; one number alone is a regression's."""
+        labels, logits = inputs.get("labels"), outputs.get("logits")
+        config: Any = base_model(self.model).config
+        return (
+            isinstance(labels, Tensor)
+            and labels.ndim == 1
+            and not labels.is_floating_point()
+            and logits.ndim == 2
+            and logits.shape[1] > 1
+            and getattr(config, "problem_type", None) != "regression"
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Evaluation mode, with every module's own mode restored afterwards."""
+        """Evaluation mode in full precision, with everything as it was afterwards.
+
+        What training computes again to save memory is computed again here too.
+        """
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            yield
+            with full_precision(self.model, mixed=self._mixed), checkpointing_kept(self.model):
+                yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def count_examples(batch: Any) -> int:
+    """Rows of a micro-batch."""
+    values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
+    if isinstance(batch, Mapping):
+        values = [batch[key] for key in ("labels", "start_positions") if key in batch] + values
+    return next((len(x) for x in values if isinstance(x, Tensor) and x.ndim), 1)
 
 
 def _span_losses(outputs: Any, inputs: Batch) -> Tensor:
@@ -120,9 +179,33 @@ def _span_losses(outputs: Any, inputs: Batch) -> Tensor:
     return torch.stack(losses).mean(0)
 
 
+def _mean_loss(outputs: Any, batch: Batch) -> Tensor:
+    """The loss that the model puts out, where Trainer looks for it."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs[0]
+    if not isinstance(loss, Tensor) or loss.ndim:
+        raise ValueError(
+            f"The model gives no loss for a scoring batch of {', '.join(batch)}; importance is "
+            "measured on labelled held-out examples, on which the model or the trainer has a loss."
+        )
+    return loss
+
+
+def _has_known_loss(model: nn.Module) -> bool:
+    """Whether the model's loss is the one that Transformers gives its class, from a head it has."""
+    base: Any = base_model(model)
+    forward: Any = type(base).forward
+    return (
+        forward.__module__.split(".")[0] in ("transformers", "liger_kernel")
+        and base.config.return_dict
+        and "_loss_function" not in vars(base)
+        and not (is_causal_lm(model) and base.get_output_embeddings() is None)
+    )
+
+
 def is_causal_lm(model: nn.Module) -> bool:
     """Whether the model predicts each next token, so that labels are to be shifted."""
     base: Any = base_model(model)
     names = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-    is_decoder_only = not base.config.is_encoder_decoder
+    config = getattr(base, "config", None)
+    is_decoder_only = not getattr(config, "is_encoder_decoder", config is None)
     return type(base).__name__.endswith(names) and is_decoder_only

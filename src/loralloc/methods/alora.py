@@ -224,7 +224,7 @@ class Alora(Lora):
         self._allocator = Allocator(
             self.model,
             self.allocation,
-            self._session.held_out,
+            objective=self._session.objective,
             adapter_name=self.adapter_name,
             schedule=self._schedule,
             record=record,

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from loralloc.allocation.objective import Batch
+from loralloc.allocation.objective import Batch, Objective
 from loralloc.allocation.record import Round
 
 
@@ -70,8 +70,9 @@ class Session:
     second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
     """Training batches that the weights are not trained on, without end; see `Wants.half_until`."""
 
-    held_out: Sequence[Batch] = ()
-    """Development examples, in micro-batches; see `Wants.held_out`."""
+    objective: Objective | None = None
+    """What the trainer minimises, on development examples where the method wants some (see
+    `Wants.held_out`); None where it wants neither these nor a half of the training examples."""
 
     seed: int = 0
 

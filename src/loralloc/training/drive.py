@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.allocation.objective import Objective
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
 from loralloc.methods.session import Session
@@ -117,7 +118,7 @@ class Driver(TrainerCallback):
             batches_per_step=trainer.args.gradient_accumulation_steps,
             loss=mean_loss(trainer, method),
             training=self._training_examples,
-            held_out=self._held_out(scoring_dataset),
+            objective=self._objective(scoring_dataset),
             seed=trainer.args.seed,
             log=self._log,
             on_round=on_round,
@@ -273,7 +274,7 @@ class Driver(TrainerCallback):
 
     # What the method is given.
 
-    def _held_out(self, dataset: Any) -> list[Any]:
+    def _objective(self, dataset: Any) -> Objective | None:
         trainer, count = self._trainer, self._wants.held_out
         if not count:
             if dataset is not None:
@@ -281,13 +282,13 @@ class Driver(TrainerCallback):
                     f"{self.method.about.name} measures on no held-out examples, so that a "
                     "`scoring_dataset` would have no effect; leave it out."
                 )
-            return []
+            return scoring_batch.objective(trainer, None) if self._wants.half_until else None
         rows = trainer.eval_dataset if dataset is None else dataset
         batches, note = held_out(trainer, rows, num_examples=count, seed=self._seed)
         if note:
             logger.warning("loralloc: %s.", note)
             self.notes.append(note)
-        return batches
+        return scoring_batch.objective(trainer, batches)
 
     @property
     def _seed(self) -> int:

@@ -12,21 +12,22 @@ from transformers import Trainer
 from loralloc.allocation.objective import Batch, is_causal_lm
 from loralloc.allocation.supervised import SupervisedLoss
 from loralloc.methods.method import Method
+from loralloc.training import scoring_batch
 
 
 def mean_loss(trainer: Trainer, method: Method) -> Callable[[Batch], Tensor]:
     """Mean loss of a batch with its graph; the model stays in the mode it is in."""
     model: Any = trainer.model
     supervised = SupervisedLoss(model) if is_causal_lm(model) else None
+    # Not every method asks for it, and not every trainer has one.
+    objective = functools.cache(lambda: scoring_batch.objective(trainer, None))
 
     def loss(batch: Batch) -> Tensor:
-        device = next(model.parameters()).device
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        inputs = trainer._prepare_inputs(batch)
         method.watch(inputs)
-        if supervised is not None:
+        if supervised is not None and not objective().has_own_loss:
             return supervised(inputs).mean
-        mean: Tensor = model(**inputs).loss
-        return mean
+        return objective().loss_sum(inputs) / objective().count_targets(inputs)
 
     return loss
 

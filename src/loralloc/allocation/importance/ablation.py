@@ -16,16 +16,15 @@ from torch import Tensor
 from loralloc.allocation.importance.copies import (
     Change,
     changes_of,
-    count_examples,
     input_shapes,
     num_copies,
     one_a_copy,
     repeated,
 )
 from loralloc.allocation.importance.path import gates_at
-from loralloc.allocation.importance.prefix import Prefix
+from loralloc.allocation.importance.prefix import Prefix, Recording
 from loralloc.allocation.layers import base_model
-from loralloc.allocation.objective import Objective
+from loralloc.allocation.objective import Objective, count_examples
 from loralloc.allocation.policy import Limits, Scores
 
 RankNames = Mapping[str, Sequence[int]]
@@ -86,7 +85,7 @@ def _sweep(
     prefix = Prefix(objective.model, weights_b)
     for batch in objective.batches:
         num_examples = count_examples(batch)
-        with prefix.recording() as outputs, input_shapes(layers) as shapes:
+        with prefix.recording() as recording, input_shapes(layers) as shapes:
             plain = objective.losses(batch)
         plain_loss += float(plain.sum())
         most = {
@@ -98,10 +97,12 @@ def _sweep(
             # the blocks, a layer may read one row an example, or one a target.
             if plain.ndim and prefix.block(name) is not None
         }
-        for block, together in _passes(prefix, changes, most):
+        for block, together in _passes(recording, changes, most):
             times = len(together)
-            output = repeated(outputs.get(block - 1), num_examples, times)
-            with prefix.replaying(output, before=block), one_a_copy(together):
+            with (
+                prefix.replaying(recording, before=block, num_examples=num_examples, times=times),
+                one_a_copy(together),
+            ):
                 found = objective.losses(repeated(batch, num_examples, times))
             for change, loss in zip(together, found.view(times, -1).sum(1).tolist(), strict=True):
                 losses[change.name][change.index] += loss
@@ -110,18 +111,18 @@ def _sweep(
 
 
 def _passes(
-    prefix: Prefix, changes: Sequence[Change], most: Mapping[str, int]
+    recording: Recording, changes: Sequence[Change], most: Mapping[str, int]
 ) -> Iterator[tuple[int, Sequence[Change]]]:
     """The forward passes to run: the block where each begins, and the changes it measures.
 
     Args:
-        prefix: The blocks.
+        recording: The blocks' outputs.
         changes: All changes to be measured.
         most: By module, how many may share a pass; 1 where none is given.
     """
     groups = defaultdict(list)
     for change in changes:
-        groups[prefix.block(change.name) or 0, most.get(change.name, 1)].append(change)
+        groups[recording.start(change.name), most.get(change.name, 1)].append(change)
     for (block, size), group in groups.items():
         for first in range(0, len(group), size):
             yield block, group[first : first + size]

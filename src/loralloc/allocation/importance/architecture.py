@@ -49,7 +49,7 @@ class Gates(Tracker):
     ) -> None:
         self._model, self._adapter_name = model, adapter_name
         self._lr, self._weight_decay = lr, weight_decay
-        self._objective = Objective(model, None)
+        self.objective = Objective(model, None)
         layers = lora_layers(model, adapter_name)
         self._num_ranks = ranks(layers, adapter_name)
         device = next(iter(weights_b(layers, adapter_name).values())).device
@@ -64,14 +64,14 @@ class Gates(Tracker):
         The model stays in the mode it is in, and its weights without a gradient from this.
         """
         self._put()
-        counted = [(batch, self._objective.count_targets(batch)) for batch in batches]
+        counted = [(batch, self.objective.count_targets(batch)) for batch in batches]
         num_targets = sum(count for _, count in counted)
         logits = self._state["logits"].clone().requires_grad_()
         gradient = torch.zeros_like(logits)
         try:
             for batch in (batch for batch, count in counted if count):
                 self._gates = self._by_module(2 * torch.sigmoid(logits))
-                loss = self._objective.loss_sum(batch) / num_targets
+                loss = self.objective.loss_sum(batch) / num_targets
                 gradient += torch.autograd.grad(loss, logits)[0]
             self._update(gradient)
         finally:

@@ -18,7 +18,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from loralloc.allocation.objective import Batch
+from loralloc.allocation.objective import Batch, count_examples
 
 MOST_TOKENS = {"cpu": 1024}
 """Tokens that the copies of a forward pass add up to at most, by kind of device. On a CPU copies
@@ -42,11 +42,19 @@ class Change:
     layer: LoraLayer
     """The module itself."""
 
+    adapter: str
+    """PEFT's name of the adapter that the rank is of."""
+
     a: Tensor
     """The rank's row of A times the scaling, shape (in_features,)."""
 
     b: Tensor
     """What is added to the column of B, shape (out_features,)."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether the module adds the adapter now; a loss may switch it off for some passes."""
+        return not self.layer.disable_adapters and self.adapter in self.layer.active_adapters
 
 
 def changes_of(
@@ -64,7 +72,7 @@ def changes_of(
     (adapter,) = (key for key, lora_b in layer.lora_B.items() if lora_b.weight is b)
     a = layer.lora_A[adapter].weight * layer.scaling[adapter]
     return [
-        Change(name=name, index=index, layer=layer, a=a[index], b=added[:, index])
+        Change(name=name, index=index, layer=layer, adapter=adapter, a=a[index], b=added[:, index])
         for index in indices
     ]
 
@@ -97,11 +105,6 @@ def num_copies(batch: Batch, shape: torch.Size, *, device: str, num_blocks: int)
     return max(1, min(most // (shape[0] * shape[1]), num_blocks))
 
 
-def count_examples(batch: Batch) -> int:
-    """Rows of a micro-batch."""
-    return len(batch["labels"] if "labels" in batch else batch["start_positions"])
-
-
 def repeated(value: Any, num_examples: int, times: int) -> Any:
     """Copies, one after the other, of whatever has a row an example; all else as it is."""
     if times == 1:
@@ -124,6 +127,8 @@ def one_a_copy(changes: Sequence[Change]) -> Iterator[None]:
 
     def adding(copy: int, change: Change) -> Any:
         def add(_: LoraLayer, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if not change.is_on:
+                return
             size = len(output) // len(changes)
             rows = slice(copy * size, (copy + 1) * size)
             h = args[0][rows].to(change.a.dtype) @ change.a  # (num_examples, length)

@@ -51,9 +51,11 @@ def derivative(
     """
     totals = {name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()}
     loss = 0.0
+    # A loss that was given may switch the adapter off and on, and thaw it in the middle of a pass.
+    others = () if objective.has_own_loss else _trainable_but(weights_b.values(), objective.model)
     with (
         objective.evaluating(),
-        _frozen_but(weights_b.values(), objective.model),
+        _frozen(others),
         gates_at(weights_b, t) as trained,
         torch.enable_grad(),
     ):
@@ -68,15 +70,19 @@ def derivative(
     return {name: total.cpu() for name, total in totals.items()}, -loss
 
 
-@contextmanager
-def _frozen_but(wanted: Collection[Tensor], model: nn.Module) -> Iterator[None]:
-    """No gradient inside for any parameter but the wanted ones."""
+def _trainable_but(wanted: Collection[Tensor], model: nn.Module) -> list[nn.Parameter]:
+    """The trainable parameters that are not among these."""
     kept = {id(parameter) for parameter in wanted}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
-    for parameter in others:
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+
+
+@contextmanager
+def _frozen(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+    """No gradient inside for any of these."""
+    for parameter in parameters:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in others:
+        for parameter in parameters:
             parameter.requires_grad_(True)

@@ -41,13 +41,14 @@ def score(
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: What the round may prune.
         most: Ranks that may be verified at most. Where more are in doubt, or this is less than
-            `ENOUGH`, the first-order scores decide alone. So they do on a backbone below
-            float32, where ablation takes the difference of losses that are rounded more coarsely
-            than one rank changes them, while a gradient's error stays relative to its size.
+            `ENOUGH`, the first-order scores decide alone. So they do where the model computes
+            below float32, and ablation takes the difference of losses that are rounded more
+            coarsely than one rank changes them, while a gradient's error stays relative to its
+            size.
         policy: What will decide on the scores; what it prunes places the cut.
     """
     first_order = gradient.score(objective, weights_b, limits)
-    if objective.is_rounded or most < ENOUGH or not first_order.is_finite():
+    if objective.rounding or most < ENOUGH or not first_order.is_finite():
         return first_order
     scores, error = first_order, 0.0
     verified: set[tuple[str, int]] = set()

@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor
 from torch.optim import Optimizer
 
-from loralloc.allocation.objective import Batch
+from loralloc.allocation.objective import Batch, Objective
 from loralloc.allocation.policy import Plan, Scores
 
 
 class Tracker(ABC):
     """Takes part in every optimiser step until the last round, and follows every resize."""
+
+    objective: Objective
+    """What the run minimises (`objective.loss_sum(batch)`); set before the first step."""
 
     def learn(self, batches: Iterable[Batch]) -> None:  # noqa: B027 - one of the two is enough
         """Before a step: learn from batches that the weights are not trained on."""

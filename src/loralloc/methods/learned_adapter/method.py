@@ -11,7 +11,6 @@ from torch import nn
 from torch.optim import Optimizer
 
 from loralloc.allocation.blocks import backbone, blocks, hidden_size, sublayers
-from loralloc.allocation.objective import Objective
 from loralloc.methods.bottleneck import ADAPTER, act_sequentially
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.learned_adapter.cell import Cell, most_parameters
@@ -52,7 +51,7 @@ class LearnedAdapter(InPlaceMethod):
     score: Score = "gradient"
     """How candidates are compared: "gradient" is the score to first order, one backward pass a
     round; "ablation" is the score exactly, 14 forward passes an adapter, whose differences are
-    smaller than the rounding of a bf16 backbone."""
+    smaller than the rounding of a bf16 backbone, on which it is refused."""
 
     size: ClassVar[str] = "bottleneck"
     about: ClassVar[About] = About(
@@ -110,13 +109,27 @@ class LearnedAdapter(InPlaceMethod):
         """See `Method.first_eligible_step`."""
         return self._first_eligible_step
 
+    def join(self, session: Session) -> None:
+        """See `Method.join`.
+
+        Raises:
+            ValueError: Losses are too coarse for the score.
+        """
+        assert session.objective is not None, "wants() asked for held-out examples"
+        rounding = session.objective.rounding if self.score == "ablation" else None
+        if rounding:
+            raise ValueError(
+                f"`score` is 'ablation', but the model computes in {str(rounding)[6:]}, whose "
+                "rounding hides the differences of candidates; use 'gradient', or float32 weights."
+            )
+        self._objective = session.objective
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`."""
         self._optimizer = session.optimizer
         steps = round_steps(self.search_steps(session.num_steps), self.num_rounds)
         self._first_eligible_step = steps[-1]
         self._rounds = dict(zip(steps, self._drawn_parts(session.seed), strict=True))
-        self._objective = Objective(self.model, session.held_out)
 
     def _drawn_parts(self, seed: int) -> list[list[str]]:
         """Names of the cells that each round chooses for, as equally many as can be."""

@@ -73,11 +73,10 @@ def by_ablation(objective: Objective, cells: Mapping[str, Cell]) -> dict[str, Sc
     prefix = Prefix(objective.model, cells)
     with objective.evaluating(), torch.no_grad():
         for batch in objective.batches:
-            with prefix.recording() as outputs:
+            with prefix.recording() as recording:
                 plain += float(objective.loss_sum(batch))
             for name, choice, candidate, others in _candidates(cells):
-                block = prefix.block(name) or 0
-                with prefix.replaying(outputs.get(block - 1), before=block):
+                with prefix.replaying(recording, before=recording.start(name)):
                     with _only(cells[name], choice, others):
                         without = float(objective.loss_sum(batch))
                     with _only(cells[name], choice, [candidate]):
