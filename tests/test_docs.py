@@ -39,10 +39,10 @@ def test_the_readme_example_runs_and_its_adapter_opens_without_loralloc(
     rows = [{"prompt": f"the film {i} is", "completion": " good and warm"} for i in range(64)]
     write_rows(tmp_path / "train.jsonl", rows)
     write_rows(tmp_path / "dev.jsonl", rows[:32])
+    # A folder in the place of the hub's model: the text is run as it is printed.
+    shutil.copytree(llama_folder, tmp_path / "HuggingFaceTB" / "SmolLM2-135M")
     monkeypatch.chdir(tmp_path)
-    example = example.replace("HuggingFaceTB/SmolLM2-135M", str(llama_folder))
-    # TRL's default of bfloat16 autocast asks for a GPU.
-    exec(example.replace("num_train_epochs=3", "num_train_epochs=3, bf16=False"), {})
+    exec(example, {})
     opened = (
         "import sys\n"
         "from peft import PeftModel\n"
