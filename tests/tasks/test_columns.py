@@ -6,7 +6,8 @@ import pytest
 from datasets import Dataset
 
 from loralloc.tasks.catalog import get_task
-from loralloc.tasks.columns import merge_references, to_examples, to_sft
+from loralloc.tasks.columns import in_common, merge_references, to_examples, to_sft
+from loralloc.tasks.conversations import Common
 from loralloc.tasks.source import Split, load_splits
 from loralloc.tasks.task import Example
 
@@ -63,7 +64,7 @@ def test_every_split_is_turned():
         ({"messages": MESSAGES}, ("messages",)),
         ({"messages": MESSAGES, "tools": "[]"}, ("messages", "tools")),
         (
-            {"messages": MESSAGES, "chat_template_kwargs": "{}"},
+            {"messages": MESSAGES, "chat_template_kwargs": {"enable_thinking": False}},
             ("messages", "chat_template_kwargs"),
         ),
         ({"text": " plain "}, ("text",)),
@@ -89,6 +90,56 @@ def test_alpaca_columns_become_prompt_and_completion(text):
     ]
 
 
+FROM_VALUE = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+
+
+@pytest.mark.parametrize("column", ("messages", "conversations"))
+@pytest.mark.parametrize("messages", (FROM_VALUE, MESSAGES, [FROM_VALUE[0], MESSAGES[1]]))
+def test_messages_by_any_name_with_any_keys_are_messages_with_roles(column, messages):
+    assert sft_rows({column: messages, "tools": "[]"}) == [{"messages": MESSAGES, "tools": "[]"}]
+
+
+def test_prompts_and_completions_with_from_and_value_get_roles_too():
+    assert sft_rows({"prompt": FROM_VALUE[:1], "completion": FROM_VALUE[1:]}) == [
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}
+    ]
+
+
+def test_keys_are_renamed_as_trl_renames_them():
+    from trl import maybe_convert_to_chatml
+
+    row = {"conversations": [{"from": "user", "value": "a"}, {"from": "tool", "value": "b"}]}
+    assert sft_rows(row) == [maybe_convert_to_chatml(row)]
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([{"text": "a"}], None),
+        ([{"prompt": "a", "completion": "b"}], None),
+        ([{"messages": MESSAGES}], Common()),
+        ([{"messages": [SYSTEM, *MESSAGES]}] * 2, Common(system="Be brief.")),
+        ([{"messages": [SYSTEM, *MESSAGES]}, {"messages": MESSAGES}], Common()),
+        (
+            [{"prompt": [SYSTEM, *MESSAGES[:1]], "completion": MESSAGES[1:]}],
+            Common(system="Be brief."),
+        ),
+        (
+            [
+                {"messages": MESSAGES, "tools": '["t"]', "chat_template_kwargs": {"a": 1, "b": n}}
+                for n in (1, 2)
+            ],
+            Common(template_options={"tools": ["t"], "a": 1}),
+        ),
+    ],
+)
+def test_what_conversations_have_in_common(rows, expected):
+    assert in_common(to_sft({"train": split(*rows)})["train"].dataset) == expected
+
+
 def refuses(*rows, task=None):
     with pytest.raises(ValueError) as caught:
         sft_rows(*rows, task=task)
@@ -101,7 +152,7 @@ def refuses(*rows, task=None):
 def test_unknown_columns_are_listed_with_the_accepted_ones():
     assert refuses({"question": "q", "answer": "a"}).startswith(
         "rows.jsonl has the columns question, answer, and training reads one of: "
-        "prompt + completion; messages; instruction + output; text"
+        "prompt + completion; messages; conversations; instruction + output; text"
     )
 
 
@@ -137,6 +188,44 @@ GOOD = {"sentence": "fine", "label": 1}
         ([{"prompt": None, "completion": "c"}], None, "field 'prompt' is missing"),
         ([{"messages": "hi"}], None, "field 'messages' must be a list of messages and is 'hi'"),
         ([{"messages": MESSAGES}, {"messages": []}], None, "Row 2 of rows.jsonl: field 'messages'"),
+        (
+            [{"messages": MESSAGES}, {"messages": [{"content": "hi"}]}],
+            None,
+            "Row 2 of rows.jsonl: field 'messages' has in message 1 no `role` (or `from`)",
+        ),
+        (
+            [{"messages": [MESSAGES[0], {"role": "assistant"}]}],
+            None,
+            "Row 1 of rows.jsonl: field 'messages' has in message 2 no `content` (or `value`)",
+        ),
+        ([{"messages": ["hi"]}], None, "must be a list of messages, and holds 'hi'"),
+        (
+            [{"prompt": "p", "completion": "c"}, {"prompt": MESSAGES, "completion": MESSAGES}],
+            None,
+            "Row 2 of rows.jsonl: field 'prompt' is messages, and what comes before it is text",
+        ),
+        (
+            [{"prompt": MESSAGES[:1], "completion": "c"}],
+            None,
+            "Row 1 of rows.jsonl: field 'completion' is text, and what comes before it is messages",
+        ),
+        (
+            [{"messages": MESSAGES, "chat_template_kwargs": "{}"}],
+            None,
+            "field 'chat_template_kwargs' must be an object of options and is '{}'",
+        ),
+        (
+            [{"messages": MESSAGES, "tools": "[{"}],
+            None,
+            "Row 1 of rows.jsonl: field 'tools' is not valid JSON: Expecting",
+        ),
+        (
+            [{"version": 1, "data": [{"text": "a"}]}],
+            None,
+            "has the columns version, data, and training reads one of: prompt + completion; "
+            "messages; conversations; instruction + output; text (or name the task whose columns "
+            "these are); they may be what it has under 'data'.",
+        ),
     ],
 )
 def test_a_bad_row_is_named_with_its_source_number_and_field(rows, task, words):

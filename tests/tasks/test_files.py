@@ -106,6 +106,13 @@ def test_csv_reads_long_fields_and_leaves_the_limit_of_the_csv_module_alone(writ
         ("latin.csv", "a\n\u00e9clair\n".encode("latin-1"), "latin.csv is not UTF-8 text; save it"),
         ("not.parquet", b"hello", "not.parquet is not a Parquet file"),
         ("cut.parquet", b"PAR1 and then nothing", "cut.parquet cannot be read as Parquet: "),
+        (
+            "object.json",
+            json.dumps({"version": 1, "data": ROWS, "authors": ["a"]}, indent=1),
+            "object.json holds one JSON object over several lines, where rows are wanted as an "
+            "array of objects or as one object a line; they may be what it has under 'data'.",
+        ),
+        ("row.json", json.dumps({"text": "a"}, indent=1), "rows are wanted as an array of objects"),
         ("huge.jsonl", '{"a": 1' + "0" * 30 + "}", "huge.jsonl cannot be read as a table: "),
     ],
 )

@@ -4,19 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loralloc.tasks.alpaca import ALPACA_COLUMNS, alpaca_example
+from loralloc.tasks.conversations import (
+    TEMPLATE_OPTIONS,
+    TOOLS,
+    Common,
+    check_options,
+    common,
+    is_renamed,
+    read_messages,
+)
+from loralloc.tasks.files import where_rows_may_be
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Example, RowError, Task, text_field
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-READABLE_COLUMNS = (("prompt", "completion"), ("messages",), ALPACA_COLUMNS, ("text",))
+READABLE_COLUMNS = (
+    ("prompt", "completion"),
+    ("messages",),
+    ("conversations",),
+    ALPACA_COLUMNS,
+    ("text",),
+)
 """The sets of columns that are understood without a task; the first that fits is taken."""
 
-TRL_EXTRAS = ("tools", "chat_template_kwargs")
+TRL_EXTRAS = (TOOLS, TEMPLATE_OPTIONS)
 """Further columns that TRL reads beside prompt and completion or messages."""
 
 
@@ -25,7 +41,8 @@ def to_sft(splits: Mapping[str, Split], task: Task | None = None) -> dict[str, S
 
     With a task, rows become prompt and completion. Without one the columns decide
     (`READABLE_COLUMNS`): prompt and completion, messages and text are passed on as they are,
-    Alpaca's columns become prompt and completion (`alpaca.alpaca_example`).
+    conversations are messages by another name, messages with `from` and `value` get `role` and
+    `content`, and Alpaca's columns become prompt and completion (`alpaca.alpaca_example`).
 
     Raises:
         ValueError: If columns are missing or a row breaks the contract; one sentence that names
@@ -93,13 +110,21 @@ def _examples(split: Split, example: Callable[[Mapping[str, object]], Example]) 
     return examples
 
 
+def in_common(rows: Dataset) -> Common | None:
+    """What the conversations among rows of `to_sft` have in common; None of other rows."""
+    for column in ("messages", "prompt"):
+        if column in rows.column_names and isinstance(rows[0][column], list):
+            return common(rows, column)
+    return None
+
+
 def _check_columns(split: Split, task: Task) -> None:
     found = split.dataset.column_names
     missing = [column for column in task.columns if column not in found]
     if missing:
         raise ValueError(
-            f"The task {task.name} reads the columns {', '.join(task.columns)}; "
-            f"{split.source} lacks {', '.join(missing)} and has {', '.join(found)}."
+            f"The task {task.name} reads the columns {', '.join(task.columns)}; {split.source} "
+            f"lacks {', '.join(missing)} and has {', '.join(found)}{_nested(split)}."
         )
 
 
@@ -111,30 +136,67 @@ def _readable_columns(split: Split) -> tuple[str, ...]:
     accepted = "; ".join(" + ".join(columns) for columns in READABLE_COLUMNS)
     raise ValueError(
         f"{split.source} has the columns {', '.join(found)}, and training reads one of: "
-        f"{accepted} (or name the task whose columns these are)."
+        f"{accepted} (or name the task whose columns these are){_nested(split)}."
     )
+
+
+def _nested(split: Split) -> str:
+    """Where the rows may be, of a source that is one row."""
+    return where_rows_may_be(split.dataset[0]) if len(split.dataset) == 1 else ""
 
 
 def _passed_on(split: Split, columns: tuple[str, ...]) -> Dataset:
     """Check the rows that TRL is given as they are, and drop the columns it does not read."""
-    for number, row in enumerate(split.dataset.select_columns(list(columns)), start=1):
-        try:
-            for column in columns:
-                _check_value(row, column)
-        except RowError as error:
-            raise row_error(split, number, error) from error
     extras = () if columns == ("text",) else TRL_EXTRAS
     kept = [*columns, *(extra for extra in extras if extra in split.dataset.column_names)]
-    return split.dataset.select_columns(kept)
+    rows = split.dataset.select_columns(kept)
+    is_chat, has_other_keys = isinstance(rows[0][columns[0]], list), False
+    for number, row in enumerate(rows, start=1):
+        try:
+            for column in columns:
+                has_other_keys |= _check_value(row, column)
+            _check_alike(row, columns, is_chat)
+            check_options(row)
+        except RowError as error:
+            raise row_error(split, number, error) from error
+    if has_other_keys:
+        rows = _with_roles(rows, columns)
+    if "conversations" in columns:
+        rows = rows.rename_column("conversations", "messages")
+    return rows
 
 
-def _check_value(row: Mapping[str, object], column: str) -> None:
-    """Refuse what would fail deep inside the tokeniser: neither text nor messages."""
+def _check_value(row: Mapping[str, Any], column: str) -> bool:
+    """Refuse what would fail deep inside the tokeniser: neither text nor messages.
+
+    Returns:
+        Whether these are messages with `from` and `value`.
+    """
     value = row[column]
     if column == "prompt" and value == "":
-        return  # an unconditional completion
+        return False  # an unconditional completion
     if isinstance(value, list) and value and column != "text":
-        return
-    if column == "messages":
+        read_messages(value, column)
+        return is_renamed(value)
+    if column in ("messages", "conversations"):
         raise RowError(column, f"must be a list of messages and is {value!r:.60}")
     text_field(row, column)
+    return False
+
+
+def _check_alike(row: Mapping[str, Any], columns: tuple[str, ...], is_chat: bool) -> None:
+    """Refuse texts among messages: TRL reads all rows as it reads the first."""
+    for column in columns:
+        if isinstance(row[column], list) != is_chat:
+            kind, other = ("messages", "text") if is_chat else ("text", "messages")
+            raise RowError(column, f"is {other}, and what comes before it is {kind}; use one form")
+
+
+def _with_roles(rows: Dataset, columns: tuple[str, ...]) -> Dataset:
+    """Messages with `role` and `content`, whatever their keys were."""
+    from datasets import Dataset
+
+    table = {name: rows[name][:] for name in rows.column_names}
+    for name in columns:
+        table[name] = [read_messages(value, name) for value in table[name]]
+    return Dataset.from_dict(table, on_mixed_types="use_json")

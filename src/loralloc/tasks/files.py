@@ -61,6 +61,7 @@ def _read_json_lines(path: Path) -> Dataset:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
+                _refuse_one_object(path)
                 raise ValueError(
                     f"{path}, line {number}, is not valid JSON: {error.msg} (column {error.colno})."
                 ) from error
@@ -70,6 +71,30 @@ def _read_json_lines(path: Path) -> Dataset:
                 )
             rows.append(row)
     return _table(path, rows)
+
+
+def _refuse_one_object(path: Path) -> None:
+    """Say of a file that is one object over several lines what is wanted instead."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError:
+        return  # not valid JSON, as the reader says by the line
+    if not isinstance(value, dict):
+        return
+    raise ValueError(
+        f"{path} holds one JSON object over several lines, where rows are wanted as an array of "
+        f"objects or as one object a line{where_rows_may_be(value)}."
+    )
+
+
+def where_rows_may_be(value: Mapping[str, object]) -> str:
+    """A hint, such as "; they may be what it has under 'data'", or nothing."""
+    keys = [
+        repr(key)
+        for key, items in value.items()
+        if isinstance(items, list) and items and all(isinstance(item, dict) for item in items)
+    ]
+    return f"; they may be what it has under {' or '.join(keys)}" if keys else ""
 
 
 def _read_csv(path: Path) -> Dataset:
