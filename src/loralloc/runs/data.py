@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from trl import get_dataset
+from trl import DatasetMixtureConfig, get_dataset
+from trl.scripts.utils import DatasetConfig
 
 from loralloc.runs.settings import Settings
 from loralloc.tasks.source import Split, load_splits
 from loralloc.tasks.splits import load_task
 from loralloc.tasks.task import Task
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 ROW = "source_row"
 """Column that remembers each example's row in its source while the data is prepared."""
 
 HOLD_OUT_SEED = 0
-"""Seed of a development set held out from training data: the split's own, not the run's."""
+"""Seed of rows held out from training data: the split's own, not the run's."""
 
 SPLIT_FIELDS = {"train": "dataset_train_split", "validation": "dataset_test_split"}
 """Settings that name a split of the source."""
@@ -27,23 +32,12 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
     Raises:
         ValueError: No data is named, or it cannot be loaded; one sentence.
     """
-    script = settings.script
-    if script.dataset_streaming:
-        raise ValueError(
-            "`dataset_streaming` is true, but rounds are placed by epochs, which a stream does not "
-            "have; leave it out."
-        )
     if settings.mixture.datasets:
-        loaded = get_dataset(settings.mixture)
-        return {
-            name: Split(name=name, dataset=rows, source=f"the mixture's split {name}")
-            for name, rows in loaded.items()
-        }
-    names = None
-    chosen = {"train": script.dataset_train_split, "validation": script.dataset_test_split}
-    given = {k: v for k, v in chosen.items() if settings.sources.get(SPLIT_FIELDS[k])}
-    if given:
-        names = {"train": script.dataset_train_split, **given}
+        return _with_text(_mixture(settings), settings)
+    script = settings.script
+    chosen = {name: getattr(script, field) for name, field in SPLIT_FIELDS.items()}
+    given = {name: own for name, own in chosen.items() if settings.gives(SPLIT_FIELDS[name])}
+    names = {"train": script.dataset_train_split, **given} if given else None
     config = script.dataset_config
     if task:
         return load_task(task, script.dataset_name, config=config, split_names=names)
@@ -52,12 +46,52 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
             "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
         )
     splits = load_splits(script.dataset_name, config=config, split_names=names)
-    field = settings.training.dataset_text_field
-    return splits if field == "text" else _with_text(splits, field)
+    return _with_text(splits, settings)
 
 
-def _with_text(splits: dict[str, Split], field: str) -> dict[str, Split]:
+def _mixture(settings: Settings) -> dict[str, Split]:
+    """TRL's mixture of data sets; its test split, if it has one, is what a run validates on."""
+    whole, size = _load_mixture(settings.mixture), settings.mixture.test_split_size
+    offers = {"train": whole}
+    if size is not None:
+        # As TRL divides it, but by a seed: a resumed run has to find the same rows held out.
+        offers = dict(whole.train_test_split(test_size=size, seed=HOLD_OUT_SEED))
+    splits = {}
+    for name, field in SPLIT_FIELDS.items():
+        own = getattr(settings.script, field)
+        if own in offers:
+            source = f"the mixture's split {own}"
+            splits[name] = Split(name=name, dataset=offers[own], source=source)
+        elif settings.gives(field):
+            raise ValueError(
+                f"`{field}` is {own!r}, but a mixture has the split 'train' and, with "
+                "`test_split_size`, 'test'; leave it out."
+            )
+    return splits
+
+
+def _load_mixture(mixture: DatasetMixtureConfig) -> Dataset:
+    """All rows of a mixture.
+
+    Raises:
+        ValueError: They cannot be loaded or do not have the same columns.
+    """
+    for entry in mixture.datasets:
+        if not isinstance(entry, DatasetConfig):
+            raise ValueError(
+                f"`datasets` holds {entry!r:.60}, and each of its entries must have a `path`, as "
+                "`- path: json` with `data_files: FILE`, or `- path: HUB_NAME`."
+            )
+    try:
+        return get_dataset(dataclasses.replace(mixture, test_split_size=None))["train"]
+    except Exception as error:  # the builders' and the Hub client's classes have no common base
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"The mixture in `datasets` cannot be loaded: {reason}.") from error
+
+
+def _with_text(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
     """TRL's `dataset_text_field` under the one name that is read from here on."""
+    field = settings.training.dataset_text_field
     return {
         name: dataclasses.replace(split, dataset=split.dataset.rename_column(field, "text"))
         if field in split.dataset.column_names and "text" not in split.dataset.column_names
