@@ -13,6 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     T5Config,
@@ -66,6 +68,25 @@ def gpt2(**overrides) -> GPT2LMHeadModel:
         pad_token_id=PADDING,
     )
     return _build(GPT2LMHeadModel, GPT2Config(**{**options, **overrides}))
+
+
+def mixture(**overrides) -> Qwen3MoeForCausalLM:
+    """A mixture of experts; `mlp_only_layers=[0]` makes one block dense."""
+    options = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        max_position_embeddings=64,
+        pad_token_id=PADDING,
+    )
+    return _build(Qwen3MoeForCausalLM, Qwen3MoeConfig(**{**options, **overrides}))
 
 
 def bert_classifier(num_labels: int = 3, **overrides) -> BertForSequenceClassification:

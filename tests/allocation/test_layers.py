@@ -1,5 +1,6 @@
 import pytest
 import tiny
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
 from loralloc.allocation.blocks import block_index, block_list, modules_per_block
@@ -137,3 +138,27 @@ def test_an_embedding_is_refused():
     model = tiny.adapted(tiny.llama(), target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(TypeError, match=r"model\.embed_tokens is a Embedding; .*linear layers"):
         lora_layers(model)
+
+
+# PEFT warns of patterns of ranks that it has written itself.
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("options", "use"),
+    [
+        (
+            dict(target_modules="all-linear"),
+            "name linear layers alone in `target_modules`: k_proj, o_proj, q_proj, v_proj.",
+        ),
+        (
+            dict(target_modules=[], target_parameters=["mlp.experts.down_proj"]),
+            "name linear layers in `target_modules` instead.",
+        ),
+    ],
+    ids=["all-linear", "parameters"],
+)
+def test_experts_are_refused_by_whomever_they_were_named(options, use):
+    model = get_peft_model(tiny.mixture(), LoraConfig(task_type="CAUSAL_LM", **options))
+    with pytest.raises(TypeError, match=r"The adapter is on the parameters .*down_proj") as refused:
+        lora_layers(model)
+    assert str(refused.value).endswith(use)
+    assert "leave it out" not in str(refused.value)

@@ -69,3 +69,43 @@ def test_a_model_without_blocks_is_refused():
 
     with pytest.raises(ValueError, match="has no list of transformer blocks with linear layers"):
         resolve_targets(nn.Sequential(nn.Linear(2, 2)), None)
+
+
+ATTENTION = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp_only_layers": [0]}], ids=["experts", "one dense"])
+def test_by_default_a_mixture_of_experts_is_adapted_at_linear_layers_only(changes):
+    model = tiny.mixture(**changes)
+    targets = resolve_targets(model, None)
+    adapted = get_peft_model(model, LoraConfig(target_modules=targets))
+    assert targets == ATTENTION
+    assert not adapted.peft_config["default"].target_parameters
+    assert len(lora_layers(adapted)) == 8
+
+
+@pytest.mark.parametrize("wanted", ["all-linear", ["all-linear"]])
+def test_all_linear_of_a_mixture_of_experts_is_refused_with_names_that_work(wanted):
+    with pytest.raises(ValueError) as refused:
+        resolve_targets(tiny.mixture(), wanted)
+    sentence = str(refused.value)
+    assert f"`lora_target_modules` is {wanted!r}, by which PEFT would adapt the experts" in sentence
+    assert "(down_proj, gate.weight, gate_up_proj), which are parameters" in sentence
+    names = sentence.rpartition("use ")[2].rstrip(".").split(", ")
+    assert resolve_targets(tiny.mixture(), names) == names
+
+
+@pytest.mark.parametrize(
+    "wanted", [["mlp.gate_proj", "mlp.up_proj"], ["q_proj", "mlp.gate_proj"], r".*mlp\.down_proj"]
+)
+def test_names_that_peft_takes_for_experts_are_refused_by_what_was_named(wanted):
+    with pytest.raises(ValueError, match="by which PEFT would adapt the experts") as refused:
+        resolve_targets(tiny.mixture(mlp_only_layers=[0]), wanted)
+    assert f"`lora_target_modules` is {wanted!r}" in str(refused.value)
+    assert "use self_attn.q_proj" in str(refused.value)
+
+
+def test_linear_layers_of_a_mixture_of_experts_can_be_named():
+    model = tiny.mixture(mlp_only_layers=[0])
+    assert resolve_targets(model, ["q_proj", "v_proj"]) == ["q_proj", "v_proj"]
+    assert len(adapted_names(model, resolve_targets(model, ["q_proj", "v_proj"]))) == 4

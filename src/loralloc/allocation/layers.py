@@ -15,7 +15,7 @@ PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 NOT_PLAIN = (
     *("use_dora", "use_bdlora", "lora_bias", "alora_invocation_tokens", "arrow_config"),
-    *("kasa_config", "monteclora_config", "target_parameters", "megatron_config"),
+    *("kasa_config", "monteclora_config", "megatron_config"),
 )
 """Options of PEFT's `LoraConfig` that make an adapter more than B (A x)."""
 
@@ -81,6 +81,8 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
     for option in NOT_PLAIN:
         if getattr(config, option, None):
             raise _not_plain(f"`{option}`")
+    if config.target_parameters:
+        raise _on_parameters(config)
     layers = {}
     for name, module in base_model(model).named_modules():
         if not isinstance(module, LoraLayer):
@@ -116,6 +118,22 @@ def _not_plain(what: str) -> TypeError:
 def has_own_bias(layer: LoraLayer, config: LoraConfig) -> bool:
     """Whether a bias trains with the layer that PEFT saves and finds by the layer's ranks alone."""
     return config.bias == "lora_only" and getattr(layer.get_base_layer(), "bias", None) is not None
+
+
+def _on_parameters(config: LoraConfig) -> TypeError:
+    """Whoever named them: PEFT makes "all-linear", and names of experts, into parameters."""
+    modules = config.target_modules or ()
+    names = [modules] if isinstance(modules, str) else sorted(modules)
+    use = (
+        f"name linear layers alone in `target_modules`: {', '.join(names)}"
+        if names
+        else ("name linear layers in `target_modules` instead")
+    )
+    return TypeError(
+        f"The adapter is on the parameters {', '.join(sorted(config.target_parameters))}, which "
+        "are experts where PEFT finds them by `target_modules`, and ranks can be allocated on "
+        f"linear layers only; {use}."
+    )
 
 
 def weight_a(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
