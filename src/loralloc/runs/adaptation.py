@@ -16,7 +16,7 @@ from loralloc.methods.method import Method
 from loralloc.methods.peft_method import PeftMethod, default_budget
 from loralloc.runs.arguments import BLOCK, OPTIONS
 from loralloc.runs.heads.head import Head
-from loralloc.runs.models import load_model
+from loralloc.runs.models import load_with_new_head
 from loralloc.runs.settings import Settings
 
 LORA_FLAGS = {
@@ -77,14 +77,11 @@ def adapt(settings: Settings, method: Method, head: Head, **options: Any) -> Any
     Raises:
         ValueError: There is no such model, or the method does not fit it.
     """
-    model, loading = load_model(
-        settings.model.model_name_or_path, head=head, output_loading_info=True, **options
-    )
+    name = settings.model.model_name_or_path
+    model, new = load_with_new_head(name, head=head, **options)
     check_quantised(method, model)
     fit(method, model, settings.run.budget)
-    missing = loading["missing_keys"] if head.is_new else ()
-    heads = sorted({key.rpartition(".")[0] for key in missing})
-    heads += settings.model.lora_modules_to_save or ()
+    heads = [*new, *(settings.model.lora_modules_to_save or ())]
     model = method.prepare(model, task_type=head.task_type, heads=heads)
     fuse(model)
     use_short_attention(base_model(model))

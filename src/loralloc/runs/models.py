@@ -101,15 +101,28 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
     return _from_pretrained(AutoTokenizer, name_or_path, options)
 
 
-def load_model(
+def load_model(name_or_path: str, **options: Any) -> Any:
+    """A backbone with its head, every weight of it the checkpoint's but those of a new head.
+
+    Args:
+        name_or_path: A built-in name, a local folder or a Hub name.
+        options: As those of `load_with_new_head`.
+
+    Raises:
+        ValueError: As `load_with_new_head`.
+    """
+    return load_with_new_head(name_or_path, **options)[0]
+
+
+def load_with_new_head(
     name_or_path: str,
     *,
     head: Head | None = None,
     labels: Sequence[str] = (),
     dtype: torch.dtype | None = None,
     **options: Any,
-) -> Any:
-    """A backbone with its head.
+) -> tuple[Any, list[str]]:
+    """A backbone with its head, and the names of the modules that are drawn at random.
 
     Args:
         name_or_path: A built-in name, a local folder or a Hub name.
@@ -120,11 +133,12 @@ def load_model(
         options: Passed to `from_pretrained`; see `backbone_options`.
 
     Raises:
-        ValueError: There is no such model here.
+        ValueError: There is no such model here, or its checkpoint lacks weights.
     """
     import transformers
 
     from loralloc.runs.heads.lm import LM
+    from loralloc.runs.weights import check_weights
 
     head = head or LM
     options["dtype"] = dtype or head.dtype or fastest_dtype()
@@ -132,7 +146,11 @@ def load_model(
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: index for index, label in enumerate(labels)}
-    return _from_pretrained(getattr(transformers, head.auto_class), name_or_path, options)
+    # Weights of another shape are told by name here; Transformers' own report is switched off.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loader = getattr(transformers, head.auto_class)
+    model, loading = _from_pretrained(loader, name_or_path, options)
+    return model, check_weights(name_or_path, model, loading, head_is_new=head.is_new)
 
 
 def backbone_options(model: ModelConfig, *, trust_remote_code: bool) -> dict[str, Any]:
@@ -217,13 +235,23 @@ def _from_pretrained(loader: Any, name_or_path: str, options: dict[str, Any]) ->
     source = locate(name_or_path)
     try:
         return loader.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        if Path(source).exists():
-            raise ValueError(f"{name_or_path} could not be loaded: {error}") from error
+    except ImportError as error:
+        raise ValueError(
+            f"{name_or_path} cannot be loaded without a package that is not installed: "
+            f"{_in_one_line(error)}"
+        ) from error
+    except Exception as error:  # of any class: the files may hold anything
+        if Path(source).exists() or not isinstance(error, OSError | ValueError):
+            sentence = f"{name_or_path} could not be loaded: {_in_one_line(error)}"
+            raise ValueError(sentence) from error
         raise ValueError(
             f"There is no folder {name_or_path!r} here and the Hugging Face Hub did not give a "
             f"model of that name (offline, misspelt or private); {_built_in_sentence()}"
         ) from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _built_in_sentence() -> str:
