@@ -2,6 +2,7 @@ import pytest
 
 from loralloc.evaluation.generation import generate
 from loralloc.runs.trained import load_trained
+from loralloc.tasks.conversations import Common
 
 
 @pytest.fixture
@@ -52,3 +53,62 @@ def test_numbers_below_one(flag, call, tmp_path):
 def test_a_folder_without_a_run(call, tmp_path):
     sentence = call("generate", tmp_path, "--prompt", "the").sentence
     assert "holds no adapter_config.json and no method.json, so no trained" in sentence
+
+
+def chat(question, *, system=None, answer="good"):
+    messages = [{"role": "system", "content": system}] if system else []
+    said = {"role": "assistant", "content": answer}
+    return {"messages": [*messages, {"role": "user", "content": question}, said]}
+
+
+@pytest.fixture
+def conversed(call, tmp_path, output, llama_folder, write_rows):
+    """A run on conversations with one system message."""
+    rows = [chat(f"is film {i} good?", system="Be brief.") for i in range(12)]
+    data = write_rows(tmp_path / "chat.jsonl", rows)
+    words = ("--dataset_name", data, "--model_name_or_path", llama_folder, "--output_dir", output)
+    short = ("--method", "lora", "--max_steps", "2", "--validation_examples", "4")
+    assert call("train", *words, *short, "--dtype", "float32").code == 0
+    return output
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], Common(system="Be brief.").ask("the film")),
+        (["--base"], Common(system="Be brief.").ask("the film")),
+        (["--system", "Be long."], Common(system="Be long.").ask("the film")),
+        (["--raw"], "the film"),
+    ],
+)
+def test_a_run_on_conversations_is_asked_in_one(flags, expected, conversed, call, monkeypatch):
+    asked = []
+
+    def generate(model, tokenizer, prompts, **options):
+        asked.extend(prompts)
+        return ["yes"] * len(prompts)
+
+    monkeypatch.setattr("loralloc.evaluation.generation.generate", generate)
+    assert call("generate", conversed, "--prompt", "the film", *flags).out == "yes\n"
+    assert asked == [expected]
+
+
+def test_a_run_on_texts_is_asked_as_it_is(finished, call, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "loralloc.evaluation.generation.generate", lambda *args, **_: asked.extend(args[2]) or []
+    )
+    call("generate", finished, "--prompt", "the film")
+    assert asked == ["the film"]
+
+
+def test_a_system_message_without_a_conversation_is_refused(finished, call):
+    words = ("generate", finished, "--prompt", "the film", "--system", "x")
+    assert f"the run in {finished} was not trained on conversations" in call(*words).sentence
+    assert "`--raw` sends prompts as they are" in call(*words, "--raw").sentence
+
+
+def test_what_an_overwritten_run_was_asked_by_is_gone(conversed, train, output):
+    assert (output / "conversation.json").is_file()
+    assert train("--overwrite").code == 0
+    assert not (output / "conversation.json").exists()

@@ -138,7 +138,7 @@ def test_a_tokenizer_without_a_padding_token(model, tokenizer):
 
 def test_a_tokenizer_without_an_end_token(model, tokenizer):
     tokenizer.eos_token = None
-    with pytest.raises(ValueError, match="no end token, so no response could end"):
+    with pytest.raises(ValueError, match="no end token, so no answer could end"):
         generate(model, tokenizer, PROMPTS, max_new_tokens=6)
 
 

@@ -17,7 +17,7 @@ from loralloc.evaluation.predictions import Predictions
 from loralloc.evaluation.predictors import WAYS, Predictor
 from loralloc.evaluation.request import Decoding, Request, folder_of
 from loralloc.runs import settings as run_settings
-from loralloc.runs.folder import SETTINGS
+from loralloc.runs.folder import SETTINGS, saved_conversation
 from loralloc.runs.heads.head import Head
 from loralloc.runs.trained import head_of
 from loralloc.tasks.catalog import get_task
@@ -66,7 +66,7 @@ def prepare(request: Request) -> Evaluation:
             sentence.
     """
     head = head_of(request.run)
-    saved = _saved(request.run)
+    saved, conversation = _saved(request.run), saved_conversation(request.run)
     task = _task(request, saved)
     way = WAYS[head.name]
     decoding = way.settle(request, task)
@@ -88,6 +88,7 @@ def prepare(request: Request) -> Evaluation:
             "task": task.name,
             "split": request.split,
             **(decoding.as_data() if decoding else {}),
+            **({"conversation": conversation.as_data()} if conversation else {}),
         },
         prompts=[way.shown(example) for example in chosen],
         gold=[list(e.references) or e.response for e in chosen],

@@ -17,6 +17,8 @@ from loralloc.evaluation.prompts import (
     pad_left,
     read,
 )
+from loralloc.evaluation.tokens import end_tokens
+from loralloc.tasks.conversations import Prompt
 
 BEAM_OPTIONS = {"length_penalty": 1.0, "early_stopping": False}
 """How beams are compared: by the mean log-probability of their tokens, the end token's included,
@@ -26,7 +28,7 @@ until no open beam can overtake a finished one (the defaults of Transformers).""
 def generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     num_beams: int = 1,
@@ -38,12 +40,13 @@ def generate(
     """Generate one response a prompt, greedily or with beams.
 
     Prompts of like length go together, padded on the left; a response ends at the tokenizer's end
-    token. The checkpoint's own generation options (a repetition penalty, sampling) are left out.
+    token, and in a conversation where a turn ends. The checkpoint's own generation options (a
+    repetition penalty, sampling) are left out.
 
     Args:
         model: A causal language model, adapted or not.
         tokenizer: Its tokenizer.
-        prompts: What to respond to.
+        prompts: What to respond to: texts as they are, conversations through the chat template.
         max_new_tokens: Most tokens of a response, the end token included.
         num_beams: Beams; 1 is greedy, the paper has 5.
         batch_size: Most prompts at once.
@@ -56,9 +59,12 @@ def generate(
         Responses in the order of the prompts, without the white space around them.
 
     Raises:
-        ValueError: If a prompt has no tokens, or leaves no room for a response in the model's
-            context.
+        ValueError: If a prompt has no tokens, leaves no room for a response in the model's context
+            or cannot be rendered, or if no token ends a response.
     """
+    if not prompts:
+        return []
+    ends = end_tokens(tokenizer, prompts)
     token_ids, _ = encode(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     groups = batches(
         [len(ids) + max_new_tokens for ids in token_ids],
@@ -73,6 +79,7 @@ def generate(
             model,
             tokenizer,
             [token_ids[i] for i in group],
+            ends=ends,
             max_new_tokens=max_new_tokens,
             num_beams=num_beams,
             share_prompts=share_prompts,
@@ -91,21 +98,21 @@ def respond(
     token_ids: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
+    ends: Sequence[int] | None = None,
     num_beams: int = 1,
     share_prompts: bool = True,
 ) -> list[str]:
-    """Generate the responses of one batch of tokenised prompts; see `generate`."""
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(
-            "The tokenizer has no end token, so no response could end; set its `eos_token`."
-        )
-    padding = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    """Generate the responses of one batch of tokenised prompts; see `generate`.
+
+    A response ends at any of `ends`, by default the tokenizer's end token.
+    """
+    ends = list(ends or end_tokens(tokenizer, ()))
+    padding = ends[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
         do_sample=False,
-        eos_token_id=end,
+        eos_token_id=ends,
         pad_token_id=padding,
         **(BEAM_OPTIONS if num_beams > 1 else {}),
     )
@@ -118,12 +125,13 @@ def respond(
         if cache is not None:
             inputs["past_key_values"] = cache
         generated = model.generate(**inputs, generation_config=config)
-    answers = [_before(end, ids) for ids in generated[:, tokens.shape[1] :].tolist()]
+    answers = [_before(ends, ids) for ids in generated[:, tokens.shape[1] :].tolist()]
     return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
 
-def _before(end: int, ids: list[int]) -> list[int]:
-    return ids[: ids.index(end)] if end in ids else ids
+def _before(ends: Sequence[int], ids: list[int]) -> list[int]:
+    first = next((i for i, token in enumerate(ids) if token in ends), len(ids))
+    return ids[:first]
 
 
 @contextmanager

@@ -23,14 +23,17 @@ from loralloc.evaluation.prompts import (
     pad_left,
     positions,
     read,
+    text_of,
 )
+from loralloc.evaluation.tokens import answered_tokens, end_tokens, start_tokens
 from loralloc.methods.opening import show_batch
+from loralloc.tasks.conversations import Prompt
 
 
 def score_labels(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     labels: Sequence[str],
     *,
     batch_size: int = 32,
@@ -44,7 +47,8 @@ def score_labels(
         model: A causal language model, adapted or not.
         tokenizer: Its tokenizer.
         prompts: What the labels follow.
-        labels: The texts of the labels; each is joined to the prompt by one blank, as in training.
+        labels: The texts of the labels; each is joined to a text by one blank, as in training, and
+            to a conversation as its answer.
         batch_size: Most prompts at once.
         max_batch_tokens: Most positions at once, over all labels.
         share_prompts: Read a prompt once for all of its labels; False for a model that must see
@@ -83,7 +87,7 @@ def score_labels(
 
 
 def encode_labels(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], labels: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], labels: Sequence[str]
 ) -> list[list[list[int]]]:
     """Tokens of each label behind each prompt, with the end token.
 
@@ -93,20 +97,18 @@ def encode_labels(
         ValueError: If the tokenizer has no end token, or the tokens of a prompt change when a
             label follows, so that the label has no tokens of its own.
     """
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError("The tokenizer has no end token, so no label ends; set its `eos_token`.")
     endings: list[list[list[int]]] = [[] for _ in prompts]
     if not prompts:
         return endings
-    alone = tokenizer(list(prompts))["input_ids"]
+    end = end_tokens(tokenizer, prompts)[0]
+    alone = start_tokens(tokenizer, prompts)
     for label in labels:
-        together = tokenizer([f"{prompt} {label}" for prompt in prompts])["input_ids"]
+        together = answered_tokens(tokenizer, prompts, label)
         for prompt, first, both, row in zip(prompts, alone, together, endings, strict=True):
             if both[: len(first)] != first or len(both) == len(first):
                 raise ValueError(
                     f"The tokenizer merges the label {label!r} with the end of the prompt "
-                    f"{prompt[-40:]!r}, so labels cannot be scored; use `--decode beam`."
+                    f"{text_of(prompt)[-40:]!r}, so labels cannot be scored; use `--decode beam`."
                 )
             row.append([*both[len(first) :], end])
     return endings

@@ -13,9 +13,12 @@ from loralloc.evaluation.labels import encode_labels, score_endings
 from loralloc.evaluation.prompts import batches, encode
 from loralloc.evaluation.request import Decoding, Request, decoding_of, no_decoding
 from loralloc.evaluation.spans import predict_spans
+from loralloc.evaluation.tokens import end_tokens
+from loralloc.runs.folder import saved_conversation
 from loralloc.runs.heads.classification import CLASSIFICATION
 from loralloc.runs.heads.span import SPAN
 from loralloc.runs.trained import load_trained
+from loralloc.tasks.conversations import Prompt
 from loralloc.tasks.task import Example, Task
 
 
@@ -65,7 +68,11 @@ def language_model(
         ValueError: As `prompts.encode` and `labels.encode_labels`.
     """
     model, tokenizer = load_trained(request.run, with_adapter=not request.base)
-    prompts = [example.prompt for example in examples]
+    conversation = saved_conversation(request.run)
+    prompts: list[Prompt] = [
+        conversation.ask(example.prompt) if conversation else example.prompt for example in examples
+    ]
+    ends = end_tokens(tokenizer, prompts)
     room = decoding.max_new_tokens
     token_ids, cut = encode(model, tokenizer, prompts, max_new_tokens=room, truncate=True)
 
@@ -74,6 +81,7 @@ def language_model(
             model,
             tokenizer,
             [token_ids[i] for i in indices],
+            ends=ends,
             max_new_tokens=room,
             num_beams=decoding.num_beams,
         )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.allocation.layers import base_model
+from loralloc.evaluation.tokens import start_tokens
 from loralloc.methods.opening import shares_prompts
+from loralloc.tasks.conversations import Chat, Prompt
 
 MAX_BATCH_TOKENS = 2**14
 """Most positions in a batch, over all of its beams or labels, unless one prompt alone has more.
@@ -24,7 +26,7 @@ for one of 7B without grouped queries, in bfloat16.
 def encode(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     truncate: bool = False,
@@ -34,7 +36,7 @@ def encode(
     Args:
         model: The model; its `max_position_embeddings`, where it has one, bounds a prompt.
         tokenizer: Its tokenizer.
-        prompts: The texts.
+        prompts: Texts, or conversations to be answered through the tokenizer's chat template.
         max_new_tokens: Room for the response.
         truncate: Cut a longer prompt at its beginning, as its end holds the question; otherwise
             it is refused.
@@ -43,11 +45,12 @@ def encode(
         The tokens of each prompt, and the indices of the prompts that were cut.
 
     Raises:
-        ValueError: If a prompt has no tokens or, unless it may be cut, leaves no room.
+        ValueError: If a prompt has no tokens or, unless it may be cut, leaves no room, or if the
+            chat template does not take a conversation.
     """
     if not prompts:
         return [], []
-    token_ids: list[list[int]] = tokenizer(list(prompts))["input_ids"]
+    token_ids = start_tokens(tokenizer, prompts)
     config: Any = base_model(model).config
     context: int | None = getattr(config, "max_position_embeddings", None)
     if context is not None and context <= max_new_tokens:
@@ -59,18 +62,25 @@ def encode(
     cut = []
     for i, ids in enumerate(token_ids):
         if not ids:
-            raise ValueError(f"Prompt {i + 1} ({prompts[i]!r}) has no tokens; give it some text.")
+            text = text_of(prompts[i])
+            raise ValueError(f"Prompt {i + 1} ({text!r}) has no tokens; give it some text.")
         if room is None or len(ids) <= room:
             continue
         if not truncate:
             raise ValueError(
-                f"Prompt {i + 1} ({prompts[i][:40]!r}...) has {len(ids):,} tokens, but the model's "
+                f"Prompt {i + 1} ({text_of(prompts[i])[:40]!r}...) has {len(ids):,} tokens, but "
+                f"the model's "
                 f"context of {context:,} less `max_new_tokens` of {max_new_tokens} leaves "
                 f"{room:,}; shorten it."
             )
         token_ids[i] = ids[-room:]
         cut.append(i)
     return token_ids, cut
+
+
+def text_of(prompt: Prompt) -> str:
+    """A prompt for people: what is asked."""
+    return str(prompt.messages[-1]["content"]) if isinstance(prompt, Chat) else prompt
 
 
 def batches(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loralloc.evaluation.generation import BEAM_OPTIONS
+from loralloc.runs.folder import saved_conversation
 from loralloc.runs.models import load_tokenizer
 from loralloc.tasks.task import Task, has_spans
 
@@ -160,7 +161,8 @@ def folder_of(request: Request, *, head: str, task: Task, decoding: Decoding | N
 def _most_new_tokens(run: Path, task: Task) -> int:
     """Tokens of the longest label and the end token; without labels, plenty."""
     if task.labels:
-        texts = [f" {label}" for label in task.labels]
+        joint = "" if saved_conversation(run) else " "  # a blank is behind a text only
+        texts = [joint + label for label in task.labels]
         tokens = load_tokenizer(str(run))(texts, add_special_tokens=False)["input_ids"]
         return 1 + max(map(len, tokens))
     return ANSWER_TOKENS if has_spans(task) else TEXT_TOKENS

@@ -11,6 +11,7 @@ from typing import Any
 from loralloc.allocation.record import FILE_NAME as RECORD
 from loralloc.methods.in_place import CONFIG_NAME as METHOD_CONFIG
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
+from loralloc.tasks.conversations import Common
 from loralloc.training.drive import STATE_NAME as METHOD_STATE
 
 SETTINGS = "settings.json"
@@ -21,6 +22,12 @@ METRICS = "metrics.jsonl"
 
 LABELS = "labels.json"
 """Names of a classifier's labels, in the order of its logits."""
+
+CONVERSATION = "conversation.json"
+"""What all conversations of the training data have in common; there only if these were rows."""
+
+CHAT_TEMPLATE = "chat_template.jinja"
+"""The tokenizer's chat template, which an overwritten run may have had and the new one not."""
 
 CARD = "README.md"
 """What was trained and how to load it."""
@@ -41,7 +48,7 @@ CHECKPOINTS = "checkpoint-*"
 """Folders of what training goes on from."""
 
 FILES = (
-    *(SETTINGS, METRICS, LABELS, CARD, DEMO, ANSWERS),
+    *(SETTINGS, METRICS, LABELS, CONVERSATION, CHAT_TEMPLATE, CARD, DEMO, ANSWERS),
     *(PEFT_CONFIG, METHOD_CONFIG, WEIGHTS, RECORD),
     *(f"{METHOD_STATE}.json", f"{METHOD_STATE}.safetensors"),
 )
@@ -122,6 +129,20 @@ def saved_labels(folder: Path) -> list[str]:
         raise ValueError(f"{folder} holds no {LABELS}, so its labels have no names.")
     labels: list[str] = json.loads(path.read_text(encoding="utf-8"))
     return labels
+
+
+def save_conversation(folder: Path, conversation: Common) -> None:
+    """Write what the training data's conversations have in common, for answering alike."""
+    text = json.dumps(conversation.as_data(), indent=1, ensure_ascii=False)
+    (folder / CONVERSATION).write_text(text + "\n", encoding="utf-8")
+
+
+def saved_conversation(folder: Path) -> Common | None:
+    """What `save_conversation` wrote; None of a run that was not trained on conversations."""
+    path = folder / CONVERSATION
+    if not path.is_file():
+        return None
+    return Common(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def config_of(folder: Path) -> Path | None:

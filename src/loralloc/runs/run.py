@@ -29,6 +29,8 @@ from loralloc.runs.heads.head import Head
 from loralloc.runs.models import backbone_options, is_encoder, load_tokenizer
 from loralloc.runs.settings import Settings, resolve, resolve_again
 from loralloc.tasks.catalog import get_task
+from loralloc.tasks.columns import in_common
+from loralloc.tasks.conversations import Common
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.drive import drive
@@ -64,6 +66,9 @@ class Run:
 
     labels: tuple[str, ...]
     """Names of a classifier's labels, in the order of its logits; otherwise empty."""
+
+    conversation: Common | None
+    """What the conversations to train on have in common; None where the rows are others."""
 
     checkpoint: Path | None = None
     """Where training goes on from."""
@@ -171,6 +176,7 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
         task=task,
         head=head,
         labels=labels,
+        conversation=in_common(ready["train"].dataset),
     )
 
 
@@ -202,6 +208,8 @@ def train(run: Run) -> None:
     run.tokenizer.save_pretrained(where)
     if run.labels:
         folder.save_labels(where, run.labels)
+    if run.conversation:
+        folder.save_conversation(where, run.conversation)
     card.write(
         where,
         base_model=str(run.settings.model.model_name_or_path),

@@ -9,6 +9,9 @@ from loralloc.evaluation.judge import answers as answers_module
 from loralloc.evaluation.judge.answers import Decoding, answer_questions, kept_answers
 from loralloc.evaluation.judge.conversation import turn_prompt
 from loralloc.evaluation.judge.questions import Question, read_answers
+from loralloc.evaluation.prompts import text_of
+from loralloc.evaluation.tokens import start_tokens
+from loralloc.tasks.conversations import Common
 
 QUESTIONS = [
     Question(number=3, turns=("the film is", "the place is")),
@@ -47,21 +50,31 @@ def answer(model, tokenizer, tmp_path):
     return answer
 
 
+def in_words(tokenizer, turns, answers, system=None):
+    conversation = Common(system=system)
+    prompt = turn_prompt(turns, answers, form="chat", conversation=conversation)
+    return tokenizer.decode(start_tokens(tokenizer, [prompt])[0])
+
+
 def test_a_chat_template_writes_the_whole_conversation(tokenizer):
     turns = ("Name a fruit.", "Another.", "A third.")
-    assert turn_prompt(turns, [], tokenizer=tokenizer, form="chat") == (
-        "user: Name a fruit.\nassistant: "
-    )
-    assert turn_prompt(turns, ["Apple."], tokenizer=tokenizer, form="chat") == (
-        "user: Name a fruit.\nassistant: Apple.\nuser: Another.\nassistant: "
+    assert in_words(tokenizer, turns, []) == "user: Name a fruit.\nassistant:"
+    assert in_words(tokenizer, turns, ["Apple."]) == (
+        "user: Name a fruit.\nassistant: Apple.\nuser: Another.\nassistant:"
     )
 
 
-def test_without_one_the_turns_of_alpaca_follow_each_other(tokenizer):
+def test_the_system_message_of_a_runs_conversations_comes_first(tokenizer):
+    words = in_words(tokenizer, ("A?", "B?"), ["a"], system="Be brief.")
+    assert words == "system: Be brief.\nuser: A?\nassistant: a\nuser: B?\nassistant:"
+
+
+def test_without_one_the_turns_of_alpaca_follow_each_other():
     turns = ("Name a fruit.", "Another.")
     first = "Instruction:\nName a fruit.\n\nResponse:"
-    assert turn_prompt(turns, [], tokenizer=tokenizer, form="alpaca") == first
-    assert turn_prompt(turns, ["Apple."], tokenizer=tokenizer, form="alpaca") == (
+    options = dict(form="alpaca", conversation=Common())
+    assert turn_prompt(turns, [], **options) == first
+    assert turn_prompt(turns, ["Apple."], **options) == (
         f"{first} Apple.\n\nInstruction:\nAnother.\n\nResponse:"
     )
 
@@ -77,8 +90,8 @@ def test_the_start_token_comes_once(adds_start, llama_folder):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
         )
-    prompt = turn_prompt(("the film",), [], tokenizer=tokenizer, form="chat")
-    assert tokenizer(prompt)["input_ids"].count(tokenizer.bos_token_id) == 1
+    prompt = turn_prompt(("the film",), [], form="chat", conversation=Common())
+    assert start_tokens(tokenizer, [prompt])[0].count(tokenizer.bos_token_id) == 1
 
 
 def test_the_second_turn_is_answered_after_the_first(model, tokenizer, answer, tmp_path):
@@ -107,7 +120,7 @@ def test_an_interrupted_run_goes_on_with_the_questions_left(answer, monkeypatch)
         if len(expected_num) == 2:
             raise KeyboardInterrupt
         expected_num.append(len(prompts))
-        return [f"answer {prompt!r}" for prompt in prompts]
+        return [f"answer to {text_of(prompt)}" for prompt in prompts]
 
     monkeypatch.setattr(answers_module, "generate", stopping)
     with pytest.raises(KeyboardInterrupt):
@@ -121,8 +134,8 @@ def test_an_interrupted_run_goes_on_with_the_questions_left(answer, monkeypatch)
     monkeypatch.setattr(answers_module, "generate", going_on)
     done = []
     given = answer(on_batch=lambda *counts: done.append(counts))
-    assert len(asked) == 2 and all("the story is good and" in prompt for prompt in asked)
-    assert given[2] == ("later", "later") and given[1][0].startswith("answer 'user: a story")
+    assert [text_of(prompt) for prompt in asked] == list(QUESTIONS[2].turns)
+    assert given[2] == ("later", "later") and given[1] == ("answer to a story",)
     assert done == [(1, 1)]
     assert answer() == given
     assert len(asked) == 2

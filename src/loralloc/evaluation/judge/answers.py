@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from loralloc.evaluation.generation import generate
 from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
 from loralloc.evaluation.judge.questions import Answers, Question, read_answers
+from loralloc.tasks.conversations import Common
 from loralloc.tasks.files import read_table
 
 
@@ -71,6 +72,7 @@ def answer_questions(
     made_with: Mapping[str, object],
     form: PromptForm,
     decoding: Decoding,
+    conversation: Common | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Answers:
     """Answer every turn of the questions that the file has no answers to, and write it.
@@ -84,6 +86,7 @@ def answer_questions(
         made_with: What they depend on, written beside each.
         form: How a conversation becomes a prompt.
         decoding: How the model answers.
+        conversation: What a conversation has besides its turns, as the model was trained.
         on_batch: Called after each batch with the questions answered, and those to answer.
 
     Returns:
@@ -101,7 +104,10 @@ def answer_questions(
         for turn in range(max(len(question.turns) for question in batch)):
             asked = [i for i, question in enumerate(batch) if turn < len(question.turns)]
             prompts = [
-                turn_prompt(batch[i].turns, given[i], tokenizer=tokenizer, form=form) for i in asked
+                turn_prompt(
+                    batch[i].turns, given[i], form=form, conversation=conversation or Common()
+                )
+                for i in asked
             ]
             texts = generate(
                 model,

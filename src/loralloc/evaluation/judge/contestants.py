@@ -17,7 +17,7 @@ from loralloc.evaluation.judge.answers import (
 )
 from loralloc.evaluation.judge.conversation import PromptForm
 from loralloc.evaluation.judge.questions import Answers, Question, check_answers, read_answers
-from loralloc.runs.folder import ANSWERS, SETTINGS, config_of
+from loralloc.runs.folder import ANSWERS, SETTINGS, config_of, saved_conversation
 from loralloc.runs.models import load_model, load_tokenizer
 from loralloc.runs.settings import saved
 from loralloc.runs.trained import load_trained
@@ -92,11 +92,13 @@ def contestant(
     form = decoding.form or _usual_form(path, tokenizer)
     if form == "chat" and not tokenizer.chat_template:
         raise ValueError(f"{given} has no chat template; use `--prompt alpaca`.")
+    conversation = saved_conversation(path) if form == "chat" else None
     made_with = {
         "model": _fingerprint(path / ADAPTER_NAME) if is_run else given,
         "prompt": form,
         "num_beams": decoding.num_beams,
         "max_new_tokens": decoding.max_new_tokens,
+        **({"conversation": conversation.as_data()} if conversation else {}),
     }
     source = path / ANSWERS if is_run else output_dir / f"{Path(given).name}-{ANSWERS}"
     answers = kept_answers(source, made_with)
@@ -111,6 +113,7 @@ def contestant(
             made_with=made_with,
             form=form,
             decoding=decoding,
+            conversation=conversation,
             on_batch=on_batch,
         )
     check_answers(answers, questions, source=str(source))
