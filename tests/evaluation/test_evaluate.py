@@ -18,11 +18,12 @@ from loralloc.evaluation.labels import score_labels
 from loralloc.evaluation.metrics import measure
 from loralloc.evaluation.request import Request
 from loralloc.evaluation.spans import predict_spans
-from loralloc.runs.folder import save_labels
+from loralloc.runs.folder import save_conversation, save_labels
 from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.trained import load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples
+from loralloc.tasks.conversations import Common
 from loralloc.tasks.source import load_splits
 
 SENTENCES = [
@@ -178,6 +179,25 @@ def test_labels_are_the_most_probable(run, data):
     assert [line["prediction"] for line in lines] == [task.labels[i] for i in scores.argmax(1)]
     assert result["settings"]["decode"] == "labels"
     assert not {"num_beams", "max_new_tokens"} & set(result["settings"])
+
+
+@pytest.mark.parametrize("decode", ("greedy", "labels"))
+def test_a_run_on_conversations_is_asked_in_one(decode, run, data):
+    conversation = Common(system="Be brief.")
+    save_conversation(run, conversation)
+    evaluated(run, decode=decode)
+    task, examples = get_task("sst2"), examples_of("sst2", data / "sst2")
+    asked = [conversation.ask(e.prompt) for e in examples]
+    model, tokenizer = load_trained(run)
+    if decode == "labels":
+        best = score_labels(model, tokenizer, asked, task.labels).argmax(1)
+        expected = [task.labels[i] for i in best]
+    else:
+        longest = max(len(tokenizer(label)["input_ids"]) for label in task.labels)
+        expected = generate(model, tokenizer, asked, max_new_tokens=longest + 1)
+    result, lines = kept(run / "eval" / f"sst2-test-{decode}")
+    assert [line["prediction"] for line in lines] == expected
+    assert result["settings"]["conversation"] == conversation.as_data()
 
 
 def test_one_prediction_a_meaning_representation(run, data):
