@@ -110,12 +110,18 @@ def _examples(split: Split, example: Callable[[Mapping[str, object]], Example]) 
     return examples
 
 
-def in_common(rows: Dataset) -> Common | None:
-    """What the conversations among rows of `to_sft` have in common; None of other rows."""
+def conversation_column(rows: Dataset) -> str | None:
+    """The column of conversations, or of their beginnings, in rows of `to_sft`; None of texts."""
     for column in ("messages", "prompt"):
         if column in rows.column_names and isinstance(rows[0][column], list):
-            return common(rows, column)
+            return column
     return None
+
+
+def in_common(rows: Dataset) -> Common | None:
+    """What the conversations among rows of `to_sft` have in common; None of other rows."""
+    column = conversation_column(rows)
+    return None if column is None else common(rows, column)
 
 
 def _check_columns(split: Split, task: Task) -> None:

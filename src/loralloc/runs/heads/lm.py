@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
 from loralloc.runs.data import ROW
 from loralloc.runs.heads.head import Head
+from loralloc.runs.heads.lm_rows import check_options, refused_rows_named
 from loralloc.tasks.columns import to_sft
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
@@ -97,16 +98,19 @@ def sft_trainer(
     """A trainer for train and validation splits in TRL's columns.
 
     Raises:
-        ValueError: An example is left without a supervised token by truncation.
+        ValueError: An option has no effect on such rows, a chat template refuses one, or one is
+            left without a supervised token by truncation.
     """
+    check_options(splits, tokenizer, args)
     args.dataset_text_field = "text"  # the data is read under this name, whatever its own was
-    trainer = SupervisedSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=splits["train"].dataset,
-        eval_dataset=splits["validation"].dataset,
-        processing_class=tokenizer,
-    )
+    with refused_rows_named(splits, tokenizer):
+        trainer = SupervisedSFTTrainer(
+            model=model,
+            args=args,
+            train_dataset=splits["train"].dataset,
+            eval_dataset=splits["validation"].dataset,
+            processing_class=tokenizer,
+        )
     for name, prepared in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
         _refuse_unsupervised(splits[name], prepared, args)
     return trainer
