@@ -223,7 +223,7 @@ def test_a_folder_without_settings_cannot_be_resumed(tmp_path):
         ("packing: perhaps", "`?packing"),
         ("allocation:\n  num_rounds: 0", "`num_rounds` is 0; it must be a whole number of at"),
         ("allocation:\n  score: gradiant", "Did you mean 'gradient'"),
-        ("load_in_4bit: true\nload_in_8bit: true", "8 bit and 4 bit"),
+        ("load_in_4bit: true\nload_in_8bit: true", "8 bit and 4 bit|pip install bitsandb"),
     ],
 )
 def test_errors_in_a_file(text, words, write_yaml):

@@ -13,6 +13,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from loralloc.allocation.config import AllocationConfig
 from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.folder import SETTINGS
+from loralloc.runs.packages import check_packages
 from loralloc.runs.sources import parser, read_flags, read_mapping, read_yaml
 
 Options = Sequence[str] | Mapping[str, Any]
@@ -173,6 +174,7 @@ def _default_output_dir(given: Mapping[str, Any]) -> str:
 def _build(given: dict[str, Any], sources: dict[str, str]) -> Settings:
     dotted = (BLOCK + ".", OPTIONS + ".")
     flat = {name: value for name, value in given.items() if not name.startswith(dotted)}
+    check_packages(flat)
     try:
         script, training, model, mixture, run = parser().parse_dict(flat)
     except TypeError as error:
