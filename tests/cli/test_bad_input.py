@@ -60,7 +60,7 @@ def test_missing_columns(refused, data, write_rows):
     write_rows(data / "train.jsonl", [{"question": "a", "answer": "b"}] * 24)
     sentence = refused()
     assert "has the columns question, answer" in sentence
-    assert "prompt + completion; messages; instruction + output; text" in sentence
+    assert "prompt + completion; messages; conversations; instruction + output; text" in sentence
 
 
 def test_missing_columns_of_a_task(refused):
@@ -129,6 +129,37 @@ def test_a_configuration_that_is_not_there(refused, tmp_path):
 )
 def test_flags_that_cannot_be_used(flags, words, refused):
     assert words in refused(*flags)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(lora_target_parameters="no.such.weight"), "`lora_target_parameters` has no effect"),
+        (
+            dict(lora_task_type="NONSENSE"),
+            "`lora_task_type` is 'NONSENSE', and follows from the lm",
+        ),
+        (dict(text_column="a"), "`text_column` is read by the classification head, and this run"),
+        (dict(stride=8), "`stride` is read by the span head, and this run has the lm head"),
+        (dict(save_steps=2), "only with `save_strategy` 'steps' (it is 'epoch'); give that too"),
+        (dict(resume_from_checkpoint="x"), "goes on from its last checkpoint by `--resume`"),
+        (dict(dataset_streaming="true"), "which a stream does not have"),
+        (dict(model_init_kwargs='{"dtype": "float16"}'), "use `--dtype`"),
+        (dict(load_in_4bit="true"), "pip install bitsandbytes"),
+        (
+            dict(load_best_model_at_end="true", metric_for_best_model="f1"),
+            "which no evaluation of the lm head computes; use loss or mean_token_accuracy",
+        ),
+        (dict(lr_scheduler_type="warmup_stable_decay"), "num_decay_steps"),
+    ],
+)
+def test_options_that_would_have_no_effect_or_fail_later(changes, words, refused):
+    assert words in refused(**changes)
+
+
+def test_options_that_an_encoders_head_does_not_read(refused, bert_folder):
+    sentence = refused(model_name_or_path=bert_folder, packing="true", num_rounds=None)
+    assert "`packing` is read by the lm head, and this run has the classification head" in sentence
 
 
 @pytest.mark.parametrize("name", ("meta-llama/Llama-2-7b-hf", "smollm2"))

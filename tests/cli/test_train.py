@@ -166,7 +166,8 @@ def test_resuming_with_another_rank_is_refused(killed, call, output):
 
 def test_a_method_without_rounds_is_trained_resumed_and_shown(call, data, output, llama_folder):
     words = ("--dataset_name", data, "--model_name_or_path", llama_folder, "--method", "houlsby")
-    answer = call("train", *words, "--output_dir", output, "--max_steps", "4", "--save_steps", "2")
+    every = ("--max_steps", "4", "--save_strategy", "steps", "--save_steps", "2")
+    answer = call("train", *words, "--output_dir", output, *every)
     assert (answer.code, answer.err) == (0, "")
     assert "houlsby with bottleneck" in answer.out
     assert "ranks" not in answer.out

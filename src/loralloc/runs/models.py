@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralloc.runs.machine import fastest_dtype
+from loralloc.runs.model_arguments import checked
 
 if TYPE_CHECKING:
     import torch
@@ -153,15 +154,18 @@ def load_with_new_head(
     return model, check_weights(name_or_path, model, loading, head_is_new=head.is_new)
 
 
-def backbone_options(model: ModelConfig, *, trust_remote_code: bool) -> dict[str, Any]:
+def backbone_options(
+    model: ModelConfig, *, trust_remote_code: bool, more: Mapping[str, Any] | str | None = None
+) -> dict[str, Any]:
     """How a run loads its backbone: to train it, and when it is opened again.
 
     Args:
         model: The run's settings of its model.
         trust_remote_code: The run's setting of that name.
+        more: Further arguments of `from_pretrained`: the run's `model_init_kwargs`.
 
     Raises:
-        ValueError: The settings name no type of weights.
+        ValueError: The settings name no type of weights, or `more` repeats an option.
     """
     import torch
     from trl import get_quantization_config
@@ -179,7 +183,8 @@ def backbone_options(model: ModelConfig, *, trust_remote_code: bool) -> dict[str
         "quantization_config": get_quantization_config(model),
     }
     optional = ("attn_implementation", "quantization_config")
-    return {name: value for name, value in options.items() if value or name not in optional}
+    given = {name: value for name, value in options.items() if value or name not in optional}
+    return {**checked(more), **given}
 
 
 def empty_model(name_or_path: str) -> Any:

@@ -26,7 +26,9 @@ from loralloc.runs import card, data, folder, protocol
 from loralloc.runs.adaptation import adapt, method_of
 from loralloc.runs.heads.catalog import choose_head
 from loralloc.runs.heads.head import Head
+from loralloc.runs.measures import check_measure, check_optimizer
 from loralloc.runs.models import backbone_options, is_encoder, load_tokenizer
+from loralloc.runs.options import check_conditions, check_head_options, check_options
 from loralloc.runs.settings import Settings, resolve, resolve_again
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import in_common
@@ -150,18 +152,24 @@ def prepare(
 
 
 def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Run:
+    check_options(settings)
+    check_optimizer(settings)
     method = method_of(settings)
     task = get_task(settings.run.task) if settings.run.task else None
     splits = data.load(settings, task)
     name, trusts = settings.model.model_name_or_path, settings.training.trust_remote_code
-    backbone = backbone_options(settings.model, trust_remote_code=trusts)
+    more = settings.training.model_init_kwargs
+    backbone = backbone_options(settings.model, trust_remote_code=trusts, more=more)
     hub = {option: backbone[option] for option in ("revision", "trust_remote_code")}
     head = choose_head(settings.run, task, model=name, is_encoder=is_encoder(name, **hub))
+    check_head_options(settings, head)
     tokenizer = load_tokenizer(name, **hub)
     set_seed(settings.training.seed)  # before the adapter's weights are drawn
     rows, labels = head.rows(data.used(splits), task, settings.run)
     ready = data.with_validation(data.numbered(rows), settings)
     settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
+    check_conditions(settings)
+    check_measure(settings, head)
     model = adapt(settings, method, head, labels=labels, **backbone)
     trainer = head.trainer(model, tokenizer, ready, settings)
     settings = protocol.follow(trainer, settings)

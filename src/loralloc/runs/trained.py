@@ -12,6 +12,7 @@ from trl import ModelConfig
 from loralloc.methods.opening import open_adapter
 from loralloc.runs.folder import SETTINGS, adapter_config, saved_labels
 from loralloc.runs.heads.catalog import HEADS
+from loralloc.runs.heads.classification import use_padding
 from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
 from loralloc.runs.machine import accelerator
@@ -65,14 +66,19 @@ def load_trained(
         head=head,
         labels=saved_labels(folder) if head.has_labels else (),
         **backbone_options(
-            _model_settings(values), trust_remote_code=bool(values.get("trust_remote_code"))
+            _model_settings(values),
+            trust_remote_code=bool(values.get("trust_remote_code")),
+            more=values.get("model_init_kwargs"),
         ),
     )
-    # A quantised backbone is where it computes already, and may not be moved.
-    is_placed = getattr(model, "is_quantized", False)
+    tokenizer = load_tokenizer(str(folder))
+    if head.is_new:
+        use_padding(model, tokenizer)
+    # One that is quantised, or spread by a `device_map`, is where it computes and may not be moved.
+    is_placed = getattr(model, "is_quantized", False) or hasattr(model, "hf_device_map")
     if with_adapter:
         model = open_adapter(model, folder)
-    return model if is_placed else model.to(accelerator()), load_tokenizer(str(folder))
+    return model if is_placed else model.to(accelerator()), tokenizer
 
 
 def _model_settings(values: dict[str, Any]) -> ModelConfig:

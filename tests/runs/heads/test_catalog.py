@@ -66,10 +66,6 @@ def test_span_tasks_are_those_whose_examples_have_spans():
         ("squad", False, dict(head="span"), "m reads in one direction only"),
         ("sst2", True, dict(head="span"), "and the task sst2 has none; use one of the tasks rec"),
         (None, True, dict(head="span"), "and no task is named; use one of the tasks record, squad"),
-        (None, True, dict(stride=8), "`stride` is read by the span head, and this run has the cl"),
-        ("squad", False, dict(stride=0), "`stride` is read by the span head, and this run has th"),
-        (None, False, dict(text_column="a"), "`text_column` is read by the classification head"),
-        (None, False, dict(text_pair_column="a"), "or use `--head classification`"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_sentence(task, is_encoder, options, words):

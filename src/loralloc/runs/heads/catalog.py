@@ -16,17 +16,10 @@ def choose_head(options: RunArguments, task: Task | None, *, model: str, is_enco
     """The head that is asked for, or the one that suits model and task.
 
     Raises:
-        ValueError: Model, task and head do not go together, or an option would have no effect.
+        ValueError: Model, task and head do not go together.
     """
     chosen = _automatic(task, model, is_encoder) if options.head == "auto" else HEADS[options.head]
     chosen.check(model, task, is_encoder)
-    for head in HEADS.values():
-        for name in head.options:
-            if getattr(options, name) is not None and head is not chosen:
-                raise ValueError(
-                    f"`{name}` is read by the {head.name} head, and this run has the "
-                    f"{chosen.name} head; leave it out or use `--head {head.name}`."
-                )
     return chosen
 
 

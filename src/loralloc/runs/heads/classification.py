@@ -61,7 +61,12 @@ def encoder_trainer(
     data: Mapping[str, Dataset],
     **options: Any,
 ) -> SafeTrainer:
-    """A trainer for tokenised train and validation rows, padded batch by batch."""
+    """A trainer for tokenised train and validation rows, padded batch by batch.
+
+    Raises:
+        ValueError: There is no token to pad with.
+    """
+    use_padding(model, tokenizer, getattr(args, "pad_token", None))
     return SafeTrainer(
         model=model,
         args=args,
@@ -71,6 +76,29 @@ def encoder_trainer(
         processing_class=tokenizer,
         **options,
     )
+
+
+def use_padding(model: Any, tokenizer: PreTrainedTokenizerBase, wanted: str | None = None) -> None:
+    """Let a classifier and its tokenizer agree on a padding token, chosen as TRL chooses it.
+
+    Args:
+        model: The model, adapted or not.
+        tokenizer: Its tokenizer.
+        wanted: The token asked for; otherwise the tokenizer's own, or else its end token.
+
+    Raises:
+        ValueError: There is no such token.
+    """
+    token = wanted or tokenizer.pad_token or tokenizer.eos_token
+    if token is None or token not in tokenizer.get_vocab():
+        given = (
+            "The tokenizer has no padding token" if token is None else f"`pad_token` is {token!r}"
+        )
+        raise ValueError(
+            f"{given}, and batches need one of its vocabulary; name it with `--pad_token`."
+        )
+    tokenizer.pad_token = token
+    model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
 
 
 def encode(
@@ -94,6 +122,7 @@ CLASSIFICATION = Head(
     name="classification",
     task_type=TaskType.SEQ_CLS,
     auto_class="AutoModelForSequenceClassification",
+    measures={"loss": False, "accuracy": True},
     suits=lambda task, is_encoder: is_encoder and (task is None or bool(task.labels)),
     check=lambda model, task, is_encoder: None,
     rows=lambda splits, task, options: to_classification(
@@ -106,7 +135,6 @@ CLASSIFICATION = Head(
     trainer=lambda model, tokenizer, splits, settings: classification_trainer(
         model, tokenizer, settings.training, splits, max_length=settings.training.max_length
     ),
-    options=("text_column", "text_pair_column", "label_column"),
     dtype=torch.float32,  # the head trains in it, and so does the small backbone below it
     is_new=True,
     has_labels=True,

@@ -61,8 +61,8 @@ class Head:
     trainer: MakeTrainer
     """From rows to a trainer."""
 
-    options: tuple[str, ...] = ()
-    """Options of a run that only this head reads."""
+    measures: Mapping[str, bool]
+    """What its evaluations compute, by Trainer's names, and of which the greater is the better."""
 
     dtype: torch.dtype | None = None
     """Type of the weights where none is asked for; None for what the machine computes fastest."""

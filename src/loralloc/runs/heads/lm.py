@@ -144,6 +144,7 @@ LM = Head(
     name="lm",
     task_type=TaskType.CAUSAL_LM,
     auto_class="AutoModelForCausalLM",
+    measures={"loss": False, "mean_token_accuracy": True},
     suits=lambda task, is_encoder: not is_encoder,
     check=_check,
     rows=lambda splits, task, options: (to_sft(splits, task), ()),

@@ -284,6 +284,7 @@ SPAN = Head(
     name="span",
     task_type=TaskType.QUESTION_ANS,
     auto_class="AutoModelForQuestionAnswering",
+    measures={"loss": False},
     suits=lambda task, is_encoder: is_encoder and task is not None and has_spans(task),
     check=_check,
     rows=lambda splits, task, options: (span_rows(splits, task), ()),
@@ -295,7 +296,6 @@ SPAN = Head(
         max_length=settings.training.max_length,
         stride=settings.run.stride,
     ),
-    options=("stride",),
     dtype=torch.float32,
     is_new=True,
 )
