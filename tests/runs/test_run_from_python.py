@@ -7,7 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import loralloc
-from loralloc.runs.settings import resolve
+from loralloc.methods.alora import Alora
+from loralloc.methods.catalog import get_method
+from loralloc.runs.settings import resolve, saved
 
 FLAGS = [
     *("--task", "demo", "--learning_rate", "2e-4", "--lora_target_modules", "q_proj", "v_proj"),
@@ -84,6 +86,21 @@ def test_spellings_of_a_methods_option(options):
 def test_values_are_of_pythons_types_or_text(name, value, expected):
     found = resolve({name: value}).given[name]
     assert (found, type(found)) == (expected, type(expected))
+
+
+def by_norm(objective, weights_b, limits):
+    return loralloc.Scores(terms={"norm": {n: b.norm(dim=0) for n, b in weights_b.items()}})
+
+
+def test_a_score_and_a_method_of_ones_own_are_kept_by_their_places(tmp_path):
+    options = {"allocation": {"score": by_norm}, "method": Alora, "output_dir": tmp_path}
+    settings = resolve(options)
+    assert settings.allocation.score is by_norm
+    assert get_method(settings.run.method) is Alora
+    settings.save()
+    again = resolve({}, base=saved(tmp_path))
+    assert again.allocation.score == f"{__name__}:by_norm"
+    assert get_method(again.run.method) is Alora
 
 
 def test_a_file_is_below_the_options(tmp_path):

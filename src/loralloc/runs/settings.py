@@ -11,6 +11,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.named import name_of
 from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.folder import SETTINGS
 from loralloc.runs.packages import check_packages
@@ -68,8 +69,13 @@ class Settings:
             name: {"value": value, "source": self.sources[name]}
             for name, value in self.given.items()
         }
-        text = json.dumps(data, indent=1, default=str)
+        text = json.dumps(data, indent=1, default=_written)
         (self.output_dir / SETTINGS).write_text(text + "\n", encoding="utf-8")
+
+
+def _written(value: Any) -> str:
+    """A value that JSON has no form for: a function or class goes by where it is."""
+    return name_of(value) if callable(value) else str(value)
 
 
 def saved(folder: Path) -> dict[str, Any]:

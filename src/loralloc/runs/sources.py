@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.named import name_of
 from loralloc.runs.arguments import BLOCK, GROUPS, OPTIONS
 
 ALLOCATION = tuple(f.name for f in fields(AllocationConfig))
@@ -151,6 +152,8 @@ def _as_its_flag(action: argparse.Action, value: Any, where: str) -> Any:
 def _converted(action: argparse.Action, value: Any, where: str) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, type):
+        value = name_of(value)  # a method of the user's own, as its flag would name it
     convert = action.type
     if not callable(convert) or not (isinstance(value, str) or _is_checked(value, convert)):
         return value
