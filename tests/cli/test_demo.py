@@ -1,3 +1,4 @@
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,6 @@ def short_demo(monkeypatch, llama_folder):
     rows = {name: part[:40] for name, part in demo_grammar.demo_rows().items()}
     monkeypatch.setattr(source, "demo_rows", lambda: rows)
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 4)
-    monkeypatch.setattr(demo, "STEPS_PER_EPOCH", 10)
     monkeypatch.setattr(demo, "MOST_STEPS", 16)
     monkeypatch.setattr(demo, "FEWEST_STEPS", 8)
     options = {**demo.OPTIONS, **SHORT, "model_name_or_path": llama_folder}
@@ -89,7 +89,7 @@ def test_timing_two_steps_changes_nothing_of_the_training(short_demo, call, outp
 def test_timing_leaves_no_gradient_no_mode_and_no_random_number(short_demo, tmp_path):
     import torch
 
-    prepared = runs.prepare(demo.options(8, tmp_path))
+    prepared = runs.prepare({**demo.OPTIONS, "max_steps": 8, "output_dir": tmp_path})
     prepared.model.eval()
     state = torch.get_rng_state()
     assert demo.step_seconds(prepared) > 0
@@ -98,23 +98,15 @@ def test_timing_leaves_no_gradient_no_mode_and_no_random_number(short_demo, tmp_
     assert all(parameter.grad is None for parameter in prepared.model.parameters())
 
 
-@pytest.mark.parametrize("steps", [demo.MOST_STEPS, 61, demo.FEWEST_STEPS])
-def test_the_demos_rounds_fit_its_run(steps, tmp_path):
+@pytest.mark.parametrize("steps", [demo.MOST_STEPS, demo.FEWEST_STEPS])
+def test_new_ranks_have_time_to_learn_before_the_next_round(steps):
     from loralloc.allocation.schedule import place_rounds
     from loralloc.runs.settings import resolve
 
-    allocation = resolve(demo.options(steps, tmp_path)).allocation
-    found = place_rounds(allocation, steps_per_epoch=demo.STEPS_PER_EPOCH, max_steps=steps)
-    expected = (round(steps / 8), round(steps / 2), round(steps * 7 / 8))
-    assert (found.steps, found.note) == (expected, "")
-
-
-def test_an_epoch_of_the_demo_is_as_long_as_it_says():
-    from loralloc.allocation.schedule import steps_per_epoch
-
-    batch = demo.OPTIONS["per_device_train_batch_size"]
-    rows = len(demo_grammar.demo_rows()["train"])
-    assert steps_per_epoch(rows, batch_size=batch) == demo.STEPS_PER_EPOCH
+    allocation = resolve(demo.OPTIONS).allocation
+    places = place_rounds(allocation, steps_per_epoch=125, max_steps=steps).steps
+    assert len(places) == 3
+    assert all(b - a >= steps * 3 // 8 for a, b in itertools.pairwise(places))
 
 
 def test_ranks_that_no_round_has_scored_are_not_shown_as_gained(short_demo, call, output):

@@ -29,17 +29,13 @@ OPTIONS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
     "learning_rate": 2e-3,
     "lr_scheduler_type": "constant_with_warmup",
-    "num_rounds": 3,
+    "rounds_at": [0.125, 0.5, 0.875],
     "ranks_per_round": 30,
     "eval_strategy": "no",
     "save_strategy": "no",
 }
-"""The demo's run, but for its length and the places of its rounds. A learning rate that fell would
-leave ranks that are given late no time to learn before the next round scores them."""
-
-STEPS_PER_EPOCH = 125
-FIRST_ROUND, BETWEEN_ROUNDS = 1 / 8, 3 / 8
-"""Places of the rounds as shares of the run: early, and far apart for the same reason."""
+"""The demo's run, but for its length. Rounds that come early and far apart, and a learning rate
+that does not fall, leave new ranks time to learn before the next round scores them."""
 
 MOST_STEPS, FEWEST_STEPS = 96, 48
 FITS_S = 300.0
@@ -87,12 +83,13 @@ def run(args: argparse.Namespace) -> int:
         )
     progress = Progress(out)
     with out.status("loading SmolLM2-135M"):
+        options = {**OPTIONS, "output_dir": args.output_dir, "max_steps": MOST_STEPS}
         prepare = partial(runs.prepare, overwrite=args.overwrite, on_round=progress.show_round)
-        prepared = prepare(options(MOST_STEPS, args.output_dir))
+        prepared = prepare(options)
         step_s = step_seconds(prepared)
         num_steps = fitting_steps(step_s)
         if num_steps < MOST_STEPS:
-            prepared = prepare(options(num_steps, args.output_dir))
+            prepared = prepare({**options, "max_steps": num_steps})
     progress.introduce(prepared)
     out.print(how_long(num_steps, step_s), highlight=False)
     progress.take_over(prepared.trainer)
@@ -110,18 +107,6 @@ def run(args: argparse.Namespace) -> int:
     (args.output_dir / run_folder.DEMO).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     out.print(f"\nadapter: [bold]{args.output_dir}/[/] (opens with stock PEFT)")
     return 0
-
-
-def options(num_steps: int, output_dir: Path) -> dict[str, Any]:
-    """The demo's run with a length."""
-    epochs = num_steps / STEPS_PER_EPOCH
-    return {
-        **OPTIONS,
-        "max_steps": num_steps,
-        "warmup_epochs": FIRST_ROUND * epochs,
-        "recovery_epochs": BETWEEN_ROUNDS * epochs,
-        "output_dir": output_dir,
-    }
 
 
 def step_seconds(prepared: Run) -> float:
