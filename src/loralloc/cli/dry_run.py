@@ -15,6 +15,7 @@ from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
 from loralloc.runs.arguments import OPTIONS
+from loralloc.runs.permissions import SECRETS
 from loralloc.runs.run import Run
 from loralloc.training.length import planned_length
 
@@ -71,7 +72,7 @@ def _settings_table(run: Run) -> Table:
     for name, value in settings.given.items():
         if name in LORA_FLAGS and LORA_FLAGS[name] not in options:
             continue
-        shown = value
+        shown = "(not shown)" if name in SECRETS and value else value
         if name == "dtype" and value is None:
             shown = f"{str(next(run.model.parameters()).dtype).removeprefix('torch.')} (detected)"
         if name == "lora_target_modules" or value is not None or name == "dtype":

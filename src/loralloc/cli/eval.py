@@ -63,6 +63,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="default: the longest label's and the end token; answers 64; other texts 128",
     )
     answers.add_argument("--base", action="store_true", help="without the adapter, to compare")
+    answers.add_argument(
+        "--trust_remote_code", action="store_true", help="let code that comes with the model run"
+    )
     parser.set_defaults(run=run)
 
 
@@ -86,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         limit=args.limit,
         base=args.base,
+        trust_remote_code=args.trust_remote_code,
         output_dir=args.output_dir,
         overwrite=args.overwrite,
     )

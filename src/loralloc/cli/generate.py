@@ -40,6 +40,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--raw", action="store_true", help="the prompt as it is, without a chat template"
     )
     parser.add_argument("--base", action="store_true", help="without the adapter, to compare")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="let code that comes with the model run"
+    )
     parser.set_defaults(run=run)
 
 
@@ -56,7 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
     prompts = _prompts(args)
     with console().status("loading the model"):
-        model, tokenizer = load_trained(args.folder, with_adapter=not args.base)
+        model, tokenizer = load_trained(
+            args.folder,
+            with_adapter=not args.base,
+            trust_remote_code=args.trust_remote_code,
+        )
     answers = generate(
         model,
         tokenizer,

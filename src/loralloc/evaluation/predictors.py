@@ -67,7 +67,11 @@ def language_model(
     Raises:
         ValueError: As `prompts.encode` and `labels.encode_labels`.
     """
-    model, tokenizer = load_trained(request.run, with_adapter=not request.base)
+    model, tokenizer = load_trained(
+        request.run,
+        with_adapter=not request.base,
+        trust_remote_code=request.trust_remote_code,
+    )
     conversation = saved_conversation(request.run)
     prompts: list[Prompt] = [
         conversation.ask(example.prompt) if conversation else example.prompt for example in examples
@@ -117,7 +121,9 @@ def classifier(
     Raises:
         ValueError: If the classifier's labels are not the task's.
     """
-    model, tokenizer = load_trained(request.run, head=CLASSIFICATION)
+    model, tokenizer = load_trained(
+        request.run, head=CLASSIFICATION, trust_remote_code=request.trust_remote_code
+    )
     own = tuple(model.config.id2label.values())
     if own != task.labels:
         raise ValueError(
@@ -145,7 +151,9 @@ def span_predictor(
     Raises:
         ValueError: If an example has no span, or a question leaves no room for its context.
     """
-    model, tokenizer = load_trained(request.run, head=SPAN)
+    model, tokenizer = load_trained(
+        request.run, head=SPAN, trust_remote_code=request.trust_remote_code
+    )
     predict = partial(
         predict_spans,
         model,

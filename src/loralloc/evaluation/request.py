@@ -57,6 +57,9 @@ class Request:
     base: bool = False
     """Without the adapter."""
 
+    trust_remote_code: bool = False
+    """Whether code that comes with the backbone may run."""
+
     output_dir: Path | None = None
     """Where results go; None for a folder of this evaluation's own in the run folder."""
 

@@ -15,6 +15,7 @@ from loralloc.allocation.named import name_of
 from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.folder import SETTINGS
 from loralloc.runs.packages import check_packages
+from loralloc.runs.permissions import SECRETS, check_granted_again, without_permissions
 from loralloc.runs.sources import parser, read_flags, read_mapping, read_yaml
 
 Options = Sequence[str] | Mapping[str, Any]
@@ -68,6 +69,7 @@ class Settings:
         data = {
             name: {"value": value, "source": self.sources[name]}
             for name, value in self.given.items()
+            if name not in SECRETS
         }
         text = json.dumps(data, indent=1, default=_written)
         (self.output_dir / SETTINGS).write_text(text + "\n", encoding="utf-8")
@@ -79,7 +81,16 @@ def _written(value: Any) -> str:
 
 
 def saved(folder: Path) -> dict[str, Any]:
-    """The values of an earlier run's `settings.json`.
+    """The values of an earlier run's `settings.json`, but for what a folder may not grant.
+
+    Raises:
+        FileNotFoundError: The folder holds no run.
+    """
+    return without_permissions(saved_values(folder))
+
+
+def saved_values(folder: Path) -> dict[str, Any]:
+    """All values of an earlier run's `settings.json`; whoever acts on them trusts the folder.
 
     Raises:
         FileNotFoundError: The folder holds no run.
@@ -151,7 +162,10 @@ def resolve_again(options: Options, *, config: Path | None = None) -> Settings:
         FileNotFoundError: The folder holds no run.
         ValueError: An option is unknown or a value cannot be used.
     """
-    folder = resolve(options, config=config).output_dir
+    now = resolve(options, config=config)
+    folder = now.output_dir
+    given = {name: value for name, value in now.given.items() if now.gives(name)}
+    check_granted_again(folder, saved_values(folder), given)
     return resolve(options, config=config, base=saved(folder), base_defaults=saved_defaults(folder))
 
 

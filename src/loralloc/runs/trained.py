@@ -17,7 +17,11 @@ from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
 from loralloc.runs.machine import accelerator
 from loralloc.runs.models import backbone_options, load_model, load_tokenizer
-from loralloc.runs.settings import saved
+from loralloc.runs.permissions import check_granted_again, granted
+from loralloc.runs.settings import saved, saved_values
+
+OF_THE_MODEL = ("trust_remote_code", "attn_implementation", "model_init_kwargs")
+"""Options of a run by which its backbone may come with code."""
 
 
 def head_of(folder: Path) -> Head:
@@ -37,7 +41,11 @@ def head_of(folder: Path) -> Head:
 
 
 def load_trained(
-    folder: Path, *, with_adapter: bool = True, head: Head = LM
+    folder: Path,
+    *,
+    with_adapter: bool = True,
+    head: Head = LM,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model, on the machine's accelerator where it has one, and tokenizer of a finished run.
 
@@ -46,9 +54,12 @@ def load_trained(
         with_adapter: False for the model as it was before the run; only a language model has a
             head then.
         head: What the model is to be used for, as `head_of` says it.
+        trust_remote_code: Whether code that comes with the backbone may run, where the run was
+            trained with some; the folder itself does not grant it.
 
     Raises:
-        ValueError: The folder holds no finished run, or the run has another head.
+        ValueError: The folder holds no finished run, or the run has another head, or its backbone
+            comes with code that was not trusted.
     """
     config = adapter_config(folder)
     if config.get("task_type") != head.task_type:
@@ -61,13 +72,20 @@ def load_trained(
             "is none to compare with; leave the adapter in."
         )
     values = saved(folder) if (folder / SETTINGS).is_file() else {}
+    if values:
+        asked = granted(saved_values(folder))
+        of_the_model = {name: asked[name] for name in OF_THE_MODEL if name in asked}
+        given = OF_THE_MODEL if trust_remote_code else ()
+        check_granted_again(folder, of_the_model, dict.fromkeys(given))
+        if trust_remote_code:
+            values |= of_the_model
     model: Any = load_model(
         values.get("model_name_or_path") or config["base_model_name_or_path"],
         head=head,
         labels=saved_labels(folder) if head.has_labels else (),
         **backbone_options(
             _model_settings(values),
-            trust_remote_code=bool(values.get("trust_remote_code")),
+            trust_remote_code=trust_remote_code,
             more=values.get("model_init_kwargs"),
         ),
     )
