@@ -56,7 +56,7 @@ def says(folder, name, value):
     "command",
     [
         ["generate", "{run}", "--prompt", "the film"],
-        ["eval", "{run}", "--task", "sst2"],
+        ["eval", "{run}", "--task", "demo", "--limit", "2"],
         ["train", "--resume", "--output_dir", "{run}"],
     ],
     ids=lambda words: words[0],

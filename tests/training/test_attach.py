@@ -273,12 +273,13 @@ def test_options_that_do_not_fit_the_run_are_refused_at_once(changes, words, tra
         attach(trainer_of("causal"), options(**changes))
 
 
-def test_the_papers_schedule_on_a_short_run_is_spread_and_recorded(trainer_of):
+def test_the_papers_schedule_on_a_short_run_is_spread_and_said_and_recorded(trainer_of, caplog):
     trainer = trainer_of("causal")
     allocation = attach(trainer, AllocationConfig(scoring_examples=4))
     trainer.train()
     assert [entry.step for entry in allocation.record.rounds] == [1, 7]
     assert allocation.record.round_steps == [1, 7]
+    assert allocation.record.note in caplog.text
     assert allocation.record.note == (
         "8 rounds need more than 2.75 epochs and the run has 2: 2 of them are spread over steps "
         "1 to 7"

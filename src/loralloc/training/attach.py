@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from loralloc.allocation.layers import active_adapter
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.training.drive import drive
+
+logger = logging.getLogger(__name__)
 
 
 def attach(
@@ -52,4 +55,6 @@ def attach(
     name = active_adapter(trainer.model) if adapter_name is None else adapter_name
     method = Alora.on(trainer.model, config or AllocationConfig(), adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)
+    if method.record.note:
+        logger.warning("loralloc: %s.", method.record.note)
     return method
