@@ -460,7 +460,8 @@ class _Poison(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **_):
         if state.global_step == self.step:
             with torch.no_grad():
-                weight_b(lora_layers(model)["model.layers.1.mlp.up_proj"])[0, 0] = float("nan")
+                # Frozen: of weights that train the run itself says that they are not finite.
+                model.get_base_model().lm_head.weight[0, 0] = float("nan")
             self.before = adapter(model)
             self.ranks = ranks_now(model)
 
