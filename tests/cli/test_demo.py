@@ -61,17 +61,24 @@ def test_overwrite_replaces_it(short_demo, call, output):
 def test_a_slow_machine_takes_fewer_steps_and_says_how_long(short_demo, call, output, monkeypatch):
     monkeypatch.setattr(demo, "step_seconds", lambda run: 6.0)
     told = call("demo", "--output_dir", output).out
-    assert "about 7 minutes on this machine: 8 training steps of 6 s" in told
+    assert "about 7 minutes if this machine stays as busy as it is: 8 training steps of 6 s" in told
     assert "8 steps in " in told
 
 
 @pytest.mark.parametrize(
     ("step_s", "steps", "minutes"),
-    [(0.05, 96, 1), (1.0, 96, 3), (1.9, 96, 5), (2.2, 76, 5), (2.7, 51, 5), (8.0, 48, 14)],
+    [
+        (0.05, 96, "a minute"),
+        (1.0, 96, "3 minutes"),
+        (1.9, 96, "5 minutes"),
+        (2.2, 76, "5 minutes"),
+        (2.7, 51, "5 minutes"),
+        (8.0, 48, "14 minutes"),
+    ],
 )
 def test_five_minutes_are_filled_and_what_takes_longer_is_told(step_s, steps, minutes):
     assert demo.fitting_steps(step_s) == steps
-    assert demo.how_long(steps, step_s).startswith(f"about {minutes} minute")
+    assert demo.how_long(steps, step_s).startswith(f"about {minutes} if this machine")
 
 
 def test_timing_two_steps_changes_nothing_of_the_training(short_demo, call, output, monkeypatch):

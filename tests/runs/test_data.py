@@ -109,7 +109,8 @@ def test_a_mixture_that_cannot_be_loaded_is_told_in_a_sentence(entry, words, mix
     assert "\n" not in str(refused.value)
 
 
-def test_an_entry_of_a_mixture_that_is_a_name_alone(tmp_path):
-    (tmp_path / "mixture.yaml").write_text("datasets:\n  - rows.jsonl\n")
-    with pytest.raises(ValueError, match=r"`datasets` holds 'rows.jsonl', and each of its entries"):
-        data.load(resolve([], config=tmp_path / "mixture.yaml"), None)
+@pytest.mark.parametrize("entry", ("rows.jsonl", 5))
+def test_an_entry_of_a_mixture_that_is_nothing_to_load(entry):
+    with pytest.raises(ValueError, match="The mixture in `datasets` cannot be loaded: ") as refused:
+        data.load(resolve({"datasets": [entry]}), None)
+    assert "\n" not in str(refused.value)

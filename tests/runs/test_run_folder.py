@@ -104,7 +104,7 @@ def test_nothing_is_overwritten_before_training_begins(options, killed):
 
 def test_only_the_main_process_writes(options, monkeypatch, tmp_path):
     monkeypatch.setattr(TrainingArguments, "process_index", 1)
-    run = runs.prepare(options(save_strategy="no"))
+    run = runs.prepare(options(save_strategy="no", save_steps=500))
     runs.train(run)
     assert run.trainer.state.global_step == 12
     assert not (tmp_path / "out").exists()

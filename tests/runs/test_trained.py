@@ -90,14 +90,14 @@ def test_quantised_as_it_was_trained_and_then_not_moved(
 
     def quantised(loader, name, options):
         asked.append(options.pop("quantization_config", None))
-        model = load(loader, name, options)
+        model, loading = load(loader, name, options)
         model.is_quantized = True
         model.to = None
-        return model
+        return model, loading
 
     folder = write_run(head, **settings)
     monkeypatch.setattr(models, "_from_pretrained", quantised)
-    monkeypatch.setattr("loralloc.runs.trained.load_tokenizer", lambda folder: None)
+    monkeypatch.setattr("loralloc.runs.trained.load_tokenizer", AutoTokenizer.from_pretrained)
     monkeypatch.setattr("loralloc.runs.trained.open_adapter", lambda model, folder: model)
     load_trained(folder, head=head)
     assert [config.to_dict() for config in asked] == [BitsAndBytesConfig(**expected).to_dict()]

@@ -142,9 +142,10 @@ def fitting_steps(step_s: float) -> int:
 def how_long(num_steps: int, step_s: float) -> str:
     """How long the whole demo takes, in a sentence."""
     minutes = max(round((num_steps + REST) * step_s / 60), 1)
+    time = f"about {minutes} minutes" if minutes > 1 else "about a minute"
     return (
-        f"about {minutes} minute{'s' if minutes > 1 else ''} on this machine: {num_steps} training "
-        f"steps of {step_s:.2g} s, and the ranks scored and the test set measured in between"
+        f"{time} if this machine stays as busy as it is: {num_steps} training steps of "
+        f"{step_s:.2g} s, {len(OPTIONS['rounds_at'])} rounds, and a test before and after"
     )
 
 

@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from trl import DatasetMixtureConfig, get_dataset
-from trl.scripts.utils import DatasetConfig
 
 from loralloc.runs.settings import Settings
 from loralloc.tasks.source import Split, load_splits
@@ -54,8 +53,9 @@ def _mixture(settings: Settings) -> dict[str, Split]:
     whole, size = _load_mixture(settings.mixture), settings.mixture.test_split_size
     offers = {"train": whole}
     if size is not None:
+        count = int(size) if size >= 1 else size  # a share of the rows, or so many
         # As TRL divides it, but by a seed: a resumed run has to find the same rows held out.
-        offers = dict(whole.train_test_split(test_size=size, seed=HOLD_OUT_SEED))
+        offers = dict(whole.train_test_split(test_size=count, seed=HOLD_OUT_SEED))
     splits = {}
     for name, field in SPLIT_FIELDS.items():
         own = getattr(settings.script, field)
@@ -76,12 +76,6 @@ def _load_mixture(mixture: DatasetMixtureConfig) -> Dataset:
     Raises:
         ValueError: They cannot be loaded or do not have the same columns.
     """
-    for entry in mixture.datasets:
-        if not isinstance(entry, DatasetConfig):
-            raise ValueError(
-                f"`datasets` holds {entry!r:.60}, and each of its entries must have a `path`, as "
-                "`- path: json` with `data_files: FILE`, or `- path: HUB_NAME`."
-            )
     try:
         return get_dataset(dataclasses.replace(mixture, test_split_size=None))["train"]
     except Exception as error:  # the builders' and the Hub client's classes have no common base

@@ -80,10 +80,12 @@ def check_optimizer(settings: Settings) -> None:
 def _check_evaluations(settings: Settings) -> None:
     """Refuse evaluations that all come too late to choose by."""
     args = settings.training
-    ends = args.num_train_epochs if args.eval_strategy == "epoch" else args.max_steps
-    is_known = args.max_steps > 0 if args.eval_strategy == "steps" else args.max_steps <= 0
-    if is_known and args.eval_delay > ends:
-        unit = "epochs" if args.eval_strategy == "epoch" else "steps"
+    unit, ends = "steps", float("inf")  # known without the data only where they are given
+    if args.eval_strategy == "steps" and args.max_steps > 0:
+        ends = args.max_steps
+    elif args.eval_strategy == "epoch" and args.max_steps <= 0:
+        unit, ends = "epochs", args.num_train_epochs
+    if args.eval_delay > ends:
         raise ValueError(
             f"`eval_delay` is {args.eval_delay:g}, and the run ends after {ends:g} {unit}, so that "
             "no evaluation takes place to choose by; lower it."

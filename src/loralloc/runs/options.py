@@ -15,6 +15,7 @@ from transformers import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from loralloc.runs.arguments import GROUPS
+from loralloc.runs.protocol import SOURCE as PROTOCOL
 
 if TYPE_CHECKING:
     from loralloc.runs.heads.head import Head
@@ -311,6 +312,8 @@ def check_conditions(settings: Settings) -> None:
         ValueError: Naming the option and what it is read with.
     """
     for name in _given(settings):
+        if settings.sources[name] == PROTOCOL:
+            continue
         conditions = READ_BY[name].where
         if conditions and not any(_holds(settings, *one) for one in conditions):
             raise ValueError(
