@@ -217,7 +217,7 @@ def test_a_share_is_between_0_and_1():
 def test_a_run_is_not_gone_on_with_from_another_rank(tmp_path):
     made(rank=3).save(tmp_path)
     with pytest.raises(ValueError, match="`init_r` of 6, and now it is 8"):
-        made(rank=4).load(tmp_path)
+        made(rank=4).check_saved(tmp_path)
 
 
 def test_the_config_that_is_saved_names_the_schedule(run, tmp_path):

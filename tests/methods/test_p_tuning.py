@@ -190,5 +190,5 @@ def test_another_number_of_tokens_is_not_gone_on_with(tmp_path):
     method = prepared(PTuning(virtual_tokens=7), tiny.llama())
     before = prompt_of(method).clone()
     with pytest.raises(ValueError, match="begun with `virtual_tokens` of 6, and now it is 7"):
-        method.load(tmp_path)
+        method.check_saved(tmp_path)
     assert torch.equal(prompt_of(method), before)

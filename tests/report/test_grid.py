@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rank_records import BERT, LLAMA, make_record
 
-from loralloc.report.grid import Cell, RankGrid, read_allocation, short_labels, split_name, total
+from loralloc.report.grid import (
+    RankChange,
+    RankGrid,
+    read_allocation,
+    short_labels,
+    split_name,
+    total,
+)
 
 
 def grid_of(*names: str) -> RankGrid:
@@ -46,9 +53,9 @@ def test_layers_ascend_and_kinds_keep_the_order_of_the_model() -> None:
     grid = grid_of("h.10.attn.v", "h.10.mlp.a", "h.2.attn.v", "h.2.attn.q", "lm_head")
     assert grid.layers == (2, 10)
     assert grid.kinds == ("v", "a", "q")
-    assert grid.cells[10, "a"] == Cell(2, 2)
+    assert grid.cells[10, "a"] == RankChange(2, 2)
     assert (10, "q") not in grid.cells
-    assert grid.others == {"lm_head": Cell(5, 5)}
+    assert grid.others == {"lm_head": RankChange(5, 5)}
 
 
 def test_two_stacks_of_layers_stay_apart() -> None:
@@ -56,8 +63,8 @@ def test_two_stacks_of_layers_stay_apart() -> None:
         "t5.encoder.block.0.attn.q", "t5.decoder.block.0.attn.q", "t5.decoder.block.0.wi"
     )
     assert grid.kinds == ("encoder q", "decoder q", "decoder wi")
-    assert grid.cells[0, "encoder q"] == Cell(1, 1)
-    assert grid.cells[0, "decoder q"] == Cell(2, 2)
+    assert grid.cells[0, "encoder q"] == RankChange(1, 1)
+    assert grid.cells[0, "decoder q"] == RankChange(2, 2)
 
 
 def test_stacks_that_only_differ_in_order_keep_their_whole_names() -> None:
@@ -74,7 +81,7 @@ def test_stacks_that_only_differ_in_order_keep_their_whole_names() -> None:
 )
 def test_no_module_is_lost(names: list[str]) -> None:
     grid = grid_of(*names)
-    assert sorted(grid.modules) == [Cell(i, i) for i in range(1, len(names) + 1)]
+    assert sorted(grid.modules) == [RankChange(i, i) for i in range(1, len(names) + 1)]
     assert {layer for layer, _ in grid.cells} == set(grid.layers)
     assert {kind for _, kind in grid.cells} == set(grid.kinds)
 
@@ -97,9 +104,9 @@ def test_an_emptied_module_stays_and_totals_add_up() -> None:
         {"initial_ranks": ranks, "rounds": [{"round": 1, "ranks_after": after}]}
     )
     assert grid.cells[0, "q"].change == -8
-    assert grid.total == Cell(12, 11)
+    assert grid.total == RankChange(12, 11)
     assert grid.common_start is None
-    assert total([Cell(1, 2), None, Cell(3, 5)]) == Cell(4, 7)
+    assert total([RankChange(1, 2), None, RankChange(3, 5)]) == RankChange(4, 7)
 
 
 @pytest.mark.parametrize("shown", [-1, 3])
@@ -151,7 +158,7 @@ def test_ranks_that_no_round_has_scored_can_be_left_out(
     shown: int | None, v: int, new: int
 ) -> None:
     grid = RankGrid.from_allocation(given_twice(), shown_round=shown, scored=True)
-    assert (grid.cells[0, "v"], grid.num_new) == (Cell(8, v), new)
+    assert (grid.cells[0, "v"], grid.num_new) == (RankChange(8, v), new)
     assert RankGrid.from_allocation(given_twice()).num_new == 0
 
 

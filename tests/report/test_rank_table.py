@@ -7,7 +7,7 @@ from rank_records import BERT, make_record
 from rich.console import Console
 from rich.segment import Segment
 
-from loralloc.report.grid import Cell, RankGrid
+from loralloc.report.grid import RankChange, RankGrid
 from loralloc.report.ranks import rank_table, summary
 
 
@@ -32,7 +32,7 @@ def grid_of(before: dict[str, int], after: dict[str, int]) -> RankGrid:
     )
 
 
-def written(cell: Cell, *, amounts: bool) -> str:
+def written(cell: RankChange, *, amounts: bool) -> str:
     if cell.change == 0:
         return str(cell.now)
     if amounts:

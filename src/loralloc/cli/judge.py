@@ -152,10 +152,10 @@ def _judge(args: argparse.Namespace, out: Console) -> Judge | None:
 def _contestants(
     args: argparse.Namespace, names: list[str], questions: list[Question], out: Console
 ) -> list[Contestant]:
-    from loralloc.evaluation.judge.answers import Decoding
+    from loralloc.evaluation.judge.answers import Answering
     from loralloc.evaluation.judge.contestants import contestant
 
-    decoding = Decoding(
+    decoding = Answering(
         num_beams=args.num_beams,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,

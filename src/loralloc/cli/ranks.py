@@ -41,8 +41,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and draw the picture where one is asked for."""
-    from loralloc.report.figure import check_picture, rank_figure
     from loralloc.report.grid import RankGrid, read_allocation
+    from loralloc.report.picture import check_picture, rank_figure
     from loralloc.report.ranks import rank_table
 
     grid = RankGrid.from_allocation(

@@ -12,7 +12,7 @@ RECORD_NAME = "allocation.json"
 RECORD_VERSION = 1
 
 
-class Cell(NamedTuple):
+class RankChange(NamedTuple):
     """Ranks at the start of the run and at the round that is shown."""
 
     start: int
@@ -24,10 +24,10 @@ class Cell(NamedTuple):
         return self.now - self.start
 
 
-def total(cells: Iterable[Cell | None]) -> Cell:
+def total(cells: Iterable[RankChange | None]) -> RankChange:
     """The sum of some cells; None stands for a module that a layer does not have."""
     present = [cell for cell in cells if cell is not None]
-    return Cell(sum(cell.start for cell in present), sum(cell.now for cell in present))
+    return RankChange(sum(cell.start for cell in present), sum(cell.now for cell in present))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class RankGrid:
     kinds: tuple[str, ...]
     """Short distinct labels in model order: "q_proj", "attention.output.dense", "decoder q"."""
 
-    cells: Mapping[tuple[int, str], Cell]
+    cells: Mapping[tuple[int, str], RankChange]
     """(layer, kind) -> ranks. A module that a layer does not have is absent."""
 
-    others: Mapping[str, Cell]
+    others: Mapping[str, RankChange]
     """Adapted modules outside the layers, by full name."""
 
     shown_round: int
@@ -86,17 +86,18 @@ class RankGrid:
             )
         new = _new_in(data["rounds"][shown - 1]) if scored and shown else {}
         cells = {
-            name: Cell(rank, states[shown][name] - new.get(name, 0)) for name, rank in start.items()
+            name: RankChange(rank, states[shown][name] - new.get(name, 0))
+            for name, rank in start.items()
         }
         return _arrange(cells, shown_round=shown, num_rounds=last, num_new=sum(new.values()))
 
     @property
-    def total(self) -> Cell:
+    def total(self) -> RankChange:
         """Ranks of the whole model."""
         return total(self.modules)
 
     @property
-    def modules(self) -> tuple[Cell, ...]:
+    def modules(self) -> tuple[RankChange, ...]:
         """The ranks of every adapted module, those outside the layers last."""
         return (*self.cells.values(), *self.others.values())
 
@@ -165,7 +166,7 @@ def short_labels(kinds: Sequence[str]) -> dict[str, str]:
 
 
 def _arrange(
-    cells: Mapping[str, Cell], *, shown_round: int, num_rounds: int, num_new: int
+    cells: Mapping[str, RankChange], *, shown_round: int, num_rounds: int, num_new: int
 ) -> RankGrid:
     """Puts modules given by name into layers and kinds."""
     places = {name: split_name(name) for name in cells}

@@ -12,9 +12,9 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
-from loralloc.report.grid import Cell, RankGrid, read_allocation, total
+from loralloc.report.grid import RankChange, RankGrid, read_allocation, total
 
-__all__ = ["Cell", "RankGrid", "rank_table", "read_allocation", "summary"]
+__all__ = ["RankChange", "RankGrid", "rank_table", "read_allocation", "summary"]
 
 # The weakest and the strongest tile of a hue. All carry white text and stand out from a dark and
 # from a light background alike: strength is told by saturation, not by brightness.
@@ -83,11 +83,11 @@ class _Scale:
     most_gained: int
 
     @classmethod
-    def of(cls, cells: Iterable[Cell]) -> _Scale:
+    def of(cls, cells: Iterable[RankChange]) -> _Scale:
         changes = [0, *(cell.change for cell in cells)]
         return cls(most_lost=-min(changes), most_gained=max(changes))
 
-    def style(self, cell: Cell) -> Style:
+    def style(self, cell: RankChange) -> Style:
         """The tile of a cell; unchanged ranks stay plain."""
         if cell.change == 0:
             return Style.null()
@@ -104,7 +104,7 @@ class _Column:
     """The cells under one heading, with their total at the foot."""
 
     heading: str
-    cells: tuple[Cell | None, ...]
+    cells: tuple[RankChange | None, ...]
     amounts: bool
     """Whether a change is written with its amount ("6 -2") or as a sign ("6-")."""
 
@@ -135,7 +135,7 @@ class _Column:
             return Text(words, style=DIM)
         return Text(words, style=scale.style(cell) if self.coloured else "")
 
-    def _pair(self, cell: Cell | None) -> tuple[str, str]:
+    def _pair(self, cell: RankChange | None) -> tuple[str, str]:
         if cell is None:
             return ".", ""
         if cell.change == 0:

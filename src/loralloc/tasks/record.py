@@ -8,7 +8,7 @@ from loralloc.tasks.reading import Place, find, reading_example
 from loralloc.tasks.task import Example, HubRule, Metric, RowError, text_field, texts_field
 
 
-class Record:
+class ReCoRD:
     """Reading comprehension with commonsense reasoning, as SuperGLUE has it.
 
     Rows have `passage` (its summary points behind "@highlight" marks), `query` (with a
@@ -72,4 +72,4 @@ def _places(passage: str, answer: str, entities: list[Place]) -> list[Place]:
     return places
 
 
-RECORD = Record()
+RECORD = ReCoRD()

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loralloc.evaluation.generation import generate
 from loralloc.evaluation.judge import answers as answers_module
-from loralloc.evaluation.judge.answers import Decoding, answer_questions, kept_answers
+from loralloc.evaluation.judge.answers import Answering, answer_questions, kept_answers
 from loralloc.evaluation.judge.conversation import turn_prompt
 from loralloc.evaluation.judge.questions import Question, read_answers
 from loralloc.evaluation.prompts import text_of
@@ -19,7 +19,7 @@ QUESTIONS = [
     Question(number=2, turns=("the story is good and", "a place")),
 ]
 MADE_WITH = {"model": "tiny", "num_beams": 2}
-DECODING = Decoding(num_beams=2, max_new_tokens=6, batch_size=2)
+DECODING = Answering(num_beams=2, max_new_tokens=6, batch_size=2)
 
 
 @pytest.fixture(scope="module")
@@ -152,4 +152,4 @@ def test_answers_made_in_another_way_are_not_mixed_with(answer, tmp_path):
 @pytest.mark.parametrize("name", ("num_beams", "max_new_tokens", "batch_size"))
 def test_numbers_below_one(name):
     with pytest.raises(ValueError, match=f"`{name}` is 0; it must be at least 1"):
-        Decoding(**{name: 0})
+        Answering(**{name: 0})

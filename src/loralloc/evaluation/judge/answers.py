@@ -18,7 +18,7 @@ from loralloc.tasks.files import read_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoding:
+class Answering:
     """How a model answers."""
 
     num_beams: int = 5
@@ -71,7 +71,7 @@ def answer_questions(
     model_id: str,
     made_with: Mapping[str, object],
     form: PromptForm,
-    decoding: Decoding,
+    decoding: Answering,
     conversation: Common | None = None,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Answers:

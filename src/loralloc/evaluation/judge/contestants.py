@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.evaluation.judge.answers import (
-    Decoding,
+    Answering,
     answer_questions,
     kept_answers,
 )
@@ -59,7 +59,7 @@ def contestant(
     questions: Sequence[Question],
     *,
     name: str,
-    decoding: Decoding,
+    decoding: Answering,
     output_dir: Path,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Contestant:

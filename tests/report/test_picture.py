@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rank_records import BERT, make_record
 
-from loralloc.report.figure import DPI, rank_figure
 from loralloc.report.grid import RankGrid
+from loralloc.report.picture import DPI, rank_figure
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_importing_is_cheap_and_drawing_opens_no_window(tmp_path: Path) -> None:
     script = f"""
 import sys
 from pathlib import Path
-from loralloc.report.figure import rank_figure
+from loralloc.report.picture import rank_figure
 from loralloc.report.grid import RankGrid
 assert not {{"matplotlib", "rich", "torch"}} & set(sys.modules)
 ranks = {{"h.0.q": 8, "h.1.q": 8}}
