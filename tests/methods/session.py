@@ -45,7 +45,7 @@ class Drive:
         self.method, self.num_steps, self.done = method, num_steps, 0
         self.batch, other = learnable(_inner(method.model))
         self.lr = lr
-        length = Length(num_steps=num_steps, steps_per_epoch=num_steps // 4)
+        length = Length(num_steps=num_steps, steps_per_epoch=max(num_steps // 4, 1))
         wants = method.wants(length)
         self.session = Session(
             num_steps=length.num_steps,

@@ -80,6 +80,8 @@ def test_opening_a_strangers_run_runs_none_of_its_code(command, stranger, capsys
         ("allocation.score", "antigravity:fly"),
         ("attn_implementation", "somebody/kernel"),
         ("model_init_kwargs", {"trust_remote_code": True}),
+        ("model_init_kwargs", '{"trust_remote_code": true}'),
+        ("model_init_kwargs", "[no JSON"),
     ],
 )
 def test_a_resume_wants_what_a_folder_may_not_grant_given_again(name, value, tmp_path):

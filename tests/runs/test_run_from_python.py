@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import loralloc
 from loralloc.methods.alora import Alora
 from loralloc.methods.catalog import get_method
-from loralloc.runs.settings import resolve, saved
+from loralloc.runs.settings import resolve, saved_values
 
 FLAGS = [
     *("--task", "demo", "--learning_rate", "2e-4", "--lora_target_modules", "q_proj", "v_proj"),
@@ -98,7 +98,7 @@ def test_a_score_and_a_method_of_ones_own_are_kept_by_their_places(tmp_path):
     assert settings.allocation.score is by_norm
     assert get_method(settings.run.method) is Alora
     settings.save()
-    again = resolve({}, base=saved(tmp_path))
+    again = resolve({}, base=saved_values(tmp_path))
     assert again.allocation.score == f"{__name__}:by_norm"
     assert get_method(again.run.method) is Alora
 

@@ -6,6 +6,7 @@ again, with a flag or in a file of their own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,21 @@ def granted(values: Mapping[str, Any]) -> dict[str, Any]:
     found |= {n: values[n] for n in IMPORTS if ":" in str(values.get(n, ""))}
     if "/" in str(values.get("attn_implementation") or ""):  # a kernel of the Hub's, which is code
         found["attn_implementation"] = values["attn_implementation"]
-    kwargs = values.get("model_init_kwargs") or {}
-    if any(kwargs.get(name) not in NOTHING for name in OF_A_MODEL):
-        found["model_init_kwargs"] = kwargs
+    if not _is_harmless(values.get("model_init_kwargs")):
+        found["model_init_kwargs"] = values["model_init_kwargs"]
     return found
+
+
+def _is_harmless(kwargs: Any) -> bool:
+    """Whether arguments of `from_pretrained`, which may be JSON, grant nothing."""
+    if isinstance(kwargs, str):
+        try:
+            kwargs = json.loads(kwargs)
+        except ValueError:
+            return False
+    if kwargs is None:
+        return True
+    return isinstance(kwargs, dict) and all(kwargs.get(name) in NOTHING for name in OF_A_MODEL)
 
 
 def without_permissions(values: Mapping[str, Any]) -> dict[str, Any]:
