@@ -1,6 +1,7 @@
 """Methods by name: ours, and a user's own."""
 
 import json
+import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -37,15 +38,27 @@ def test_a_users_own_is_named_by_module_and_class():
     ("name", "words"),
     [
         ("sroa", "There is no method 'sroa'; did you mean 'sora'"),
-        ("no_such_package:Class", "could not be imported .*no_such_package.*; give it as package"),
-        (f"{__name__}:Nothing", "could not be imported"),
-        (f"{__name__}:tiny", "is no method: it must be a subclass of loralloc.Method"),
+        ("no_such_package:Class", "`method` is .* but no_such_package cannot be imported"),
+        (f"{__name__}:Nothing", "has no 'Nothing'"),
+        (f"{__name__}:tiny", "which is a module and cannot be called"),
+        (f"{__name__}:saved", "is no method: it must be a subclass of loralloc.Method"),
         ("loralloc.methods.method:Method", "is no method"),
     ],
 )
 def test_what_is_no_method_is_refused_in_a_sentence(name, words):
     with pytest.raises(ValueError, match=words):
         get_method(name)
+
+
+def test_a_module_of_the_working_directory_is_found_by_an_installed_command(tmp_path, monkeypatch):
+    (tmp_path / "of_mine.py").write_text(
+        "from loralloc.methods.lora import Lora\nclass Mine(Lora): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    before = list(sys.path)
+    assert get_method("of_mine:Mine").__name__ == "Mine"
+    assert sys.path == before
 
 
 def saved(folder):

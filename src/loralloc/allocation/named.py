@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -53,7 +56,8 @@ def load(option: str, value: Any, ours: Mapping[str, str]) -> Any:
         return value
     module_name, _, path = ours.get(value, value).partition(":")
     try:
-        module = import_module(module_name)
+        with _found_from_here():
+            module = import_module(module_name)
     except Exception as error:  # a user's module may fail in any way
         raise ValueError(
             f"`{option}` is {value!r}, but {module_name} cannot be imported "
@@ -74,6 +78,23 @@ def load(option: str, value: Any, ours: Mapping[str, str]) -> Any:
             "name a function or a class."
         )
     return found
+
+
+@contextmanager
+def _found_from_here() -> Iterator[None]:
+    """Modules of the working directory are found inside, after all others.
+
+    An installed command does not look there, and should not for anything that nobody named.
+    """
+    here = os.getcwd()
+    is_new = here not in sys.path and "" not in sys.path
+    if is_new:
+        sys.path.append(here)
+    try:
+        yield
+    finally:
+        if is_new:
+            sys.path.remove(here)
 
 
 def check_takes(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from importlib import import_module
+from typing import Any
 
+from loralloc.allocation import named
 from loralloc.methods.method import Method
 
 METHODS = {
@@ -59,14 +61,7 @@ def built_in_method(name: str) -> type[Method]:
 
 def _own_method(name: str) -> type[Method]:
     """A method that is not ours."""
-    module, _, class_name = name.partition(":")
-    try:
-        found = getattr(import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The method {name!r} could not be imported ({error}); give it as "
-            "package.module:Class, of a package that Python finds."
-        ) from error
+    found: Any = named.load("method", name, {})
     if not (isinstance(found, type) and issubclass(found, Method)) or not hasattr(found, "about"):
         raise ValueError(
             f"{name} is no method: it must be a subclass of loralloc.Method with its `about`."
