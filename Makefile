@@ -27,7 +27,7 @@ demo: $(STAMP) ## fine-tune a small model in a few minutes; the adapter lies in 
 test: $(STAMP) ## run all tests, offline, one process a core
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
-test-quick: $(STAMP) ## run the first case of most tests, in under a minute
+test-quick: $(STAMP) ## run the first case of short tests, in under a minute
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --quick
 
 check: $(STAMP) ## lint, format, types, direction of imports, spelling

@@ -18,19 +18,19 @@ from hypothesis import settings
 
 # The same examples in every run, and no limit of time for one: machines differ.
 settings.register_profile("loralloc", deadline=None, derandomize=True)
+settings.register_profile("quick", settings.get_profile("loralloc"), max_examples=20)
 settings.load_profile("loralloc")
 
 LONG = (
-    *("cli/test_demo.py", "cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py"),
-    *("cli/test_train.py", "runs/test_protocol.py", "runs/test_resume.py", "runs/test_run.py"),
-    *("runs/heads/test_classification_pairs.py", "runs/heads/test_span.py", "test_docs.py"),
-    *("training/test_attach.py", "evaluation/judge/test_judge_served.py"),
+    *("invariant", "runs", "training", "test_docs.py"),
     *("allocation/test_ablation.py", "allocation/test_ablation_copies.py"),
-    *("evaluation/test_evaluate.py", "methods/test_adalora.py", "methods/test_sora.py"),
-    "methods/test_ssp.py",
+    *("allocation/test_replicas.py", "methods/test_adalora.py", "methods/test_sora.py"),
+    *("methods/test_ssp.py", "evaluation/test_evaluate.py"),
+    *("evaluation/judge/test_judge_served.py", "cli/test_demo.py", "cli/test_env.py"),
+    *("cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py", "cli/test_train.py"),
 )
-"""Modules that `--quick` leaves out: whole runs, and others whose first cases take over 3 seconds.
-What has one case of every method or score stays."""
+"""What `--quick` leaves out: tests that train with a Trainer or start processes, and others whose
+first cases take over 3 seconds. `--durations=10` tells what belongs here."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}"
@@ -48,23 +48,35 @@ SENTENCES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `make test-quick` asks for."""
-    parser.addoption("--quick", action="store_true", help="the first case of most tests")
+    parser.addoption("--quick", action="store_true", help="the first case of short tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--quick`, try fewer examples of a property."""
+    if config.getoption("--quick"):
+        settings.load_profile("quick")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `--quick`, leave out what is long."""
+    if not config.getoption("--quick"):
+        return None
+    long = {Path(__file__).parent / name for name in LONG}
+    if gone := [str(path) for path in long if not path.exists()]:
+        raise pytest.UsageError(f"LONG in tests/conftest.py names {', '.join(gone)}: not there.")
+    return collection_path in long or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, keep the first case of every test outside the long modules."""
+    """With `--quick`, keep the first case of every test."""
     if not config.getoption("--quick"):
         return
-    long = {Path(__file__).parent / name for name in LONG}
-    if not all(path.is_file() for path in long):
-        raise pytest.UsageError("LONG in tests/conftest.py names a module that is not there.")
-    cases = {}
+    first: dict[str, pytest.Item] = {}
     for item in items:
-        if item.path not in long:
-            cases.setdefault(item.nodeid.partition("[")[0], item)
-    kept = list(cases.values())
-    config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
-    items[:] = kept
+        first.setdefault(item.nodeid.partition("[")[0], item)
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = first.values()
 
 
 @pytest.fixture(scope="session")
