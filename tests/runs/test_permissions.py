@@ -75,7 +75,7 @@ def test_opening_a_strangers_run_runs_none_of_its_code(command, stranger, capsys
         ("push_to_hub", True),
         ("hub_model_id", "somebody/elses"),
         ("report_to", ["wandb"]),
-        ("deepspeed", "/tmp/zero.json"),
+        ("deepspeed", "zero.json"),
         ("method", "os:path"),
         ("allocation.score", "antigravity:fly"),
         ("attn_implementation", "somebody/kernel"),
