@@ -63,6 +63,7 @@ def test_the_defaults_are_the_papers():
             "`policy` is 3; use one of 'paper' or your own, as 'package.module:name' or as the "
             "function itself.",
         ),
+        ("newborns", "spared", "`newborns` is 'spared'; use one of 'compete', 'protected'."),
         ("budget", 7, "`budget` is 7; use one of 'ranks', 'parameters'."),
         ("warmup_epochs", 0, "`warmup_epochs` is 0; it must be a number of epochs above 0."),
         ("warmup_epochs", "1", "`warmup_epochs` is '1'; it must be a number of epochs above 0."),

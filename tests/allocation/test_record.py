@@ -98,6 +98,14 @@ def test_churn_is_told_of_what_a_next_round_would_prune():
     assert record.churn({"a": [0]}) is None
 
 
+def test_a_rank_is_young_until_it_has_trained_as_long_as_the_first_before_round_1():
+    record = a_record()  # rounds at steps 10 and 20
+    assert record.young(29) == {"a": {1, 2, 3}, "b": set(), "c": set()}
+    assert record.young(30) == {"a": set(), "b": set(), "c": set()}
+    record.rounds.clear()
+    assert record.young(1) == {"a": set(), "b": set(), "c": set()}
+
+
 def test_a_record_of_before_there_were_schedules_in_it(tmp_path):
     data = a_record().as_data()
     del data["round_steps"], data["note"]

@@ -47,7 +47,7 @@ def test_a_round_names_its_step_what_went_and_what_came(progress):
     progress.show_round(entry())
     (line,) = shown(progress).splitlines()
     assert line.startswith("round 2") and line.endswith("1.2 s")
-    for words in ("step 50", "pruned q", "given to v", "75% of the last given stay"):
+    for words in ("step 50", "pruned q", "given to v", "churn 25%"):
         assert words in line
 
 
@@ -69,7 +69,7 @@ def test_what_is_out_of_the_ordinary_is_said(changes, words, progress):
 
 def test_the_first_round_has_no_ranks_given_before(progress):
     progress.show_round(entry(round=1, churn=None))
-    assert "stay" not in shown(progress)
+    assert "churn" not in shown(progress)
 
 
 @pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 2), (False, 1)])

@@ -47,7 +47,7 @@ def test_one_line_a_round_and_one_an_evaluation(train):
     for number, line in enumerate(rounds, start=1):
         assert line.startswith(f"round {number}")
         assert "pruned" in line and "given to" in line and line.rstrip().endswith(" s")
-    assert "of the last given stay" not in rounds[0] and "of the last given stay" in rounds[1]
+    assert "churn" not in rounds[0] and "churn" in rounds[1]
     assert sum("development loss" in line for line in lines) == 2
 
 

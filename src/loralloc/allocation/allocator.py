@@ -194,11 +194,12 @@ class Allocator:
             ScoringError: A loss or score is not finite. Nothing was changed.
             RuntimeError: The score is gathered while training, and nothing was, or the last round
                 was before.
+            ValueError: `newborns` goes by the steps that a rank has trained, and `step` does not
+                tell them.
         """
         begin = time.perf_counter()
-        number = len(self.record.rounds) + 1
-        births, before = self.record.births(), self.record.ranks
-        limits = self._limits(births, number)
+        number, before = len(self.record.rounds) + 1, self.record.ranks
+        limits = self._limits(number, step)
         scores = replicas.mean(self._scores(limits))
         _check_finite(scores, number, step)
         decided = replicas.agreed(self._policy(scores, limits))
@@ -260,20 +261,39 @@ class Allocator:
             )
         return check_scores(scores, ranks(layers, self.adapter_name), self.config)
 
-    def _limits(self, births: Mapping[str, Sequence[int]], number: int) -> Limits:
-        grace = self.config.grace_rounds
+    def _limits(self, number: int, step: int) -> Limits:
+        config, births = self.config, self.record.births()
+        young: Mapping[str, frozenset[int]] = {}
+        if config.newborns != "compete":
+            self._check_counted(number, step)
+            young = self.record.young(step)
+        spared = young if config.newborns == "protected" else {}
         return Limits(
             # Where budget was lost round after round, a last rank still stays.
             num_pruned=min(self.num_pruned, sum(map(len, births.values())) - 1),
-            min_rank=self.config.min_rank,
-            max_rank=self.config.max_rank,
+            min_rank=config.min_rank,
+            max_rank=config.max_rank,
             protected={
-                name: frozenset(i for i, b in enumerate(born) if b and number - b <= grace)
+                name: frozenset(
+                    i for i, b in enumerate(born) if b and number - b <= config.grace_rounds
+                ).union(spared.get(name, ()))
                 for name, born in births.items()
             },
+            young=young,
             cost=self._cost,
             spare=self.record.spare,
         )
+
+    def _check_counted(self, number: int, step: int) -> None:
+        """Refuse a round whose ranks have no age."""
+        last = self.record.rounds[-1].step if self.record.rounds else 0
+        if step <= last:
+            before = f"round {number - 1} was at step {last}" if self.record.rounds else "none is"
+            raise ValueError(
+                f"`newborns` is {self.config.newborns!r}, which goes by the steps that a rank has "
+                f"trained, but round {number} is said to be at step {step} and {before}; pass the "
+                "optimiser steps so far as `step=`."
+            )
 
     def _check_trains_and_is_saved(self, layers: Mapping[str, LoraLayer]) -> None:
         """Refuse an adapter that stands still, and one whose emptied modules would lose a bias."""

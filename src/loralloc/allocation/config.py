@@ -41,6 +41,9 @@ POLICIES = {"paper": "loralloc.allocation.policy:plan"}
 BUDGETS = ("ranks", "parameters")
 """What a budget can be counted in."""
 
+NEWBORNS = ("compete", "protected")
+"""What can become of ranks that are too young to be compared with the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocationConfig:
@@ -109,6 +112,11 @@ class AllocationConfig:
     grace_rounds: int = 0
     """Rounds during which a newly given rank cannot be pruned; 0 is the paper's reading."""
 
+    newborns: Literal["compete", "protected"] = "compete"
+    """What becomes at a round of the ranks that are young: those that have trained for fewer steps
+    than the first ranks had at the first round. "compete" compares them with all others, as the
+    paper does; "protected" prunes none of them."""
+
     policy: str | Policy = "paper"
     """Who is pruned and who receives: "paper" prunes the lowest scores of one pool and gives to
     the modules that lost nothing. Your own, a function from `Scores` and `Limits` to a `Plan`, is
@@ -133,6 +141,7 @@ class AllocationConfig:
         named.check("score", self.score, SCORES)
         named.check("policy", self.policy, POLICIES)
         _one_of("budget", self.budget, BUDGETS)
+        _one_of("newborns", self.newborns, NEWBORNS)
         if isinstance(self.ranks_per_round, str):
             _one_of("ranks_per_round", self.ranks_per_round, ("block", "model"), "or a number")
         else:

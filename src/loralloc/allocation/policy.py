@@ -112,6 +112,10 @@ class Limits:
     protected: Mapping[str, frozenset[int]] = field(default_factory=dict)
     """Ranks that may not be pruned, by module."""
 
+    young: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Ranks that have trained for fewer steps than the first ones had at the first round, by
+    module: what was measured of them cannot be compared with the others as it is."""
+
     cost: Mapping[str, int] = field(default_factory=dict)
     """What one rank of a module costs, in units of the budget; 1 where a module is missing."""
 

@@ -11,6 +11,9 @@ from typing import Any
 FILE_NAME = "allocation.json"
 VERSION = 1
 
+HIGH_CHURN = 0.5
+"""Share of the new ranks that go in the next round from which on a run says what that means."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
@@ -109,6 +112,39 @@ class Record:
             for name, count in entry.added.items():
                 births[name] += [entry.round] * count
         return births
+
+    def young(self, step: int) -> dict[str, frozenset[int]]:
+        """Ranks that have trained for fewer steps than the first had at the first round, by module.
+
+        Args:
+            step: Optimiser steps taken by now.
+        """
+        begun = [0, *(entry.step for entry in self.rounds)]
+        enough = begun[min(1, len(self.rounds))]
+        return {
+            name: frozenset(i for i, b in enumerate(of) if b and step - begun[b] < enough)
+            for name, of in self.births().items()
+        }
+
+    @property
+    def churn_note(self) -> str:
+        """What it means that most new ranks were pruned at once; empty where they were not."""
+        pairs = list(zip(self.rounds, self.rounds[1:], strict=False))
+        given = [sum(before.added.values()) for before, _ in pairs]
+        gone = sum(n * (entry.churn or 0.0) for n, (_, entry) in zip(given, pairs, strict=True))
+        if gone <= HIGH_CHURN * sum(given):
+            return ""
+        cure = (
+            'let it train first with `newborns="protected"`'
+            if self.config.get("newborns", "compete") == "compete"
+            else "move fewer ranks a round, or place the rounds further apart"
+        )
+        return (
+            f"{gone / sum(given):.0%} of the ranks that rounds gave were pruned in the round after "
+            "(churn), so the same few ranks were moved about and the modules that received them "
+            "gained nothing: a new rank begins with zeros in B and scores lowest until it has "
+            f"trained; {cure}"
+        )
 
     def churn(self, pruned: Mapping[str, Sequence[int]]) -> float | None:
         """Share of the ranks given in the last round that a next one prunes; None without any.

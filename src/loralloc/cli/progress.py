@@ -102,13 +102,13 @@ class Progress:
             self.bar.stop()
 
     def show_round(self, entry: Round) -> None:
-        """One line a round: pruned from, given to, what became of the last given, seconds."""
+        """One line a round: pruned from, given to, the share of the last given that went, seconds."""
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
         modules = entry.ranks_before
         parts = [
             f"[bold]round {entry.round}[/]",
             f"step {entry.step}",
-            f"pruned {_by_kind(lost, modules)}",
+            f"pruned {_by_kind(lost, modules) or 'none'}",
             f"given to {_by_kind(entry.added, modules)}"
             if entry.added
             else "[yellow]no receiver[/]",
@@ -116,7 +116,7 @@ class Progress:
         if entry.lost:
             parts.append(f"[yellow]{entry.lost} lost[/]")
         if entry.churn is not None:
-            parts.append(f"{1 - entry.churn:.0%} of the last given stay")
+            parts.append(f"churn {entry.churn:.0%}")
         if entry.score == "screened" and not entry.settled:
             parts.append("first order")
         line = " | ".join([*parts, f"{entry.seconds:.1f} s"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About
 from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
 from loralloc.methods.session import Length, Session, Wants
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -162,6 +165,8 @@ class Alora(Lora):
                 f"allocation at step {self.steps[0]}: the adapter is plain LoRA; train longer or "
                 "lower `warmup_epochs`."
             )
+        if note := self.record.churn_note:
+            logger.warning("loralloc: %s.", note)
 
     def unfinished(self) -> str:
         """See `Method.unfinished`."""
