@@ -27,6 +27,8 @@ def test_every_method_is_listed_with_where_it_comes_from(listed, capsys):
         assert row["paper"]
         assert row["status"] in ("faithful", "port", "reconstruction")
         assert row["status"] == "faithful" or row["differs"], row["name"]
+        assert row["learning_rate"] > 0 and row["rate_from"], row["name"]
+        assert {row["initialisation"], row["settings"]} <= {"published", "ours"}, row["name"]
 
 
 def test_parameters_are_those_nearest_to_the_budget(listed, capsys):
@@ -37,6 +39,13 @@ def test_parameters_are_those_nearest_to_the_budget(listed, capsys):
     assert abs(lora["parameters"] - budget) <= per_rank / 2
     assert abs(rows["houlsby"]["parameters"] - budget) <= 2 * 2 * 2 * 32
     assert rows["full"]["parameters"] > budget
+
+
+def test_how_far_parameters_are_from_the_budget_is_said(listed, capsys):
+    _, rows = listed(capsys, "--budget", "20000")
+    lora = rows["lora"]
+    assert lora["over_budget"] == pytest.approx(lora["parameters"] / 20_000 - 1)
+    assert rows["bitfit"]["over_budget"] is None
 
 
 def test_a_method_whose_smallest_size_is_beyond_the_budget_says_so(listed, capsys):

@@ -1,5 +1,6 @@
 """Methods by name: ours, and a user's own."""
 
+import itertools
 import json
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from peft import TaskType
 from loralloc import open_adapter
 from loralloc.methods.bitfit import BitFit
 from loralloc.methods.catalog import METHODS, get_method
-from loralloc.methods.method import About
+from loralloc.methods.method import About, learning_rates
 
 
 @dataclass(kw_only=True)
@@ -28,6 +29,22 @@ class OnlyLast(BitFit):
 @pytest.mark.parametrize("name", METHODS)
 def test_ours_are_named_as_they_name_themselves(name):
     assert get_method(name).about.name == name
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_ours_say_whose_their_start_their_settings_and_their_learning_rate_are(name):
+    about = get_method(name).about
+    assert about.initialisation and about.settings and about.rate_from
+    rates = learning_rates(about)
+    assert len(rates) == 5 and rates[2] == about.learning_rate
+    assert [b / a for a, b in itertools.pairwise(rates)] == pytest.approx([10**0.5] * 4, rel=0.05)
+
+
+def test_a_search_needs_a_rate_to_go_around_and_an_odd_number_of_trials():
+    with pytest.raises(ValueError, match="only-last recommends no learning rate"):
+        learning_rates(OnlyLast.about)
+    with pytest.raises(ValueError, match="`num_trials` is 4; it must be an odd number"):
+        learning_rates(get_method("lora").about, num_trials=4)
 
 
 def test_a_users_own_is_named_by_module_and_class():

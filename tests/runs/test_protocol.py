@@ -308,6 +308,18 @@ def test_the_papers_settings():
     assert settings.run.early_stopping_patience == 10
 
 
+def test_the_tuned_protocol_is_the_papers_at_the_rate_that_the_method_recommends():
+    flags = ["--protocol", "tuned", "--method", "p-tuning-v2"]
+    settings = protocol.apply(resolve(flags), num_examples=6_000)
+    plain = paper("--method", "p-tuning-v2")
+    assert settings.training.learning_rate == 7e-3
+    assert "recommended for p-tuning-v2 (the authors' script" in settings.sources["learning_rate"]
+    changed = {name for name in plain.given if plain.given[name] != settings.given[name]}
+    assert changed == {"learning_rate", "protocol"}
+    given = protocol.apply(resolve([*flags, "--learning_rate", "2e-3"]), num_examples=6_000)
+    assert given.training.learning_rate == 2e-3
+
+
 def test_without_a_protocol_nothing_changes():
     settings = resolve([])
     assert protocol.apply(settings, num_examples=6_000) is settings

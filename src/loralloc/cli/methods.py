@@ -15,8 +15,10 @@ PAPERS_MODEL = "LLaMA-2-7B"
 """Whose shape is taken where no model is named: the paper's, which needs no download."""
 
 NOTE = """
-Size and parameters are those nearest to the budget; `paper` is the paper's comparison (`--paper`).
-A method by name: loralloc train --method NAME [--budget N | --paper] ..."""
+Size and parameters are those nearest to the budget, `over` how far from it; `paper` is the paper's
+comparison (`--paper`). The algorithm is faithful, a port to other backbones or a reconstruction;
+its initialisation and its settings are as published or ours; `rate` is the learning rate it wants.
+A method by name: loralloc train --method NAME [--budget N | --paper] [--protocol tuned] ..."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -66,24 +68,33 @@ def run(args: argparse.Namespace) -> int:
         pad_edge=False,
     )
     table.add_column("method", style="bold", no_wrap=True)
-    table.add_column("status", no_wrap=True)
+    table.add_column("algorithm", no_wrap=True)
+    table.add_column("begins", no_wrap=True)
+    table.add_column("settings", no_wrap=True)
     table.add_column("merges")
+    table.add_column("rate", justify="right", no_wrap=True)
     table.add_column("size", overflow="fold")
     table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("over", justify="right", no_wrap=True)
     table.add_column("paper", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row["name"],
             row["status"],
+            row["initialisation"] or "-",
+            row["settings"] or "-",
             "yes" if row["merges"] else "no",
+            "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             _size(row),
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
+            "-" if row["over_budget"] is None else f"{row['over_budget']:+.1%}",
             "-" if row["paper_parameters"] is None else f"{row['paper_parameters']:,}",
         )
     out.print(table)
     out.print("\nWhere they come from, and what differs")
     for row in rows:
-        words = f"{row['paper']}. {row['differs']}".strip()
+        rate = f"Rate: {row['rate_from']}. " if row["rate_from"] else ""
+        words = f"{row['paper']}. {rate}{row['differs']}".strip()
         out.print(f"[bold]{row['name']}[/]: [dim]{words}[/]", highlight=False)
     out.print(textwrap.dedent(NOTE), highlight=False, soft_wrap=True)
     return 0
@@ -98,16 +109,22 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
         method.fit(model, budget)
     except ValueError as error:
         too_large = str(error)
+    parameters = None if too_large else method.count(model, method.chosen_size())
     return {
         "name": about.name,
         "title": about.title,
         "paper": about.paper,
         "status": about.status,
+        "initialisation": about.initialisation,
+        "settings": about.settings,
+        "learning_rate": about.learning_rate,
+        "rate_from": about.rate_from,
         "differs": about.differs,
         "merges": about.merges,
         "size_name": method.size,
         "size": None if too_large else method.chosen_size(),
-        "parameters": None if too_large else method.count(model, method.chosen_size()),
+        "parameters": parameters,
+        "over_budget": None if parameters is None or not method.size else parameters / budget - 1,
         "too_large": too_large or None,
         "paper_settings": dict(kind.paper),
         "paper_parameters": papers_count(kind, model),

@@ -26,7 +26,8 @@ the flags used most (defaults in brackets):
   --score NAME                  gradient, screened, ablation, shapley; architecture (ALoRA-DNAS) or
                                 sensitivity (ALoRA-Sensi) [gradient]
   --allocation.budget UNIT      what stays the same: ranks or parameters [ranks]
-  --protocol paper              batch, length, evaluation and early stopping as in the paper
+  --protocol paper|tuned        batch, length, evaluation and early stopping as in the paper; tuned:
+                                with the learning rate that the method recommends
 
 Every field of TRL's SFTConfig, ModelConfig and ScriptArguments and of AllocationConfig is a flag,
 and so are a method's options, as --method.NAME; `loralloc train --help-all` lists all. A TRL SFT

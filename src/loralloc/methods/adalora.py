@@ -61,6 +61,10 @@ class AdaLora(LoraShaped):
         title="AdaLoRA",
         paper="Zhang et al. 2023",
         status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=8e-4,
+        rate_from="the authors' script for SST-2 (DeBERTaV3-base)",
         differs="The budget is in triplets, as published: it equals LoRA's in ranks, and in "
         "parameters only where modules are of one size.",
         merges=True,

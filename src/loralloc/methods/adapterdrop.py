@@ -47,6 +47,10 @@ class AdapterDrop(Houlsby):
         title="AdapterDrop",
         paper="Rücklé et al. 2021",
         status="faithful",
+        initialisation="ours",
+        settings="published",
+        learning_rate=3e-4,
+        rate_from="Houlsby et al. 2019, whose adapters it trains",
         differs="Numbers of blocks are the paper's for 12 blocks, as shares of the backbone's. "
         "After training the adapters of the first 5 are left out (`dropped_at_test`).",
     )

@@ -33,7 +33,15 @@ class Alora(Lora):
     """How ranks move."""
 
     about: ClassVar[About] = About(
-        name="alora", title="ALoRA", paper="Liu et al. 2024", status="faithful", merges=True
+        name="alora",
+        title="ALoRA",
+        paper="Liu et al. 2024",
+        status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=5e-4,
+        rate_from="LoRA's, which it is between rounds; its paper has 1e-4 for every method",
+        merges=True,
     )
     allocates: ClassVar[bool] = True
     bears_scaled_loss: ClassVar[bool] = True
@@ -265,6 +273,10 @@ class AloraDnas(_Variant):
         title="ALoRA-DNAS",
         paper="Liu et al. 2024, Appendix F",
         status="reconstruction",
+        initialisation="published",
+        settings="ours",
+        learning_rate=5e-4,
+        rate_from="LoRA's, which it is between rounds",
         differs="The paper leaves open when and by which optimiser gates are updated, and what "
         "becomes of them at a round: DARTS's first order and Adam are taken, and gates go into B.",
         merges=True,
@@ -281,6 +293,10 @@ class AloraSensi(_Variant):
         title="ALoRA-Sensi",
         paper="Liu et al. 2024, Appendix F",
         status="reconstruction",
+        initialisation="published",
+        settings="published",
+        learning_rate=5e-4,
+        rate_from="LoRA's, which it is between rounds",
         differs="How a rank's elements are put together is AdaLoRA's rule, with the gate, which is "
         "always 1, in the place of the singular value.",
         merges=True,

@@ -30,6 +30,10 @@ class BitFit(InPlaceMethod):
         title="BitFit",
         paper="Ben Zaken et al. 2022",
         status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=1e-3,
+        rate_from="Ben Zaken et al. 2022, the largest of those they try",
         differs="Where the blocks have no biases, as in Llama, their linear layers are given some.",
         merges=True,
     )

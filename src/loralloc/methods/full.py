@@ -25,6 +25,10 @@ class Full(InPlaceMethod):
         title="Full fine-tuning",
         paper="no paper: every weight trains",
         status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=3e-5,
+        rate_from="Devlin et al. 2019, the middle of three",
         differs="The backbone is cast to float32 whatever the run's `dtype`.",
         merges=True,
     )

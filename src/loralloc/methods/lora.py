@@ -20,7 +20,15 @@ class Lora(LoraShaped):
     use_dora: bool = False
 
     about: ClassVar[About] = About(
-        name="lora", title="LoRA", paper="Hu et al. 2021", status="faithful", merges=True
+        name="lora",
+        title="LoRA",
+        paper="Hu et al. 2021",
+        status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=5e-4,
+        rate_from="Hu et al. 2021, Table 9 (RoBERTa-base on SST-2)",
+        merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}
 

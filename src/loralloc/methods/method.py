@@ -20,8 +20,11 @@ from loralloc.allocation.objective import Batch
 from loralloc.methods.session import Length, Session, Wants
 
 Status = Literal["faithful", "port", "reconstruction"]
-"""How near a method is to its paper: as published, moved to other backbones, or rebuilt from the
-paper's words, where no code was ever published."""
+"""How near a method's algorithm is to its paper: as published, moved to other backbones, or rebuilt
+from the paper's words, where no code was ever published."""
+
+Origin = Literal["published", "ours"]
+"""Whose a method's initialisation or settings are: its authors', or chosen here."""
 
 IS_A_BLOCK = "block"
 """Marks a field of a method that is a group of options with a name of its own."""
@@ -47,6 +50,20 @@ class About:
     """Authors and year."""
 
     status: Status
+    """Of the algorithm alone; its initialisation and its settings are told apart from it."""
+
+    initialisation: Origin | None = None
+    """Whose the weights are that it begins with; None where nothing is said of them."""
+
+    settings: Origin | None = None
+    """Whose its options are where nobody gives them, its size and the learning rate apart."""
+
+    learning_rate: float | None = None
+    """What its authors train it with, by AdamW, or what those of the nearest method do."""
+
+    rate_from: str = ""
+    """Where the learning rate is from."""
+
     differs: str = ""
     """What is otherwise than in the paper or its code, in a sentence or two."""
 
@@ -262,6 +279,34 @@ class Method(ABC):
             f"{self.about.title} adds computations that no weight of the backbone can hold, so it "
             "cannot be merged; keep it as an adapter."
         )
+
+
+def learning_rates(about: About, num_trials: int = 5) -> list[float]:
+    """Rates to search among, by half powers of ten around a method's own: each has equally many.
+
+    Args:
+        about: The method's.
+        num_trials: How many, an odd number, so that its own is in the middle.
+
+    Raises:
+        ValueError: The method recommends no rate, or the number is even.
+
+    Example:
+        >>> from loralloc.methods.catalog import get_method
+        >>> learning_rates(get_method("lora").about)
+        [5e-05, 0.00016, 0.0005, 0.0016, 0.005]
+    """
+    if about.learning_rate is None:
+        raise ValueError(
+            f"{about.name} recommends no learning rate to search around; give its `about` a "
+            "`learning_rate`, or name the rates to try."
+        )
+    if num_trials < 1 or num_trials % 2 == 0:
+        raise ValueError(f"`num_trials` is {num_trials}; it must be an odd number of at least 1.")
+    half = num_trials // 2
+    return [
+        float(f"{about.learning_rate * 10 ** (step / 2):.2g}") for step in range(-half, half + 1)
+    ]
 
 
 def freeze(model: nn.Module) -> None:

@@ -39,6 +39,10 @@ class PTuning(PeftMethod):
         title="P-tuning v2",
         paper="Liu et al. 2022",
         status="faithful",
+        initialisation="ours",
+        settings="published",
+        learning_rate=7e-3,
+        rate_from="the authors' script for BoolQ (RoBERTa-large)",
         differs="Keys and values begin near 0 (`init_std`) rather than at a standard deviation of "
         "1, which disturbs a language model far more.",
         starts_as_base=False,

@@ -27,6 +27,10 @@ class ParallelAdapter(BottleneckMethod):
         title="Parallel-Adapter",
         paper="He et al. 2021",
         status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=1e-4,
+        rate_from="the authors' script for SST-2 (RoBERTa-base)",
         differs="It stands beside the whole of attention, as in the paper's figure; its code adds "
         "it before the output projection.",
     )

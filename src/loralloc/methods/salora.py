@@ -58,6 +58,10 @@ class SaLora(GatedLora):
         title="SaLoRA",
         paper="Hu et al. 2023",
         status="reconstruction",
+        initialisation="ours",
+        settings="ours",
+        learning_rate=5e-4,
+        rate_from="LoRA's; no code was published",
         differs="No code was published. The quadratic term and the falling target are FLOP's (Wang "
         "et al. 2020), as is the start near open gates; B begins at zero; learning rates and the "
         "step to prune at are chosen here.",

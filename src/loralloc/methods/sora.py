@@ -44,6 +44,10 @@ class Sora(GatedLora):
         title="SoRA",
         paper="Ding et al. 2023",
         status="port",
+        initialisation="published",
+        settings="ours",
+        learning_rate=8e-4,
+        rate_from="the authors' script (DeBERTaV3-base)",
         differs="Published without a budget: here the smallest gates are pruned when it is due, "
         "and the rest trains on as plain LoRA. The proximal step is the paper's; in the code all "
         "gates below 2 xi become zero.",

@@ -61,9 +61,12 @@ class RunArguments:
         default=100,
         metadata={"help": "Training examples held out where the data has no validation split."},
     )
-    protocol: Literal["paper"] | None = field(
+    protocol: Literal["paper", "tuned"] | None = field(
         default=None,
-        metadata={"help": "paper: train, evaluate and stop as in its Appendix E; see the guide."},
+        metadata={
+            "help": "paper: train, evaluate and stop as in its Appendix E; tuned: the same with "
+            "the learning rate that the method recommends; see the guide."
+        },
     )
     early_stopping_patience: int | None = field(
         default=None,

@@ -312,7 +312,7 @@ def check_conditions(settings: Settings) -> None:
         ValueError: Naming the option and what it is read with.
     """
     for name in _given(settings):
-        if settings.sources[name] == PROTOCOL:
+        if settings.sources[name].startswith(PROTOCOL):
             continue
         conditions = READ_BY[name].where
         if conditions and not any(_holds(settings, *one) for one in conditions):

@@ -20,10 +20,12 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.methods.catalog import get_method
 from loralloc.runs.settings import Settings
 from loralloc.training.length import planned_length
 
-SOURCE = "protocol paper"
+SOURCE = "protocol "
+"""What the source of a protocol's values begins with; its name follows."""
 
 RECIPE: dict[str, Any] = {
     "num_train_epochs": 10.0,
@@ -35,7 +37,8 @@ RECIPE: dict[str, Any] = {
     "metric_for_best_model": "loss",
     "early_stopping_patience": 10,
 }
-"""What does not depend on the data; AdamW is the trainer's default."""
+"""What does not depend on the data; AdamW is the trainer's default. The paper gives one learning
+rate to all methods, `tuned` each its own."""
 
 SMALL_BATCH, LARGE_BATCH = 16, 128
 """Examples of an optimiser step, below and from `MANY_EXAMPLES` training examples on."""
@@ -49,7 +52,11 @@ SHORT_RUN = 2_000
 
 
 def apply(settings: Settings, *, num_examples: int) -> Settings:
-    """Fill in the paper's protocol where the settings ask for it, before the trainer is built.
+    """Fill in a protocol where the settings ask for one, before the trainer is built.
+
+    `paper` is the paper's; `tuned` is the same with the learning rate that the method recommends,
+    around which a search for the best has equally many trials for every method
+    (`loralloc.methods.method.learning_rates`).
 
     Args:
         settings: As resolved. A value from a flag, a file or an earlier run stays.
@@ -61,7 +68,8 @@ def apply(settings: Settings, *, num_examples: int) -> Settings:
     if settings.run.protocol is None:
         return settings
     values = {**RECIPE, **_batch(settings, num_examples), **_evaluation(settings)}
-    return settings.with_defaults(values, source=SOURCE)
+    settings = settings.with_defaults(values, source=SOURCE + settings.run.protocol)
+    return _with_own_rate(settings) if settings.run.protocol == "tuned" else settings
 
 
 def follow(trainer: Trainer, settings: Settings) -> Settings:
@@ -76,7 +84,7 @@ def follow(trainer: Trainer, settings: Settings) -> Settings:
     Raises:
         ValueError: Early stopping or the choice of a checkpoint could not take effect.
     """
-    if settings.sources.get("eval_steps") == SOURCE:
+    if settings.sources.get("eval_steps", "").startswith(SOURCE):
         settings = _more_often_in_a_short_run(trainer, settings)
     _check_choice(settings)
     if settings.training.load_best_model_at_end:
@@ -132,6 +140,20 @@ class BestCheckpoint(TrainerCallback):
         state.best_model_checkpoint = str(best)
 
 
+def _with_own_rate(settings: Settings) -> Settings:
+    """The learning rate that the method recommends, where none was given."""
+    about = get_method(settings.run.method).about
+    if not settings.sources["learning_rate"].startswith(SOURCE):
+        return settings
+    if about.learning_rate is None:
+        raise ValueError(
+            f"`protocol` is 'tuned', but {about.name} recommends no learning rate; give "
+            "`learning_rate`, or use the protocol 'paper'."
+        )
+    why = f"{SOURCE}tuned: recommended for {about.name} ({about.rate_from})"
+    return settings.replaced({"learning_rate": about.learning_rate}, source=why)
+
+
 def _batch(settings: Settings, num_examples: int) -> dict[str, int]:
     """The paper's batch as examples on the device and accumulation, whichever was not given."""
     if settings.training.packing:
@@ -167,8 +189,9 @@ def _more_often_in_a_short_run(trainer: Trainer, settings: Settings) -> Settings
     if length.num_steps >= SHORT_RUN:
         return settings
     every = math.ceil(length.steps_per_epoch / 2)
-    why = f"{SOURCE}: twice an epoch, not every {EVAL_STEPS}: under {SHORT_RUN:,} in all"
-    names = [name for name in ("eval_steps", "save_steps") if settings.sources[name] == SOURCE]
+    source = settings.sources["eval_steps"]
+    why = f"{source}: twice an epoch, not every {EVAL_STEPS}: under {SHORT_RUN:,} in all"
+    names = [name for name in ("eval_steps", "save_steps") if settings.sources[name] == source]
     for name in names:
         setattr(settings.training, name, every)  # Trainer reads them when training begins
     return dataclasses.replace(

@@ -61,7 +61,12 @@ class Settings:
     def with_defaults(self, values: Mapping[str, Any], *, source: str) -> Settings:
         """These settings with other defaults; a value that was given stays."""
         new = {name: value for name, value in values.items() if not self.gives(name)}
-        return _build({**self.given, **new}, {**self.sources, **dict.fromkeys(new, source)})
+        return self.replaced(new, source=source)
+
+    def replaced(self, values: Mapping[str, Any], *, source: str) -> Settings:
+        """These settings with other values, whoever gave those that were there."""
+        sources = {**self.sources, **dict.fromkeys(values, source)}
+        return _build({**self.given, **values}, sources)
 
     def save(self) -> None:
         """Write `settings.json` into the run folder."""

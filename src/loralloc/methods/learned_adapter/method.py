@@ -59,6 +59,10 @@ class LearnedAdapter(InPlaceMethod):
         title="Learned-Adapter (our subset)",
         paper="Zhang et al. 2023c",
         status="reconstruction",
+        initialisation="ours",
+        settings="ours",
+        learning_rate=3e-4,
+        rate_from="Houlsby et al. 2019's for adapters; no code was published",
         differs="No code was published. Of its space: sequential adapters without bias, one "
         "activation of ReLU, GELU, SiLU and Tanh, then nothing, a b x b matrix or a depthwise "
         "convolution over three tokens (causal in decoders, around the token in encoders); no "

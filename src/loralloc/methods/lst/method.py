@@ -44,6 +44,10 @@ class Lst(InPlaceMethod):
         title="LST",
         paper="Sung et al. 2022",
         status="port",
+        initialisation="ours",
+        settings="published",
+        learning_rate=3e-3,
+        rate_from="the authors' code (T5)",
         differs="From an encoder-decoder (T5) to decoders and encoders. The side network begins as "
         "the backbone's largest weights by their sum of magnitudes, not by Fisher information. It "
         "wants a learning rate of 1e-3 or more.",

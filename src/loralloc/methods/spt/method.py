@@ -72,6 +72,10 @@ class Spt(InPlaceMethod):
         title="SPT",
         paper="Zhu & Tan 2023",
         status="reconstruction",
+        initialisation="ours",
+        settings="ours",
+        learning_rate=5e-4,
+        rate_from="late prompt tuning's runs; no code was published",
         differs="No code was published: the generator is late prompt tuning's, the gates are "
         "compared as in S3Delta, optimised to first order, and sub-networks drop half of them. The "
         "first block always reads the soft prompt.",

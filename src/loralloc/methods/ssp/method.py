@@ -63,6 +63,10 @@ class Ssp(InPlaceMethod):
         title="SSP",
         paper="Hu et al. 2022",
         status="port",
+        initialisation="ours",
+        settings="ours",
+        learning_rate=3e-4,
+        rate_from="the authors' code",
         differs="Searched to first order; LoRA and adapters are as wide as the budget asks for, "
         "not of rank 1; adapters begin at 0; a task's head goes on from the search as it is.",
     )
