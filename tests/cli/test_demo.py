@@ -37,6 +37,19 @@ def test_the_demo_compares_before_with_after(short_demo, call, output):
     assert (output / "adapter_model.safetensors").is_file()
 
 
+def test_the_comparison_keeps_its_shape_on_a_narrow_terminal(
+    short_demo, call, output, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = call("demo", "--output_dir", output).out.splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("┏"))
+    end = next(i for i, line in enumerate(lines) if line.startswith("└"))
+    assert {len(line) for line in lines[begin : end + 1]} == {len(lines[end])}
+    assert len(lines[end]) < 40
+    data = json.loads((output / "demo.json").read_text())
+    assert lines[end + 1] == data["after"]["test_bleu"]["implementation"]
+
+
 def test_three_sentences_are_shown(short_demo, call, output):
     lines = [line.split() for line in call("demo", "--output_dir", output).out.splitlines()]
     firsts = [words[0] for words in lines if words]

@@ -72,16 +72,26 @@ def test_the_first_round_has_no_ranks_given_before(progress):
     assert "churn" not in shown(progress)
 
 
-@pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 2), (False, 1)])
+@pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 3), (False, 1)])
 def test_a_round_is_broken_between_words_where_a_person_reads_it(is_terminal, num_lines):
+    kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules = {f"model.layers.0.{kind}": 8 for kind in kinds}
+    crowded = entry(
+        ranks_before=modules,
+        pruned={name: [0, 1, 2, 3] for name in modules},
+        added={name: 4 for name in modules},
+    )
+    wide = Progress(Console(file=io.StringIO(), width=400))
+    wide.show_round(crowded)
     screen = Console(
-        file=io.StringIO(), width=60, force_terminal=is_terminal, color_system=None, _environ={}
+        file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None, _environ={}
     )
     progress = Progress(screen)
-    progress.show_round(entry())
+    progress.show_round(crowded)
     lines = shown(progress).splitlines()
     assert len(lines) == num_lines
-    assert all(line == line.strip() for line in lines[1:])
+    assert max(map(len, lines)) <= 80 or not is_terminal
+    assert shown(progress).split() == shown(wide).split()
 
 
 def test_losses_are_lines_where_there_is_no_bar(progress):

@@ -98,6 +98,8 @@ def run(args: argparse.Namespace) -> int:
         runs.train(prepared)
     after = _measure(prepared, "after training")
     out.print(_comparison(before, after))
+    signature = after.bleu.implementation
+    out.print(signature, style="dim", markup=False, highlight=False, soft_wrap=True)
     out.print(_sentences(before, after))
     assert prepared.allocation is not None, "the demo's method allocates"
     record = prepared.allocation.record
@@ -193,7 +195,6 @@ def _comparison(before: Measured, after: Measured) -> Table:
         table.add_column(name, justify="right")
     table.add_row("loss", f"{before.loss:.3f}", f"{after.loss:.3f}")
     table.add_row("BLEU", f"{before.bleu.value:.1f}", f"{after.bleu.value:.1f}")
-    table.caption = after.bleu.implementation
     return table
 
 
