@@ -37,9 +37,7 @@ def test_the_demo_compares_before_with_after(short_demo, call, output):
     assert (output / "adapter_model.safetensors").is_file()
 
 
-def test_the_comparison_keeps_its_shape_on_a_narrow_terminal(
-    short_demo, call, output, monkeypatch
-):
+def test_the_comparison_keeps_its_shape_on_a_narrow_terminal(short_demo, call, output, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     lines = call("demo", "--output_dir", output).out.splitlines()
     begin = next(i for i, line in enumerate(lines) if line.startswith("┏"))

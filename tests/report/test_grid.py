@@ -5,14 +5,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rank_records import BERT, LLAMA, make_record
+from rank_records import make_record
 
 from loralloc.report.grid import (
     RankChange,
     RankGrid,
     read_allocation,
-    short_labels,
-    split_name,
     total,
 )
 
@@ -20,33 +18,6 @@ from loralloc.report.grid import (
 def grid_of(*names: str) -> RankGrid:
     ranks = {name: i for i, name in enumerate(names, start=1)}
     return RankGrid.from_allocation({"initial_ranks": ranks, "rounds": []})
-
-
-def test_a_name_is_parted_at_its_first_integer() -> None:
-    assert split_name("model.layers.12.mlp.up_proj") == ("model.layers", 12, "mlp.up_proj")
-    assert split_name("h.3.experts.1.fc") == ("h", 3, "experts.1.fc")
-    assert split_name("0.fc") == ("", 0, "fc")
-    assert split_name("lm_head") is None
-    assert split_name("classifier.0") is None
-    assert split_name("block1.fc") is None
-
-
-@pytest.mark.parametrize(
-    ("kinds", "labels"),
-    [
-        (LLAMA, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
-        (BERT, ["query", "key", "value", *BERT[3:]]),
-        (
-            ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-            ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
-        ),
-        (("a.proj", "b.a_proj"), ["proj", "a_proj"]),
-    ],
-)
-def test_labels_are_the_shortest_that_are_distinct(
-    kinds: tuple[str, ...], labels: list[str]
-) -> None:
-    assert list(short_labels(kinds).values()) == labels
 
 
 def test_layers_ascend_and_kinds_keep_the_order_of_the_model() -> None:

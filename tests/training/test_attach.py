@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import statistics
 
 import pytest
 import tiny
@@ -69,6 +70,34 @@ def test_every_round_is_logged_and_reported(kind, trainer_of):
     assert all(entry["ranks_pruned"] == allocation.num_pruned for entry in entries)
     assert "churn" not in entries[0] and 0 <= entries[1]["churn"] <= 1
     assert reported == allocation.record.rounds
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_trainer_reports_to_is_given_ranks_and_scores_of_every_round(kind, trainer_of):
+    class Reporter(TrainerCallback):
+        """As those of TensorBoard and W&B, which take numbers by name."""
+
+        def on_log(self, args, state, control, logs, **_):
+            entries.append(dict(logs))
+
+    entries = []
+    trainer = trainer_of(kind)
+    trainer.add_callback(Reporter())
+    allocation = attach(trainer, options())
+    trainer.train()
+    told = [entry for entry in entries if "round" in entry]
+    for entry, of in zip(told, allocation.record.rounds, strict=True):
+        assert all(type(value) in (int, float) for value in entry.values())
+        by_kind = {name: n for name, n in entry.items() if name.startswith("ranks/")}
+        assert sum(by_kind.values()) == sum(of.ranks_after.values())
+        assert 2 * len(by_kind) == len(of.ranks_after)  # the models have two blocks
+        assert entry["scores/loss"] == -of.s_full
+        assert entry["scores/loss_without_adapter"] == -of.s_base
+        for term in ("without", "only"):
+            values = sorted(x for xs in of.terms[term].values() for x in xs)
+            low, median, high = (entry[f"scores/{term}_{n}"] for n in ("low", "median", "high"))
+            assert values[0] <= low <= median <= high <= values[-1]
+            assert median == pytest.approx(statistics.median(values), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -73,6 +73,13 @@ class Round:
     seconds: float
     """Wall-clock time of scoring, planning and resizing."""
 
+    def values(self) -> dict[str, list[float]]:
+        """Each term of the score by name: the values of all ranks, module after module."""
+        return {
+            term: [value for values in by_module.values() for value in values]
+            for term, by_module in self.terms.items()
+        }
+
 
 @dataclass(kw_only=True)
 class Record:

@@ -24,9 +24,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
-from loralloc.report.grid import short_labels, split_name
 from loralloc.runs.machine import use_physical_cores
 
 if TYPE_CHECKING:
@@ -186,9 +186,5 @@ def sized(method: Method) -> str:
 
 def _by_kind(counts: Mapping[str, int], modules: Iterable[str]) -> str:
     """Ranks by module kind over all layers, the most first: "v_proj 3, q_proj 2"."""
-    kinds = {name: (split_name(name) or ("", 0, name))[2] for name in modules}
-    labels = short_labels(list(dict.fromkeys(kinds.values())))
-    totals: Counter[str] = Counter()
-    for name, count in counts.items():
-        totals[labels[kinds[name]]] += count
-    return ", ".join(f"{label} {count}" for label, count in totals.most_common())
+    totals = Counter(by_kind(counts, modules))
+    return ", ".join(f"{label} {count}" for label, count in totals.most_common() if count)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import torch
+
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
 from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import Schedule, place_rounds
 from loralloc.methods.lora import Lora
@@ -305,7 +308,7 @@ class AloraSensi(_Variant):
 
 
 def _numbers(entry: Round) -> dict[str, float]:
-    """A round as an entry of a run's log."""
+    """A round as an entry of a run's log: what moved, where ranks are, and how scores lie."""
     numbers: dict[str, float] = {
         "round": entry.round,
         "ranks_pruned": sum(map(len, entry.pruned.values())),
@@ -314,7 +317,24 @@ def _numbers(entry: Round) -> dict[str, float]:
     }
     if entry.churn is not None:
         numbers["churn"] = round(entry.churn, 3)
+    for kind, count in by_kind(entry.ranks_after, entry.ranks_after).items():
+        numbers[f"ranks/{kind}"] = count
+    if entry.s_full is not None and entry.s_base is not None:
+        numbers["scores/loss"], numbers["scores/loss_without_adapter"] = (
+            -entry.s_full,
+            -entry.s_base,
+        )
+    for term, values in entry.values().items():
+        for name, value in zip(("low", "median", "high"), _spread(values), strict=True):
+            numbers[f"scores/{term}_{name}"] = value
     return numbers
+
+
+def _spread(values: Sequence[float]) -> list[float]:
+    """The 5th, 50th and 95th percentile."""
+    shares = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    found = torch.tensor(values, dtype=torch.float64).quantile(shares).tolist()
+    return [float(f"{value:.4g}") for value in found]
 
 
 def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:

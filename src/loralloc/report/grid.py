@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loralloc.allocation.module_names import short_labels, split_name
+
 RECORD_NAME = "allocation.json"
 RECORD_VERSION = 1
 
@@ -138,31 +140,6 @@ def read_allocation(run: Path) -> dict[str, Any]:
             f"{RECORD_VERSION}; use the loralloc that wrote the run."
         )
     return data
-
-
-def split_name(module: str) -> tuple[str, int, str] | None:
-    """A dotted name as (stack, layer, kind), parted at its first integer.
-
-    "model.layers.3.mlp.up_proj" is ("model.layers", 3, "mlp.up_proj"). None for a name without an
-    integer, or with nothing after it ("lm_head", "classifier.0"): no module of a layer.
-    """
-    parts = module.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isascii() and part.isdecimal():
-            return ".".join(parts[:i]), int(part), ".".join(parts[i + 1 :])
-    return None
-
-
-def short_labels(kinds: Sequence[str]) -> dict[str, str]:
-    """For each kind, its shortest dotted suffix that ends no other kind (else its whole name)."""
-    labels = {}
-    for kind in kinds:
-        parts = kind.split(".")
-        suffixes = [".".join(parts[-n:]) for n in range(1, len(parts) + 1)]
-        labels[kind] = next(
-            (s for s in suffixes if sum(f".{k}".endswith(f".{s}") for k in kinds) == 1), kind
-        )
-    return labels
 
 
 def _arrange(
