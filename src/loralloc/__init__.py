@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loralloc.methods.catalog import get_method as get_method
     from loralloc.methods.method import Method as Method
     from loralloc.methods.opening import open_adapter as open_adapter
+    from loralloc.runs.fleet import FleetRuns as FleetRuns
     from loralloc.runs.run import Run as Run
     from loralloc.runs.run import prepare as prepare
     from loralloc.runs.run import train as train
@@ -39,6 +40,7 @@ _HOMES = {
     "AllocationConfig": "allocation.config",
     "Allocator": "allocation.allocator",
     "Driver": "training.drive",
+    "FleetRuns": "runs.fleet",
     "Limits": "allocation.policy",
     "Method": "methods.method",
     "Plan": "allocation.policy",

@@ -310,7 +310,8 @@ class _LoraUpdate(torch.autograd.Function):
         return dx, dy, da, db, None
 
 
-def _rounded(rank: int, dtype: torch.dtype) -> int:
+def padded_rank(rank: int, dtype: torch.dtype) -> int:
+    """The rank that a product of this dtype is made with."""
     return -(-rank // MULTIPLE) * MULTIPLE if dtype.itemsize == 2 else rank
 
 
@@ -319,7 +320,7 @@ def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> 
     parts = []
     for a_i, s in zip(a, scalings, strict=True):
         parts.append((a_i * s).to(dtype))
-        if missing := _rounded(len(a_i), dtype) - len(a_i):
+        if missing := padded_rank(len(a_i), dtype) - len(a_i):
             parts.append(parts[-1].new_zeros(missing, a_i.shape[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -327,7 +328,7 @@ def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> 
 def _transposed(b: Any, dtype: torch.dtype) -> Tensor:
     """B^T, shape (R_i, out)."""
     rank = b.shape[1]
-    bt: Tensor = b.new_empty(_rounded(rank, dtype), len(b), dtype=dtype)
+    bt: Tensor = b.new_empty(padded_rank(rank, dtype), len(b), dtype=dtype)
     bt[:rank].copy_(b.t())
     bt[rank:].zero_()
     return bt

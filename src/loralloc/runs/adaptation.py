@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
@@ -18,6 +19,9 @@ from loralloc.runs.arguments import BLOCK, OPTIONS
 from loralloc.runs.heads.head import Head
 from loralloc.runs.models import load_with_new_head
 from loralloc.runs.settings import Settings
+
+Backbone = Callable[..., tuple[Any, list[str]]]
+"""Loads a backbone as `models.load_with_new_head` does, with the names of what is new in it."""
 
 LORA_FLAGS = {
     "lora_r": "rank",
@@ -65,20 +69,28 @@ def method_of(settings: Settings) -> Method:
     return kind(**values)
 
 
-def adapt(settings: Settings, method: Method, head: Head, **options: Any) -> Any:
+def adapt(
+    settings: Settings,
+    method: Method,
+    head: Head,
+    *,
+    load: Backbone = load_with_new_head,
+    **options: Any,
+) -> Any:
     """The backbone with its head, adapted and ready to train fast.
 
     Args:
         settings: Of the run.
         method: How it is adapted.
         head: What it is adapted for; one that is new trains too.
+        load: What loads it, as `load_with_new_head` does.
         options: How the backbone is loaded; see `load_model`.
 
     Raises:
         ValueError: There is no such model, or the method does not fit it.
     """
     name = settings.model.model_name_or_path
-    model, new = load_with_new_head(name, head=head, **options)
+    model, new = load(str(name), head=head, **options)
     check_quantised(method, model)
     fit(method, model, settings.run.budget)
     heads = [*new, *(settings.model.lora_modules_to_save or ())]

@@ -23,11 +23,16 @@ from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
 from loralloc.runs import card, data, folder, protocol
-from loralloc.runs.adaptation import adapt, method_of
+from loralloc.runs.adaptation import Backbone, adapt, method_of
 from loralloc.runs.heads.catalog import choose_head
 from loralloc.runs.heads.head import Head
 from loralloc.runs.measures import check_measure, check_optimizer
-from loralloc.runs.models import backbone_options, is_encoder, load_tokenizer
+from loralloc.runs.models import (
+    backbone_options,
+    is_encoder,
+    load_tokenizer,
+    load_with_new_head,
+)
 from loralloc.runs.options import check_conditions, check_head_options, check_options
 from loralloc.runs.settings import Settings, resolve, resolve_again
 from loralloc.tasks.catalog import get_task
@@ -90,6 +95,7 @@ def prepare(
     resume: bool = False,
     overwrite: bool = False,
     on_round: Callable[[Round], None] | None = None,
+    load: Backbone = load_with_new_head,
 ) -> Run:
     """Load data and model, and build the trainer of a run, as `loralloc train` does.
 
@@ -105,6 +111,7 @@ def prepare(
             that is there; those given now win.
         overwrite: Replace the run in the folder, once training has begun.
         on_round: Called with each round of allocation once it has taken place.
+        load: What loads the backbone, where runs share one; see `runs.fleet`.
 
     Raises:
         ValueError: Options, data and model do not fit together, or the folder holds a run; one
@@ -142,7 +149,7 @@ def prepare(
         )
     existed = where.exists()
     try:
-        run = _prepare(settings, on_round)
+        run = _prepare(settings, on_round, load)
     finally:
         # Trainer makes its output folder when it is built.
         made = settings.training.should_save and not existed and where.is_dir()
@@ -151,7 +158,7 @@ def prepare(
     return dataclasses.replace(run, checkpoint=checkpoint, overwrite=overwrite)
 
 
-def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Run:
+def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load: Backbone) -> Run:
     check_options(settings)
     check_optimizer(settings)
     method = method_of(settings)
@@ -170,7 +177,7 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None) -> Ru
     settings = protocol.apply(settings, num_examples=len(ready["train"].dataset))
     check_conditions(settings)
     check_measure(settings, head)
-    model = adapt(settings, method, head, labels=labels, **backbone)
+    model = adapt(settings, method, head, load=load, labels=labels, **backbone)
     trainer = head.trainer(model, tokenizer, ready, settings)
     settings = protocol.follow(trainer, settings)
     drive(trainer, method, on_round=on_round)

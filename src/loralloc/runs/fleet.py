@@ -1,0 +1,247 @@
+"""Runs of one backbone that are trained at once, each as it would be alone.
+
+Runs may differ in what the backbone and its batches know nothing of: seed, learning rate, rank,
+LoRA or ALoRA with its options, optimiser and schedule. All is prepared, trained, evaluated, kept
+and resumed by the code of a single run; see `training.fleet` for where they meet.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from loralloc.allocation.choices import is_gathered
+from loralloc.allocation.layers import lora_layers
+from loralloc.allocation.record import Round
+from loralloc.runs.models import load_with_new_head
+from loralloc.runs.run import Run, prepare, train
+from loralloc.runs.settings import Settings, resolve, resolve_again
+from loralloc.training.fleet import Fleet, body_of
+from loralloc.training.lockstep import World
+
+METHODS = ("lora", "alora", "alora-sensi")
+"""Methods that are plain LoRA in every step."""
+
+MAY_DIFFER = (
+    *("method", "budget", "lora_r", "lora_alpha", "use_rslora", "output_dir", "run_name"),
+    *("seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args"),
+    *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "early_stopping_patience"),
+    *("adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Options in which the runs of a fleet may differ, beside those of the allocation."""
+
+ALONE = {
+    "lora_dropout": "what it drops is drawn for all runs at once",
+    "use_dora": "its layers are more than B (A x)",
+    "lora_modules_to_save": "every run would need the modules of its own",
+    **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "the runs could not share the weights"),
+    **dict.fromkeys(("bf16", "fp16"), "mixed precision is not carried through all runs at once"),
+    **dict.fromkeys(("packing", "padding_free"), "rows are told apart by their place in a batch"),
+    **dict.fromkeys(
+        ("gradient_checkpointing", "activation_checkpointing", "activation_offloading"),
+        "it is switched on in each run's own model, through which the steps do not go",
+    ),
+    **dict.fromkeys(("torch_compile", "use_liger_kernel"), "it changes each run's own model alone"),
+    "neftune_noise_alpha": "its noise would be drawn for all runs at once",
+    "auto_find_batch_size": "the batches of all runs have one size",
+    **dict.fromkeys(("deepspeed", "fsdp"), "a fleet is one process"),
+    "enable_jit_checkpoint": "signals reach the first thread of a process only",
+}
+"""Options with which a run is trained alone, and why."""
+
+
+class FleetRuns:
+    """Runs that are prepared one after another and trained at once.
+
+    Example:
+        >>> fleet = FleetRuns()  # doctest: +SKIP
+        >>> for rate in (1e-3, 2e-3):
+        ...     fleet.add({"task": "demo", "learning_rate": rate, ...})  # doctest: +SKIP
+        >>> fleet.train()  # doctest: +SKIP
+    """
+
+    def __init__(self) -> None:
+        """Begin with none."""
+        self.runs: list[Run] = []
+        """The runs, in the order in which they were added."""
+        self._backbone = SharedBackbone()
+        self._worlds: list[World] = []
+
+    def add(
+        self,
+        options: Settings | Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        on_round: Callable[[Round], None] | None = None,
+    ) -> Run:
+        """Prepare one more run; see `run.prepare` for the arguments.
+
+        Raises:
+            ValueError: As `run.prepare`, or the run has to be trained alone, or it differs from the
+                others in more than it may; one sentence.
+        """
+        if isinstance(options, Settings):
+            settings = options
+        else:
+            settings = resolve_again(options) if resume else resolve(options)
+        check_settings(settings)
+        if self.runs:
+            _check_alike(self.runs[0].settings, settings)
+        run = prepare(
+            settings, resume=resume, overwrite=overwrite, on_round=on_round, load=self._backbone
+        )
+        check_model(run.model)
+        self.runs.append(run)
+        self._worlds.append(World())
+        return run
+
+    def train(self) -> list[BaseException | None]:
+        """Train all runs to their ends, and write their folders.
+
+        Returns:
+            For each run what ended it before its end, if anything did. The others went on.
+        """
+        padding = self.runs[0].tokenizer.pad_token_id
+        fleet = Fleet(
+            [run.trainer for run in self.runs], padding=0 if padding is None else int(padding)
+        )
+        found: list[BaseException | None] = fleet.run(
+            [functools.partial(train, run) for run in self.runs], self._worlds
+        )
+        return found
+
+
+class SharedBackbone:
+    """Loads a backbone for several runs: the frozen weights are there once.
+
+    What a run draws at random, a new head, it draws as it would alone: such a model is loaded
+    anew, and has then the weights that are there already.
+    """
+
+    def __init__(self) -> None:
+        """Nothing is loaded yet."""
+        self._first: tuple[Any, list[str]] | None = None
+
+    def __call__(self, name: str, **options: Any) -> tuple[Any, list[str]]:
+        """See `models.load_with_new_head`."""
+        if self._first is None:
+            model, new = load_with_new_head(name, **options)
+            self._first = _sharing(model), new
+            return model, new
+        first, new = self._first
+        if not new:
+            return _sharing(first), []
+        model, new = load_with_new_head(name, **options)
+        weights = dict(first.named_parameters(remove_duplicate=False))
+        for where, module in model.named_modules():
+            for own in module._parameters:
+                full = f"{where}.{own}" if where else own
+                if not any(full.startswith(f"{head}.") for head in new):
+                    module._parameters[own] = weights[full]
+        return model, new
+
+
+def _sharing(model: Any) -> Any:
+    """A copy of a model's modules around the same weights."""
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuse what cannot be held equal to a run alone.
+
+    Raises:
+        ValueError: Naming the option.
+    """
+    method = settings.run.method
+    if method not in METHODS:
+        raise ValueError(
+            f"`method` is {method!r}, and a fleet trains {', '.join(METHODS)}; train it one by one."
+        )
+    allocation = settings.allocation
+    if method != "lora" and is_gathered(allocation) and allocation.score != "sensitivity":
+        raise ValueError(
+            f"`score` is {allocation.as_data()['score']!r}, which is gathered in forward passes of "
+            "a run's own model, through which a fleet's steps do not go; train it one by one."
+        )
+    for name, why in ALONE.items():
+        owner = next(
+            group
+            for group in (settings.model, settings.training, settings.run)
+            if hasattr(group, name)
+        )
+        value = getattr(owner, name)
+        if value not in (None, False, 0, 0.0, [], "", {}):
+            raise ValueError(
+                f"`{name}` is {value!r}, and in a fleet {why}; leave it out or train one by one."
+            )
+    if settings.training.n_gpu > 1 or settings.training.world_size > 1:
+        raise ValueError(
+            "A fleet is one process on one device, and there are more; set CUDA_VISIBLE_DEVICES to "
+            "one, or train one by one."
+        )
+
+
+def check_model(model: Any) -> None:
+    """Refuse a model in which the rows of several runs would not be what they are alone.
+
+    Raises:
+        ValueError: It draws dropout, adapts what is outside of the backbone's body, or is spread.
+    """
+    body = body_of(model)
+    for name, module in body.named_modules():
+        for option, rate in _dropout(module):
+            raise ValueError(
+                f"{name or 'The backbone'} has dropout (`{option}` of {rate}), which is drawn for "
+                "the rows of all runs at once, so that none would be as it is alone; switch it off "
+                "in `model_init_kwargs`, or train one by one."
+            )
+    inside = {id(module) for module in body.modules()}
+    outside = [name for name, layer in lora_layers(model).items() if id(layer) not in inside]
+    if outside:
+        raise ValueError(
+            f"The adapter is on {outside[0]}, which is no part of the backbone's body that a fleet "
+            "shares; leave it out of `lora_target_modules`, or train one by one."
+        )
+    if getattr(body.config, "output_router_logits", False):
+        raise ValueError(
+            "The backbone is a mixture of experts whose router has a loss (`output_router_logits`) "
+            "on all rows of a batch, those of other runs among them; train one by one."
+        )
+
+
+def group_of(settings: Settings) -> str:
+    """What the runs of a fleet have in common, as text to compare."""
+    common = {
+        name: value
+        for name, value in settings.given.items()
+        if name not in MAY_DIFFER and not name.startswith("allocation.")
+    }
+    return json.dumps(common, sort_keys=True, default=str)
+
+
+def _check_alike(first: Settings, other: Settings) -> None:
+    one, two = (json.loads(group_of(settings)) for settings in (first, other))
+    for name in sorted({*one, *two}):
+        if one.get(name) != two.get(name):
+            raise ValueError(
+                f"`{name}` is {two.get(name)!r} in one run of a fleet and {one.get(name)!r} in "
+                "another; they may differ in seed, learning rate, rank, method and schedule."
+            )
+
+
+def _dropout(module: nn.Module) -> list[tuple[str, float]]:
+    """Rates above 0 of a module, by the names that they have in it."""
+    if isinstance(module, nn.Dropout):
+        return [("p", module.p)] if module.p else []
+    return [
+        (name, value)
+        for name, value in vars(module).items()
+        if "drop" in name and isinstance(value, float) and value > 0
+    ]
