@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,24 +25,10 @@ from transformers import (
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
-from loralloc.runs.machine import use_physical_cores
+from loralloc.runs.quiet import prepare_process as prepare_process
 
 if TYPE_CHECKING:
     from loralloc.runs.run import Run
-
-
-def prepare_process() -> None:
-    """One thread a core, and the libraries' own bars and notices out of the way of ours."""
-    use_physical_cores()
-    import datasets
-    import transformers
-
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
 
 
 class Progress:

@@ -66,7 +66,7 @@ def prepare(request: Request) -> Evaluation:
             sentence.
     """
     head = head_of(request.run)
-    saved, conversation = _saved(request.run), saved_conversation(request.run)
+    saved, conversation = saved_settings(request.run), saved_conversation(request.run)
     task = _task(request, saved)
     way = WAYS[head.name]
     decoding = way.settle(request, task)
@@ -117,7 +117,7 @@ def load(evaluation: Evaluation) -> Predictor:
         evaluation.task,
         evaluation.examples,
         decoding=evaluation.decoding,
-        saved=_saved(evaluation.request.run),
+        saved=saved_settings(evaluation.request.run),
     )
 
 
@@ -183,7 +183,7 @@ def finish(evaluation: Evaluation, call: Mapping[str, Any] | None = None) -> lis
     return figures
 
 
-def _saved(run: Path) -> dict[str, Any]:
+def saved_settings(run: Path) -> dict[str, Any]:
     """The run's settings; for an adapter that loralloc did not train, only its model's name."""
     if (run / SETTINGS).is_file():
         return run_settings.saved(run)

@@ -208,7 +208,7 @@ def _training_rows(
         for question, context, answers, starts in values
     ]
     cut = windows(tokenizer, spans, max_length=max_length, stride=stride)
-    targets = [_answer_tokens(window, spans[window.example]) for window in cut]
+    targets = [answer_tokens(window, spans[window.example]) for window in cut]
     taught = {window.example for window, target in zip(cut, targets, strict=True) if target}
     lost = [index for index in range(len(spans)) if index not in taught]
     if lost:
@@ -227,7 +227,8 @@ def _training_rows(
     }
 
 
-def _answer_tokens(window: Window, span: Span) -> tuple[int, int] | None:
+def answer_tokens(window: Window, span: Span) -> tuple[int, int] | None:
+    """First and last token of the first of a span's answers that a window holds; None if none."""
     for answer, start in zip(span.answers, span.starts, strict=True):
         tokens = tokens_of(window, start, start + len(answer))
         if tokens:

@@ -1,0 +1,1 @@
+"""What carries out cells: this process, several on this machine, a Ray cluster."""

@@ -1,0 +1,84 @@
+"""The rows that an experiment trains and tests on: whole data sets, or slices in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loralloc.experiments.files import write_text
+from loralloc.experiments.made_rows import made_rows
+from loralloc.tasks.catalog import get_task
+from loralloc.tasks.splits import load_task
+from loralloc.tasks.task import Task
+
+QUESTIONS = "mt_bench"
+"""The task whose questions a judge reviews the answers to."""
+
+
+def source_of(task: Task, data: Path | None) -> str | None:
+    """The folder of a task's rows below a folder of data sets; None where it has none.
+
+    It may have the task's name or its Hub data set's, as in "e2e" or "e2e_nlg".
+    """
+    if data is None:
+        return None
+    hub = (task.hub_name or task.name).rpartition("/")[2].replace("-", "_")
+    for name in dict.fromkeys((task.name, hub)):
+        if (data / name).is_dir():
+            return str((data / name).absolute())
+    return None
+
+
+def rows_of(
+    name: str, *, data: Path | None, limits: Mapping[str, int] | None, made: bool, folder: Path
+) -> str | None:
+    """Where a task's rows are for the runs of an experiment.
+
+    Args:
+        name: The task's.
+        data: A folder with a folder for each data set.
+        limits: Rows of each split at most, of which the shortest are taken; None for all rows.
+        made: Whether rows are made up where the data has none of this task.
+        folder: Where slices are written.
+
+    Returns:
+        What a run takes as `dataset_name`; None for the task's own data set on the Hub.
+
+    Raises:
+        ValueError: The rows cannot be loaded.
+    """
+    task = get_task(name)
+    source = source_of(task, data)
+    if limits is None:
+        return source
+    target = folder / f"{name}-{'made' if source is None and made else 'slice'}"
+    wanted = {split: limits[split] for split in limits if split in _splits(task)}
+    if all((target / f"{split}.jsonl").is_file() for split in wanted):
+        return str(target.absolute())
+    rows = made_rows(name, wanted) if source is None and made else _slices(task, source, wanted)
+    for split, chosen in rows.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
+        write_text(target / f"{split}.jsonl", "".join(lines))
+    return str(target.absolute())
+
+
+def _splits(task: Task) -> tuple[str, ...]:
+    if task.name == QUESTIONS:
+        return ("test",)
+    return ("train", "validation", "test") if task.metrics else ("train", "validation")
+
+
+def _slices(task: Task, source: str | None, limits: Mapping[str, int]) -> dict[str, list[Any]]:
+    """The shortest rows of every split, in their order."""
+    splits = load_task(task, source)
+    found = {}
+    for split, limit in limits.items():
+        if split not in splits:
+            continue
+        rows: list[Any] = splits[split].dataset.to_list()
+        lengths = [len(json.dumps(row, default=str)) for row in rows]
+        shortest = sorted(sorted(range(len(rows)), key=lambda i: lengths[i])[:limit])
+        found[split] = [rows[i] for i in shortest]
+    return found

@@ -1,0 +1,266 @@
+"""Carrying out one cell: train, test, and leave in its folder what came of it.
+
+A cell is finished when its folder holds `result.json`, and is not run again. `trained.json` says
+that it is trained; until then a run that was begun goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import safe_open
+
+from loralloc.experiments.cell import Cell
+from loralloc.experiments.files import locked, read_json, write_json
+from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
+
+if TYPE_CHECKING:
+    from loralloc.runs.run import Run
+
+LORA_A, PEFT_PREFIX = ".lora_A.weight", "base_model.model."
+"""Names of a rank's rows in a saved adapter."""
+
+RESULT, TRAINED, FAILURE = "result.json", "trained.json", "failure.json"
+TEST_FOLDER = "eval/test"
+PACKAGES = ("torch", "transformers", "peft", "trl")
+
+Result = Mapping[str, Any]
+"""What `result.json` holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came of one cell."""
+
+    cell: Cell
+    result: Result | None
+    """None where it failed."""
+
+    failure: str = ""
+    """Why it failed, in a sentence."""
+
+    ran: bool = True
+    """Whether it was carried out now; False where it was finished before."""
+
+
+def finished(cell: Cell) -> Result | None:
+    """The result of a cell that is finished; None of any other."""
+    found = read_json(cell.folder / RESULT)
+    if found is None or (cell.test is not None and found["test"] is None):
+        return None
+    return found
+
+
+def attempt(cell: Cell) -> Outcome:
+    """Carry out a cell; what goes wrong is its outcome, and is written into its folder."""
+    done = finished(cell)
+    if done is not None:
+        return Outcome(cell=cell, result=done, ran=False)
+    try:
+        return Outcome(cell=cell, result=run_cell(cell))
+    except Exception as error:  # a hole in the table, with its reason
+        reason = " ".join(str(error).split()) or type(error).__name__
+        write_json(cell.folder / FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
+        return Outcome(cell=cell, result=None, failure=reason)
+
+
+def run_cell(cell: Cell) -> Result:
+    """Carry out what is still to be done of a cell.
+
+    Raises:
+        Exception: As training and testing do.
+    """
+    with locked(cell.folder):
+        done = finished(cell)  # by the process that held the lock
+        if done is not None:
+            return done
+        (cell.folder / FAILURE).unlink(missing_ok=True)
+        trained = read_json(cell.folder / TRAINED)
+        if trained is None:
+            trained = train_cell(cell)
+            write_json(cell.folder / TRAINED, trained)
+        result = {
+            "cell": cell.as_data(),
+            **trained,
+            "test": None if cell.test is None else test_cell(cell),
+            "versions": {name: version(name) for name in PACKAGES},
+        }
+        write_json(cell.folder / RESULT, result)
+        return result
+
+
+def train_cell(cell: Cell) -> dict[str, Any]:
+    """Train a cell, from its last checkpoint where there is one.
+
+    Returns:
+        Parameters, ranks, losses, steps, seconds and memory of the run.
+    """
+    from transformers import PrinterCallback
+
+    import loralloc
+    from loralloc.experiments.cost import Clock, peak_bytes, reset_peak
+    from loralloc.runs.folder import holds_run, last_checkpoint
+
+    resume = last_checkpoint(cell.folder) is not None
+    overwrite = not resume and holds_run(cell.folder)
+    options = {**cell.options, "output_dir": str(cell.folder)}
+    reset_peak()
+    run = loralloc.prepare(options, resume=resume, overwrite=overwrite)
+    run.trainer.remove_callback(PrinterCallback)
+    clock = Clock(run.checkpoint)
+    run.trainer.add_callback(clock)
+    method = run.method
+    num_trained = method.num_trained()
+    loralloc.train(run)
+    loss = float(run.trainer.evaluate()["eval_loss"])
+    facts = {
+        "size": {method.size: method.chosen_size()} if method.size else {},
+        "parameters": {
+            "budget": cell.options.get("budget"),
+            "trained": num_trained,
+            "stored": method.num_stored(),
+        },
+        "ranks": _ranks(run),
+        "dev_loss": loss,
+        "steps": run.trainer.state.global_step,
+        "examples_per_step": run.trainer.args.per_device_train_batch_size
+        * run.trainer.args.gradient_accumulation_steps,
+        "seconds": clock.seconds,
+        "peak_bytes": peak_bytes(alone=cell.alone),
+        "device": run.model.device.type,
+    }
+    _free(run)
+    return facts
+
+
+def test_cell(cell: Cell) -> dict[str, Any]:
+    """Test a trained cell; an interrupted test goes on.
+
+    Returns:
+        Figures, cross-entropy, and the scores and losses of every example.
+    """
+    assert cell.test is not None, "the cell is not to be tested"
+    if "questions" in cell.test:
+        return _answer(cell)
+    from loralloc.evaluation import evaluate
+    from loralloc.evaluation.cross_entropy import cross_entropies
+    from loralloc.evaluation.request import Request
+
+    begin = time.perf_counter()
+    options = dict(cell.test)
+    request = Request(run=cell.folder, output_dir=cell.folder / TEST_FOLDER, **options)
+    evaluation = evaluate.prepare(request)
+    call = None
+    if evaluation.num_left:
+        call = evaluate.predict(evaluation, evaluate.load(evaluation))
+    figures = evaluate.finish(evaluation, call)
+    losses = cross_entropies(evaluation)
+    _collect()
+    return {
+        "figures": [
+            {
+                "name": figure.name,
+                "value": figure.value,
+                "implementation": figure.implementation,
+                "missing": figure.missing,
+            }
+            for figure in figures
+        ],
+        "num_examples": len(evaluation.examples),
+        "num_in_split": evaluation.num_in_split,
+        "cross_entropy": losses.mean,
+        "examples": {"scores": _scores(request.output_dir), "losses": losses.by_example},
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _answer(cell: Cell) -> dict[str, Any]:
+    """Answers to the questions of MT-Bench, which a judge reviews when all are there."""
+    from loralloc.evaluation.judge.answers import Answering
+    from loralloc.evaluation.judge.contestants import contestant
+    from loralloc.evaluation.judge.questions import GPT4_ANSWERS_NAME, load_questions, read_answers
+    from loralloc.evaluation.judge.results import rouge_l_to
+
+    assert cell.test is not None
+    options = dict(cell.test)
+    data = options.pop("questions")
+    begin = time.perf_counter()
+    questions = load_questions(data)
+    one = contestant(
+        str(cell.folder),
+        questions,
+        name=cell.folder.name,
+        decoding=Answering(**options),
+        output_dir=cell.folder,
+    )
+    gpt4 = Path(data) / GPT4_ANSWERS_NAME
+    figures = []
+    if gpt4.is_file():
+        overlap = rouge_l_to(read_answers(gpt4), one.answers, questions)
+        figures = [
+            {
+                "name": overlap.name,
+                "value": overlap.value,
+                "implementation": overlap.implementation,
+                "missing": overlap.missing,
+            }
+        ]
+    _collect()
+    return {
+        "figures": figures,
+        "num_examples": len(questions),
+        "num_in_split": len(questions),
+        "cross_entropy": None,
+        "examples": None,
+        "answers": one.source.name,
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def _scores(folder: Path | None) -> list[float | None]:
+    """Of every example, in their order."""
+    from loralloc.evaluation.predictions import PREDICTIONS_NAME
+
+    assert folder is not None
+    text = (folder / PREDICTIONS_NAME).read_text(encoding="utf-8")
+    return [json.loads(line)["score"] for line in text.split("\n")[:-1]]
+
+
+def _ranks(run: Run) -> dict[str, dict[str, int]] | None:
+    """The rank of every module at first and at the end, of a method that ends as LoRA."""
+    path = run.settings.output_dir / WEIGHTS
+    with safe_open(path, framework="pt") as weights:
+        names = [name for name in weights.keys() if name.endswith(LORA_A)]  # noqa: SIM118
+        final = {
+            name.removesuffix(LORA_A).removeprefix(PEFT_PREFIX): weights.get_slice(
+                name
+            ).get_shape()[0]
+            for name in names
+        }
+    if not final:
+        return None
+    record = run.allocation.record if run.allocation else None
+    return {"initial": dict(record.initial_ranks) if record else {}, "final": final}
+
+
+def _free(run: Run) -> None:
+    """Let go of a model before the next one is loaded."""
+    run.trainer.accelerator.free_memory()
+    run.trainer.model = None
+    _collect()
+
+
+def _collect() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
