@@ -261,11 +261,12 @@ def _methods() -> list[str]:
 INTRODUCTION = (
     "# Methods",
     "",
-    "Every method of the paper's Table 1 and its two ablation variants, by `--method NAME`, at one",
-    "budget (`--budget N`; by default the parameters of LoRA with rank 8 on every linear layer of",
-    "every block) or at the size of the paper's comparison (`--paper`). `loralloc methods --model",
-    "MODEL` counts them for a model. Faithful: as published. Port: moved to other backbones.",
-    "Reconstruction: rebuilt from the paper's words, where no code was ever published.",
+    "Every method of the paper's Table 1 and its two ablation variants, later competitors and",
+    "controls, by `--method NAME`, at one budget (`--budget N`; by default the parameters of LoRA",
+    "with rank 8 on every linear layer of every block) or at the size of the paper's comparison",
+    "(`--paper`). `loralloc methods --model MODEL` counts them for a model. Faithful: as",
+    "published. Port: moved to other backbones. Reconstruction: rebuilt from the paper's words,",
+    "where no code was ever published. Control: what the others have to be better than.",
 )
 
 NOTES = (

@@ -51,6 +51,7 @@ class Drive:
             num_steps=length.num_steps,
             steps_per_epoch=length.steps_per_epoch,
             loss=self.loss_of,
+            training=lambda num_examples: tiny.micro_batches(other, 4),
             second_half=itertools.repeat(other),
             objective=Objective(method.model, tiny.micro_batches(other, 4))
             if wants.held_out
@@ -66,6 +67,7 @@ class Drive:
     def begin(self, *, moments=None):
         """Begin, at step `done`, with an optimiser as it was after it."""
         self.optimizer = self.session.optimizer = tiny.optimizer_for(self.method.model, lr=self.lr)
+        self.method.arrange(self.optimizer)
         if moments is not None:
             self.optimizer.load_state_dict(moments)
         self.session.steps_done = self.done

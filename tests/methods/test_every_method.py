@@ -2,6 +2,7 @@
 
 import copy
 
+import given
 import pytest
 import session
 import tiny
@@ -25,6 +26,7 @@ LEARNING_RATES = {"p-tuning-v2": 0.1}
 
 def made(name: str, shape: str, **options):
     model = BUILDS[shape]()
+    options = {**given.options(name), **options}
     kind = get_method(name)
     if session.task_type(model) not in kind.about.task_types:
         pytest.skip(f"{name} is not for {session.task_type(model)}")
@@ -36,6 +38,7 @@ def made(name: str, shape: str, **options):
 @pytest.mark.parametrize(("name", "shape"), CASES)
 def test_at_step_0_it_equals_the_backbone_or_says_why_not(name, shape):
     method, base = made(name, shape), BUILDS[shape]()
+    Drive(method).begin()
     batch = tiny.batch_for(base)
     with torch.no_grad():
         plain = base(**batch).logits
@@ -50,6 +53,8 @@ def test_it_learns_and_leaves_the_backbone_as_it_was(name, shape):
     method, base = made(name, shape), BUILDS[shape]().state_dict()
     losses = Drive(method, lr=LEARNING_RATES.get(name, 1e-2)).begin().train()
     assert losses[-1] < 0.8 * losses[0]
+    if not method.about.keeps_backbone:
+        return
     inner = session._inner(method.model)
     frozen = {n: p for n, p in inner.named_parameters() if not p.requires_grad}
     compared = 0

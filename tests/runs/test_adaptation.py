@@ -111,3 +111,9 @@ def test_every_method_can_be_asked_for_by_name(name):
     method = asked("--method", name)
     assert method.about.name == name
     assert type(method)(**method.options()) == method
+
+
+def test_lora_on_one_kind_of_sublayer_has_the_rank_that_the_budget_gives():
+    assert asked("--method", "mlp-only").rank is None
+    assert asked("--method", "mlp-only", "--lora_r", "4").rank == 4
+    assert asked("--method", "lora").rank == 8

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import given
 import pytest
 import tiny
 import torch
@@ -207,21 +208,25 @@ def test_a_search_is_given_the_other_half_and_held_out_examples(tmp_path):
     assert next(plain.session.second_half, None) is None
 
 
+ALIKE = {"random", "inverse", "mlp-only", "attention-only", "pattern", "dora", "rslora"}
+"""Methods that are saved and resumed by the code of another."""
+
+
 @pytest.mark.reliability
 @pytest.mark.parametrize("at", [3, 9], ids="step {}".format)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ALIKE])
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp_path):
     ends = {}
     for folder in ("whole", "killed"):
         # Of 24 steps a quarter is searched in: one kill comes in the search, one after it.
         options = dict(save_strategy="steps", save_steps=1, save_total_limit=1, num_train_epochs=4)
-        method = get_method(name)()
+        method = get_method(name)(**given.options(name))
         trainer = driven(tmp_path / folder, method, **options)
         if folder == "killed":
             trainer.add_callback(KillAt(at))
             with pytest.raises(Interrupted):
                 trainer.train()
-            method = get_method(name)()
+            method = get_method(name)(**given.options(name))
             trainer = driven(tmp_path / folder, method, **options)
             trainer.train(resume_from_checkpoint=str(tmp_path / folder / f"checkpoint-{at}"))
         else:
@@ -231,3 +236,13 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp
     assert ends["whole"].keys() == ends["killed"].keys()
     for key, tensor in ends["whole"].items():
         torch.testing.assert_close(ends["killed"][key], tensor, atol=1e-5, rtol=1e-4)
+
+
+def test_a_method_gives_the_optimiser_its_groups_before_the_schedule_is_made(tmp_path):
+    method = get_method("lora-plus")(rank=2, ratio=8.0)
+    trainer = driven(tmp_path, method)
+    trainer.train()
+    rate, groups = trainer.args.learning_rate, trainer.optimizer.param_groups
+    assert {group["initial_lr"] for group in groups} == {rate, 8 * rate}
+    assert trainer.lr_scheduler.base_lrs == [group["initial_lr"] for group in groups]
+    assert "create_optimizer" not in vars(trainer)

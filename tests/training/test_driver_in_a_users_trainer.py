@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import given
 import pytest
 import tiny
 import torch
@@ -37,7 +38,7 @@ def test_every_method_drives_a_trainer_of_a_bare_backbone_in_one_line(name, tmp_
     if get_method(name).allocates:
         method = get_method(name)(allocation=options(ranks_per_round=4))
     else:
-        method = get_method(name)()
+        method = get_method(name)(**given.options(name))
     drive(trainer, method)
     trainer.train()
     trainer.save_model(str(tmp_path / "saved"))

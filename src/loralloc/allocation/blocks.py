@@ -72,6 +72,19 @@ def sublayers(model: Any) -> list[Sublayer]:
     return [part for index, block in enumerate(blocks(model)) for part in _of_block(index, block)]
 
 
+def sublayer_linears(model: Any, kind: Kind) -> list[str]:
+    """Names of the linear layers of every block that are in its attention, or in its other half.
+
+    Raises:
+        TypeError: The blocks are not of a shape that is known.
+    """
+    parts = [part.owner for part in sublayers(model) if part.kind == "attention"]
+    attention = {id(module) for part in parts for module in part.modules()}
+    inside = {id(module) for block in blocks(model) for module in block.modules()}
+    wanted = attention if kind == "attention" else inside - attention
+    return [name for name in linear_names(model) if id(model.get_submodule(name)) in wanted]
+
+
 def _of_block(index: int, block: Any) -> tuple[Sublayer, Sublayer]:
     if hasattr(block, "self_attn") and hasattr(block, "mlp"):  # Llama and its many relatives
         places = (block.self_attn,) * 3, (block.mlp,) * 3

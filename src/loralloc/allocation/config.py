@@ -23,6 +23,7 @@ SCORES = {
         "shapley": "shapley:score",
         "architecture": "architecture:Gates",
         "sensitivity": "sensitivity:Sensitivity",
+        "random": "random:Random",
     }.items()
 }
 """Our importance scores and where they are, the default first: a function that measures at a round
@@ -32,10 +33,14 @@ SCORE_OPTIONS = {
     "screened": {"most": "verify_ranks", "policy": "policy"},
     "shapley": {"num_nodes": "shapley_nodes"},
     "architecture": {"lr": "gate_lr", "weight_decay": "gate_weight_decay"},
+    "random": {"seed": "seed"},
 }
 """Further arguments of our scores, and the options below that they are taken from."""
 
-POLICIES = {"paper": "loralloc.allocation.policy:plan"}
+POLICIES = {
+    "paper": "loralloc.allocation.policy:plan",
+    "inverse": "loralloc.allocation.inverse:plan_inverse",
+}
 """Our policies and where they are."""
 
 BUDGETS = ("ranks", "parameters")
@@ -74,7 +79,7 @@ class AllocationConfig:
 
     scoring_examples: int = 32
     """Held-out examples that importance is measured on (B_val), drawn once; all there are where
-    there are fewer. "architecture" and "sensitivity" need none. Source: the paper."""
+    there are fewer. "architecture", "sensitivity" and "random" need none. Source: the paper."""
 
     score: str | Score | type[Tracker] = "gradient"
     """How importance is measured: "gradient" is eq. 6 to first order (two backward passes for all
@@ -82,7 +87,7 @@ class AllocationConfig:
     the cut by ablation, "shapley" divides the whole improvement among the ranks. "architecture"
     (ALoRA-DNAS) learns a gate on every rank from half of the training examples, while until the
     last round the weights learn from the other half alone; "sensitivity" (ALoRA-Sensi) averages
-    AdaLoRA's |w dL/dw| over the training steps. Your own, a function as
+    AdaLoRA's |w dL/dw| over the training steps; "random", a control, draws. Your own, a function as
     `allocation.choices.Score` describes or a subclass of `Tracker`, is given itself or as
     "package.module:name"."""
 
@@ -119,8 +124,9 @@ class AllocationConfig:
 
     policy: str | Policy = "paper"
     """Who is pruned and who receives: "paper" prunes the lowest scores of one pool and gives to
-    the modules that lost nothing. Your own, a function from `Scores` and `Limits` to a `Plan`, is
-    given itself or as "package.module:name"."""
+    the modules that lost nothing; "inverse", a control, does so with the scores turned round. Your
+    own, a function from `Scores` and `Limits` to a `Plan`, is given itself or as
+    "package.module:name"."""
 
     budget: Literal["ranks", "parameters"] = "ranks"
     """What is held constant: the number of ranks (the paper) or of LoRA parameters. A rank of a

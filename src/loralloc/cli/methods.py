@@ -105,11 +105,12 @@ def facts(kind: type[Method], model: Any, budget: int) -> dict[str, Any]:
     about = kind.about
     method = kind()
     too_large = ""
+    parameters = None
     try:
         method.fit(model, budget)
+        parameters = method.count(model, method.chosen_size())
     except ValueError as error:
         too_large = str(error)
-    parameters = None if too_large else method.count(model, method.chosen_size())
     return {
         "name": about.name,
         "title": about.title,
@@ -144,7 +145,7 @@ def papers_count(kind: type[Method], model: Any) -> int | None:
 
 def _size(row: dict[str, Any]) -> str:
     if row["too_large"]:
-        return "beyond it"
+        return "beyond it" if row["size_name"] else "its file's"
     return f"{row['size_name']} {row['size']}" if row["size_name"] else "one only"
 
 

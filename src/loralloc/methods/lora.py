@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from peft import PeftConfig, TaskType
-
 from loralloc.methods.method import About
-from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.peft_method import LoraShaped, PeftMethod
 
 
 @dataclass(kw_only=True)
@@ -32,14 +31,13 @@ class Lora(LoraShaped):
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}
 
-    def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
-        """See `PeftMethod.peft_config`."""
-        assert self.rank is not None, "fit() chooses it"
-        return self.lora_config(
-            model,
-            self.rank,
-            task_type=task_type,
-            heads=heads,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
+    def lora_options(self) -> dict[str, Any]:
+        """See `LoraShaped.lora_options`."""
+        return {"use_rslora": self.use_rslora, "use_dora": self.use_dora}
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        if self.use_dora:  # its ranks cannot be changed, and need not be
+            PeftMethod.load(self, folder)
+        else:
+            super().load(folder)

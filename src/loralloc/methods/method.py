@@ -15,13 +15,15 @@ from typing import Any, ClassVar, Literal
 
 from peft import TaskType
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from loralloc.allocation.objective import Batch
 from loralloc.methods.session import Length, Session, Wants
 
-Status = Literal["faithful", "port", "reconstruction"]
+Status = Literal["faithful", "port", "reconstruction", "control"]
 """How near a method's algorithm is to its paper: as published, moved to other backbones, or rebuilt
-from the paper's words, where no code was ever published."""
+from the paper's words, where no code was ever published. A control is of no paper: what other
+methods have to be better than."""
 
 Origin = Literal["published", "ours"]
 """Whose a method's initialisation or settings are: its authors', or chosen here."""
@@ -76,6 +78,9 @@ class About:
     why_not_base: str = ""
     """Why it does not, where it does not."""
 
+    keeps_backbone: bool = True
+    """Whether the backbone's own weights stay as they are while it trains."""
+
     shares_prompts: bool = True
     """Whether a prompt may be read in pieces when text is generated. Not where prompts are made
     from the whole of it, or where reading begins with a prefix."""
@@ -93,8 +98,9 @@ class Method(ABC):
     """A way to adapt a model. Its fields are its options; None is chosen by the budget.
 
     The order of calls is: `fit`, `prepare`; `wants`, `join` when a run takes it up; for a resumed
-    run `check_saved`, `load` and `load_state`; `begin`; for every optimiser step `before_step`, for
-    its batches `watch` and `extra_loss`, then `step` and `after_step`; `finish`, `save`.
+    run `check_saved`, `load` and `load_state`; `arrange`, `begin`; for every optimiser step
+    `before_step`, for its batches `watch` and `extra_loss`, then `step` and `after_step`; `finish`,
+    `save`.
     """
 
     about: ClassVar[About]
@@ -108,6 +114,9 @@ class Method(ABC):
 
     allocates: ClassVar[bool] = False
     """Whether ranks move between modules while it trains, by the options of an allocation."""
+
+    equal_parameters: ClassVar[bool] = False
+    """Whether the budget chooses its size where neither is given, in the place of LoRA's rank."""
 
     bears_scaled_loss: ClassVar[bool] = False
     """Whether what it does between steps is right in fp16 too, whose loss is scaled."""
@@ -190,6 +199,9 @@ class Method(ABC):
 
     def join(self, session: Session) -> None:
         """Be taken up by a run, before it begins; what cannot be done is refused here."""
+
+    def arrange(self, optimizer: Optimizer) -> None:
+        """Give an optimiser that was just made the groups to train in, before its schedule is."""
 
     def begin(self, session: Session) -> None:
         """Begin to train, a new run or a resumed one; the optimiser is there."""

@@ -73,9 +73,23 @@ class LoraShaped(PeftMethod):
 
     size: ClassVar[str] = "rank"
 
+    def targeted(self, model: nn.Module) -> Sequence[str] | str:
+        """The modules to adapt, as PEFT's `target_modules`."""
+        return resolve_targets(model, self.targets)
+
+    def lora_options(self) -> dict[str, Any]:
+        """What PEFT's options have beyond those of plain LoRA."""
+        return {}
+
     def count(self, model: nn.Module, size: int) -> int:
         """See `Method.count`."""
-        return size * rank_parameters(model, resolve_targets(model, self.targets))
+        return size * rank_parameters(model, self.targeted(model))
+
+    def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
+        """See `PeftMethod.peft_config`."""
+        assert self.rank is not None, "fit() chooses it"
+        options = self.lora_options()
+        return self.lora_config(model, self.rank, task_type=task_type, heads=heads, **options)
 
     def lora_config(
         self, model: Any, rank: int, *, task_type: TaskType, heads: Sequence[str], **more: Any
@@ -85,7 +99,7 @@ class LoraShaped(PeftMethod):
             r=rank,
             lora_alpha=_whole(self.scale * rank),
             lora_dropout=self.dropout,
-            target_modules=resolve_targets(model, self.targets),
+            target_modules=self.targeted(model),
             modules_to_save=list(heads) or None,
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
             task_type=task_type,
@@ -104,6 +118,26 @@ class LoraShaped(PeftMethod):
     def merge(self) -> Any:
         """See `Method.merge`."""
         return self.model.merge_and_unload()
+
+
+@dataclass(kw_only=True)
+class FixedRanks(LoraShaped):
+    """A variant of LoRA that PEFT has, whose ranks cannot be changed once it is made."""
+
+    def check_saved(self, folder: Path) -> None:
+        """See `Method.check_saved`."""
+        saved, now = PeftConfig.from_pretrained(str(folder)), self.model.peft_config["default"]
+        for option in ("r", "lora_alpha", "use_dora", "init_lora_weights"):
+            before, after = getattr(saved, option, None), getattr(now, option)
+            if before != after:
+                raise ValueError(
+                    f"The run in {folder} began with `{option}` of {before}, and now it is "
+                    f"{after}; resume with the value it began with."
+                )
+
+    def load(self, folder: Path) -> None:
+        """See `Method.load`."""
+        PeftMethod.load(self, folder)
 
 
 def default_budget(model: nn.Module) -> int:

@@ -137,7 +137,8 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
     lora = settings.model
     if lora.lora_r < 1:
         raise ValueError(f"`lora_r` is {lora.lora_r}; it must be at least 1.")
-    rank_is_open = settings.run.budget is not None or settings.run.paper
+    run = settings.run
+    rank_is_open = run.budget is not None or run.paper or kind.equal_parameters
     values = {
         "rank": None if rank_is_open and not settings.gives("lora_r") else lora.lora_r,
         "scale": lora.lora_alpha / lora.lora_r,

@@ -225,7 +225,22 @@ class Driver(TrainerCallback):
             )
         if self._wants.restart_at:
             joins["create_scheduler"] = restart_schedule(trainer, at=self._wants.restart_at)
+        if type(self.method).arrange is not Method.arrange:
+            joins["create_optimizer"] = self._arranged(trainer.create_optimizer)
         return joins
+
+    def _arranged(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """Making the optimiser, in the method's groups."""
+
+        @functools.wraps(own)
+        def create_optimizer(*args: Any, **kwargs: Any) -> Any:
+            is_new = self._trainer.optimizer is None
+            optimizer = own(*args, **kwargs)
+            if is_new:
+                self.method.arrange(optimizer)
+            return optimizer
+
+        return create_optimizer
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         folder = Path(checkpoint)
