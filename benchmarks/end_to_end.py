@@ -23,7 +23,7 @@ from whole_run import CONTESTANTS
 
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.config import AllocationConfig
-from loralloc.training import scoring_batch
+from loralloc.training.batches import draw
 
 PAPER_STEPS = 42_061 // 16 * 10
 PAPER_ROUNDS = 8
@@ -77,9 +77,7 @@ def rounds(sets: dict[str, str], repeats: int) -> dict[str, Any]:
     run = harness.prepare(task, data)
     trainer, model = run.trainer, run.model
     config = AllocationConfig(seed=0)
-    batches = scoring_batch.draw(
-        trainer, trainer.eval_dataset, num_examples=config.scoring_examples, seed=0
-    )
+    batches = draw(trainer, trainer.eval_dataset, num_examples=config.scoring_examples, seed=0)
     allocator = Allocator(model, config, batches)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)

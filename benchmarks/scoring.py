@@ -30,7 +30,7 @@ from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores, choose_pruned
 from loralloc.allocation.supervised import IGNORED
 from loralloc.kernels.lora import fuse, unfuse
-from loralloc.training import scoring_batch
+from loralloc.training.batches import draw
 from tests.reference.importance import gates_all, performance
 
 NUM_PRUNED = 7
@@ -139,7 +139,7 @@ def prepared(task: str, data: str, *, num_examples: int, **options: Any) -> tupl
     small = {"per_device_train_batch_size": BATCH, "learning_rate": 1e-3}
     run = harness.prepare(task, data, dtype="float32", **small, **options)
     held_out = run.trainer.eval_dataset
-    batches = scoring_batch.draw(run.trainer, held_out, num_examples=num_examples, seed=0)
+    batches = draw(run.trainer, held_out, num_examples=num_examples, seed=0)
     return run, Objective(run.model, batches)
 
 
@@ -230,7 +230,7 @@ def grow(task: str, data: str, *, repeats: int, warmup: int) -> dict[str, dict[s
                 run.model,
                 Objective(
                     run.model,
-                    scoring_batch.draw(run.trainer, held_out, num_examples=count, seed=0),
+                    draw(run.trainer, held_out, num_examples=count, seed=0),
                 ),
             )
             for count in (8, 16, 32)
@@ -247,7 +247,7 @@ def grow(task: str, data: str, *, repeats: int, warmup: int) -> dict[str, dict[s
 
 def by_depth(run: Any, *, repeats: int, warmup: int) -> dict[str, list[float]]:
     """Seconds of gradient scoring on the first blocks of the model."""
-    batches = scoring_batch.draw(run.trainer, run.trainer.eval_dataset, num_examples=16, seed=0)
+    batches = draw(run.trainer, run.trainer.eval_dataset, num_examples=16, seed=0)
     inner: Any = base_model(run.model)
     found = block_list(run.model, lora_layers(run.model))
     assert found

@@ -36,7 +36,7 @@ from loralloc.allocation.supervised import IGNORED, SupervisedLoss, supervised_l
 from loralloc.kernels import linear
 from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import fuse, is_fused, unfuse
-from loralloc.training.bucketing import BucketSampler
+from loralloc.training.batches import BucketSampler
 
 LADDER = ("hf", "peft", "head", "lora", "shared", "product", "ours")
 

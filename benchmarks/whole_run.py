@@ -31,7 +31,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import SFTTrainer
 
 import loralloc
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.peft_method import resolve_targets
 
 CONTESTANTS = ("lora", "alora", "adalora")
 ROUNDS = ("num_rounds", "warmup_epochs", "recovery_epochs")

@@ -14,7 +14,7 @@ from transformers import (
 
 from loralloc.allocation.blocks import modules_per_block
 from loralloc.allocation.layers import lora_layers, rank_cost
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.peft_method import resolve_targets
 
 
 def llama_2_7b():

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from loralloc.training.drive import Driver as Driver
     from loralloc.training.drive import detach as detach
     from loralloc.training.drive import drive as drive
+    from loralloc.training.loss import use_supervised_loss as use_supervised_loss
     from loralloc.training.speed_up import speed_up as speed_up
-    from loralloc.training.supervised import use_supervised_loss as use_supervised_loss
 
 __version__ = "0.1.0"
 
@@ -62,7 +62,7 @@ _HOMES = {
     "resize": "allocation.resize",
     "speed_up": "training.speed_up",
     "train": "runs.run",
-    "use_supervised_loss": "training.supervised",
+    "use_supervised_loss": "training.loss",
 }
 
 __all__ = [*_HOMES, "__version__"]

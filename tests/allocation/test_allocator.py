@@ -4,12 +4,11 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loralloc.allocation.allocator import Allocator, ScoringError
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import AllocationConfig, Schedule
 from loralloc.allocation.importance import gradient
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.policy import Scores
 from loralloc.allocation.record import Record
-from loralloc.allocation.schedule import Schedule
 
 every_score = pytest.mark.parametrize("score", ["gradient", "screened", "ablation", "shapley"])
 

@@ -5,10 +5,9 @@ import tiny
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from loralloc.allocation.checkpointing import can_be_kept, checkpointing_kept
 from loralloc.allocation.importance import ablation, gradient
 from loralloc.allocation.layers import lora_layers, weights_b
-from loralloc.allocation.objective import Objective
+from loralloc.allocation.objective import Objective, can_be_kept, checkpointing_kept
 from loralloc.allocation.policy import Limits
 
 LIMITS = Limits(num_pruned=1)

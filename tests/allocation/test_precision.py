@@ -12,9 +12,8 @@ from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.importance import ablation
 from loralloc.allocation.layers import lora_layers, weights_b
-from loralloc.allocation.objective import Objective
+from loralloc.allocation.objective import Objective, full_precision
 from loralloc.allocation.policy import Limits
-from loralloc.allocation.precision import full_precision
 
 BATCH = tiny.causal_batch()
 

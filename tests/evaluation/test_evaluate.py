@@ -19,7 +19,7 @@ from loralloc.evaluation.metrics import measure
 from loralloc.evaluation.request import Request
 from loralloc.evaluation.spans import predict_spans
 from loralloc.runs.folder import save_conversation, save_labels
-from loralloc.runs.heads.catalog import HEADS
+from loralloc.runs.run import HEADS
 from loralloc.runs.trained import load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import merge_references, to_examples

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from loralloc.kernels import linear as module
-from loralloc.kernels.linear import linear, mkl_is_slow
+from loralloc.kernels.products import linear, mkl_is_slow
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this PyTorch carries no oneDNN"

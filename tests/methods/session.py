@@ -7,8 +7,7 @@ import torch
 from peft import TaskType
 
 from loralloc.allocation.objective import Objective
-from loralloc.methods.method import Method
-from loralloc.methods.session import Length, Session
+from loralloc.methods.method import Length, Method, Session
 
 BUILDS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "roberta": tiny.roberta_classifier}
 """Backbones of the three shapes that every method knows."""

@@ -13,7 +13,7 @@ from session import BUILDS, Drive, logits, prepared, task_type
 from test_parameter_counts import gpt2_large, llama_2_7b, roberta_large
 
 from loralloc.methods.adalora import AdaLora
-from loralloc.methods.session import Session
+from loralloc.methods.method import Session
 
 NUM_MODULES = 14
 """Linear layers of the tiny Llama's two blocks."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
+from loralloc.methods.peft_method import resolve_targets
 from loralloc.methods.ssp.units import (
     AdapterUnit,
     BiasUnit,
@@ -18,7 +19,6 @@ from loralloc.methods.ssp.units import (
     NormUnit,
     search_space,
 )
-from loralloc.methods.targets import resolve_targets
 
 
 def drawn(unit):

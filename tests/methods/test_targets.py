@@ -4,7 +4,7 @@ from peft import LoraConfig, get_peft_model
 
 from loralloc.allocation.blocks import block_linears
 from loralloc.allocation.layers import lora_layers
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.peft_method import resolve_targets
 
 
 def adapted_names(model, targets):

@@ -16,11 +16,10 @@ from loralloc.allocation.layers import lora_layers
 from loralloc.methods.dora import Dora
 from loralloc.methods.lora import Lora
 from loralloc.methods.lora_plus import LoraPlus
-from loralloc.methods.peft_method import default_budget, targeted_shapes
+from loralloc.methods.peft_method import default_budget, resolve_targets, targeted_shapes
 from loralloc.methods.pissa import Pissa
 from loralloc.methods.rslora import RsLora
 from loralloc.methods.sublayer_lora import AttentionOnly, MlpOnly
-from loralloc.methods.targets import resolve_targets
 
 
 def adapted(method, build=tiny.llama):

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from loralloc.runs import models
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.models import (
     BUILT_IN,
     cache_dir,
@@ -18,6 +17,7 @@ from loralloc.runs.models import (
     load_tokenizer,
     locate,
 )
+from loralloc.runs.run import HEADS
 
 
 @pytest.fixture(autouse=True)

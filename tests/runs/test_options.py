@@ -11,7 +11,6 @@ import trl
 
 import loralloc
 from loralloc.runs.arguments import GROUPS
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.options import (
     READ_BY,
     UNCHANGED,
@@ -19,6 +18,7 @@ from loralloc.runs.options import (
     check_head_options,
     check_options,
 )
+from loralloc.runs.run import HEADS
 from loralloc.runs.settings import resolve
 
 FIELDS = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}

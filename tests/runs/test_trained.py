@@ -15,7 +15,7 @@ from transformers import (
 
 from loralloc.runs import models
 from loralloc.runs.folder import save_labels
-from loralloc.runs.heads.catalog import HEADS
+from loralloc.runs.run import HEADS
 from loralloc.runs.trained import head_of, load_trained
 
 

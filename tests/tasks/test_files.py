@@ -6,7 +6,7 @@ import json
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 
-from loralloc.tasks.files import read_table
+from loralloc.tasks.source import read_table
 
 ROWS = [
     {"text": "\u00e9clair \u2028 \U0001f600", "label": "yes"},

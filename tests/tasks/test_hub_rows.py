@@ -4,9 +4,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Sequence, Value
 
 from loralloc.tasks import source
-from loralloc.tasks.catalog import TASKS, get_task
+from loralloc.tasks.catalog import TASKS, get_task, load_task
 from loralloc.tasks.columns import to_examples
-from loralloc.tasks.splits import load_task
 
 TEXT, NUMBER = Value("string"), Value("int32")
 ENTAILMENT = ClassLabel(names=["entailment", "not_entailment"])

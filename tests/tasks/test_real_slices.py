@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from loralloc.tasks.catalog import TASKS
+from loralloc.tasks.catalog import TASKS, load_task
 from loralloc.tasks.columns import to_examples
-from loralloc.tasks.splits import load_task
 
 FOLDERS = {"e2e": "e2e_nlg", "alpaca": "alpaca_cleaned"}
 """Subfolders that are not called as their task."""

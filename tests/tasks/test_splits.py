@@ -4,8 +4,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from loralloc.tasks import source
-from loralloc.tasks.catalog import TASKS, get_task
-from loralloc.tasks.splits import load_task, split_sizes
+from loralloc.tasks.catalog import TASKS, get_task, load_task, split_sizes
 
 OFFICIAL = {
     "sst2": (67_349, 872),

@@ -8,7 +8,7 @@ import trainers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.training.bucketing import BUCKETS, POOL, BucketSampler
+from loralloc.training.batches import BUCKETS, POOL, BucketSampler
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 7), st.integers(0, 3))

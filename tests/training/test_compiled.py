@@ -7,7 +7,7 @@ import trainers
 from torch._dynamo.testing import CompileCounter
 
 from loralloc import resize
-from loralloc.training.compiled import compile_anew, is_compiled
+from loralloc.training.way_of_running import compile_anew, is_compiled
 
 LIMIT = 3  # of recompilations; dynamo's own is 8
 

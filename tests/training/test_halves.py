@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 from trainers import STEPS_PER_EPOCH, Interrupted, KillAt, causal_rows, causal_trainer
 from transformers import Trainer
 
-from loralloc.training.bucketing import BUCKETS, LengthBuckets
+from loralloc.training.batches import BUCKETS, LengthBuckets
 from loralloc.training.halves import second_half
 
 ROWS = {tuple(row["input_ids"]): number for number, row in enumerate(causal_rows(24))}

@@ -7,7 +7,7 @@ import torch
 import trainers
 
 from loralloc import get_method
-from loralloc.training.method_loss import mean_loss
+from loralloc.training.loss import mean_loss
 
 
 @pytest.mark.parametrize("build", [mixtures.mixtral, tiny.llama, tiny.bert_classifier])

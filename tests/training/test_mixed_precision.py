@@ -9,7 +9,7 @@ from trainers import causal_trainer, options
 from transformers import TrainerCallback
 
 from loralloc import attach
-from loralloc.training.scoring_batch import draw
+from loralloc.training.batches import draw
 
 
 class Snapshot(TrainerCallback):

@@ -30,9 +30,8 @@ from loralloc import attach
 from loralloc.allocation.importance import ablation
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.policy import Limits
-from loralloc.training.own_loss import own_loss
-from loralloc.training.scoring_batch import draw, objective
-from loralloc.training.supervised import use_supervised_loss
+from loralloc.training.batches import draw
+from loralloc.training.loss import objective, own_loss, use_supervised_loss
 
 TARGETS = ["q_proj", "v_proj", "up_proj"]
 

@@ -4,7 +4,7 @@ import torch
 from datasets import Dataset
 from trainers import causal_rows, causal_trainer, classification_trainer
 
-from loralloc.training.scoring_batch import draw
+from loralloc.training.batches import draw
 
 
 @pytest.fixture

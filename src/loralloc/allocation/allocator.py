@@ -20,7 +20,7 @@ from loralloc.allocation.choices import (
     policy_of,
     tracker_of,
 )
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import AllocationConfig, Schedule
 from loralloc.allocation.layers import (
     active_adapter,
     has_own_bias,
@@ -36,7 +36,6 @@ from loralloc.allocation.optimizer_state import bare_optimizer, check_optimizer
 from loralloc.allocation.policy import Limits, Policy, Scores
 from loralloc.allocation.record import Record, Round
 from loralloc.allocation.resize import resize
-from loralloc.allocation.schedule import Schedule
 
 
 class ScoringError(ArithmeticError):

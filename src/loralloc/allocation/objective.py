@@ -1,19 +1,27 @@
-"""S(.) of eq. 6: minus the mean loss of a model on a fixed set of held-out examples."""
+"""S(.) of eq. 6: minus the mean loss of a model on a fixed set of held-out examples.
+
+Losses of ablations differ in their last digits, so they are computed in float32, or it is said why
+not. In evaluation mode Transformers switches activation checkpointing off: a layer has its
+activations computed again in the backward pass where it is asked to and is training. Training mode
+is also what dropout goes by, in some layers' own code. So the layers stay in evaluation mode, and
+what the training step does around their `forward` is done here.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from loralloc.allocation.checkpointing import checkpointing_kept
 from loralloc.allocation.layers import base_model
-from loralloc.allocation.precision import Coarsest, full_precision
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 
 Batch = Mapping[str, Any]
@@ -21,6 +29,13 @@ Batch = Mapping[str, Any]
 
 Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch, with its graph."""
+
+
+CACHES = ("past_key_values", "layer_past")
+"""Names under which layers are given a cache, which computing them again would fill twice."""
+
+
+FLOAT32_BYTES = 4
 
 
 class Objective:
@@ -209,3 +224,136 @@ def is_causal_lm(model: nn.Module) -> bool:
     config = getattr(base, "config", None)
     is_decoder_only = not getattr(config, "is_encoder_decoder", config is None)
     return type(base).__name__.endswith(names) and is_decoder_only
+
+
+@contextmanager
+def full_precision(model: nn.Module, *, mixed: torch.dtype | None = None) -> Iterator[None]:
+    """Let a model whose weights are float32 compute in float32 inside; any other as in its run.
+
+    Accelerate puts mixed precision into the `forward` of the model, where no context from outside
+    reaches, and keeps the model's own beside it. A model with other weights may not run without
+    mixed precision at all, and would be no more exact.
+
+    Args:
+        model: The model, not wrapped for several processes.
+        mixed: The run's mixed precision, for a model that Accelerate has not prepared yet.
+    """
+    device = next(model.parameters()).device.type
+    forward: Any = vars(model).get("forward")
+    own: Any = vars(model).get("_original_forward")
+    if not _is_float32(model):
+        with torch.autocast(device, dtype=mixed) if mixed and own is None else nullcontext():
+            yield
+        return
+    if own is not None:
+        model.forward = own
+    try:
+        with torch.autocast(device, enabled=False), _exact_products():
+            yield
+    finally:
+        if own is not None:
+            model.forward = forward
+
+
+class Coarsest(TorchFunctionMode):
+    """Watches what is computed inside, for floating-point numbers with fewer bits than float32.
+
+    What a module puts out does not tell: a quantised layer multiplies in bfloat16 and hands on
+    float32, and its rounding is there all the same.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype: torch.dtype | None = None
+        """The first coarser one that was seen."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the function, and look at what came out."""
+        found = func(*args, **(kwargs or {}))
+        if self.dtype is None:
+            for value in tree_leaves(found):
+                if isinstance(value, Tensor) and _is_coarse(value):
+                    self.dtype = value.dtype
+        return found
+
+
+def _is_coarse(value: Tensor) -> bool:
+    return value.is_floating_point() and value.element_size() < FLOAT32_BYTES
+
+
+def _is_float32(model: nn.Module) -> bool:
+    """Whether all weights that are numbers as they stand are; quantised ones are codes."""
+    return not any(map(_is_coarse, model.parameters()))
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Products of float32 numbers in float32, where the user lets them be rounded (TF32)."""
+    backends: Any = torch.backends
+    places = [place.matmul for place in (backends.cuda, backends.mkldnn)]
+    if not all(hasattr(place, "fp32_precision") for place in places):  # before torch 2.9
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    rounded = {place: place.fp32_precision for place in places}
+    rounded = {place: value for place, value in rounded.items() if value not in ("ieee", "none")}
+    for place in rounded:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, value in rounded.items():
+            place.fp32_precision = value
+
+
+@contextmanager
+def checkpointing_kept(model: nn.Module) -> Iterator[None]:
+    """Layers whose activations are computed again in training do so in evaluation, inside.
+
+    Reentrant checkpointing gives no gradient of chosen tensors, and rests.
+    """
+    layers = [layer for layer in model.modules() if _is_checkpointed(layer)]
+    own = [vars(layer).get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = functools.partial(_recomputed, layer, layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+def can_be_kept(model: nn.Module) -> bool:
+    """Whether the model's layers are of the kind that `checkpointing_kept` knows."""
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    if not (isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing):
+        return False
+    function = module._gradient_checkpointing_func
+    return not getattr(function, "keywords", {}).get("use_reentrant", False)
+
+
+def _recomputed(layer: Any, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a layer so that only what it reads is kept, where there is a graph to keep it for."""
+    if not (torch.is_grad_enabled() and layer.gradient_checkpointing):
+        return forward(*args, **kwargs)
+    if "use_cache" in kwargs:
+        kwargs["use_cache"] = False
+    if not layer._can_checkpoint_with_cache:
+        kwargs |= dict.fromkeys(name for name in CACHES if name in kwargs)
+    return layer._gradient_checkpointing_func(functools.partial(forward, **kwargs), *args)

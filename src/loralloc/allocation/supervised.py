@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loralloc.allocation.layers import base_model
-from loralloc.kernels.autocast import autocast_dtype
 from loralloc.kernels.cross_entropy import linear_cross_entropy
+from loralloc.kernels.products import autocast_dtype
 
 IGNORED = -100
 """Label of a position that no loss is taken on, everywhere in Transformers."""

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.runs import run as runs
 
     prepare_process()
-    out = console()
+    out = Console()
     if run_folder.holds_run(args.output_dir) and not args.overwrite:
         raise ValueError(
             f"{args.output_dir} already holds a run; replace it with `--overwrite` or name another "
@@ -171,7 +171,7 @@ def _measure(prepared: Run, when: str) -> Measured:
     from loralloc.tasks.columns import merge_references, to_examples, to_sft
 
     assert prepared.task is not None
-    with console().status(f"measuring on the test set {when}"):
+    with Console().status(f"measuring on the test set {when}"):
         split = prepared.splits["test"]
         examples = merge_references(to_examples(split, prepared.task))
         data = to_sft({"test": split}, prepared.task)["test"].dataset

@@ -6,23 +6,23 @@ from collections import Counter
 from dataclasses import fields
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from transformers import TrainerState
 
 from loralloc.allocation.config import SCORES, AllocationConfig
-from loralloc.cli.console import console
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
 from loralloc.runs.arguments import OPTIONS
 from loralloc.runs.permissions import SECRETS
 from loralloc.runs.run import Run
-from loralloc.training.length import planned_length
+from loralloc.training.way_of_running import planned_length
 
 
 def show(run: Run) -> None:
     """Print the plan of a run."""
-    out = console()
+    out = Console()
     out.print(_settings_table(run))
     length = planned_length(run.trainer)
     total = length.num_steps

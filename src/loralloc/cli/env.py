@@ -9,8 +9,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from rich.console import Console
+
 from loralloc import __version__
-from loralloc.cli.console import console
 from loralloc.runs import machine
 
 PACKAGES = (
@@ -47,14 +48,14 @@ def run(args: argparse.Namespace) -> int:
     found = facts(wait_policy=args.wait_policy)
     if args.json:
         data = {name.lower().replace(" ", "_"): value for name, value in found.items()}
-        console().print_json(data=data)
+        Console().print_json(data=data)
         return 0
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in found.items():
         table.add_row(name, Text(_words(value)))
-    console().print(table)
+    Console().print(table)
     return 0
 
 

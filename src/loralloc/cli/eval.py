@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.evaluation import evaluate
     from loralloc.evaluation.request import Request
 
-    out = console()
+    out = Console()
     request = Request(
         run=args.folder,
         task=args.task,

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from loralloc.tasks.conversations import Prompt
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.runs.trained import load_trained
 
     prompts = _prompts(args)
-    with console().status("loading the model"):
+    with Console().status("loading the model"):
         model, tokenizer = load_trained(
             args.folder,
             with_adapter=not args.base,
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         num_beams=args.num_beams,
     )
     for answer in answers:
-        console().print(answer, markup=False, highlight=False, emoji=False, soft_wrap=True)
+        Console().print(answer, markup=False, highlight=False, emoji=False, soft_wrap=True)
     return 0
 
 

@@ -7,7 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.console import Console, Group, RenderableType
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.cli.progress import prepare_process
 
     prepare_process()
-    out = console()
+    out = Console()
     from loralloc.evaluation.judge.contestants import contestant_names
     from loralloc.evaluation.judge.questions import (
         GPT4_ANSWERS_NAME,

@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from loralloc.methods.method import Method
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     model = papers_shape() if args.model is None else empty_model(args.model)
     budget = default_budget(model) if args.budget is None else args.budget
     rows = [facts(get_method(name), model, budget) for name in METHODS]
-    out = console()
+    out = Console()
     if args.json:
         out.print_json(data={"model": args.model or PAPERS_MODEL, "budget": budget, "rows": rows})
         return 0

@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -43,9 +43,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print the examples."""
-    from loralloc.tasks.catalog import get_task
+    from loralloc.tasks.catalog import get_task, load_task
     from loralloc.tasks.columns import to_examples
-    from loralloc.tasks.splits import load_task
 
     if args.limit < 1:
         raise ValueError(f"`--limit` is {args.limit}; it must be at least 1.")
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     split = splits[name]
     count = min(args.limit, len(split.dataset))
     shown = replace(split, dataset=split.dataset.select(range(count)))
-    out = console()
+    out = Console()
     for number, example in enumerate(to_examples(shown, task), start=1):
         place = f"{task.name}, {name} {number:,} of {len(split.dataset):,} ({split.source})"
         for line in _lines(example, task, place):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.png is not None:
         check_picture(args.png)
-    out = console()
+    out = Console()
     out.print(rank_table(grid, out.width))
     if args.png is not None:
         rank_figure(grid, args.png)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 if TYPE_CHECKING:
     from loralloc.tasks.task import Task
@@ -34,11 +34,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from rich.table import Table
 
-    from loralloc.tasks.catalog import TASKS
-    from loralloc.tasks.splits import split_sizes
+    from loralloc.tasks.catalog import TASKS, split_sizes
 
     if args.json:
-        console().print_json(data=[facts(task) for task in TASKS.values()])
+        Console().print_json(data=[facts(task) for task in TASKS.values()])
         return 0
     table = Table(box=None, pad_edge=False)
     table.add_column("task", style="bold", no_wrap=True)
@@ -54,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
             *(f"{sizes[name]:,}" if name in sizes else "-" for name in SPLITS),
             f"{', '.join(heads(task))}\n[dim]{', '.join(task.metrics) or '-'}[/]",
         )
-    out = console()
+    out = Console()
     out.print(table)
     out.print(NOTE, highlight=False, soft_wrap=True)
     return 0
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
 def facts(task: Task) -> dict[str, object]:
     """What the table says of a task, as data."""
-    from loralloc.tasks.splits import split_sizes
+    from loralloc.tasks.catalog import split_sizes
 
     return {
         "task": task.name,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loralloc.cli.console import console
+from rich.console import Console
 
 FLAGS = """\
 the flags used most (defaults in brackets):
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
         # Nothing is overwritten before training begins.
         show(runs.prepare(settings, resume=args.resume, overwrite=not args.resume))
         return 0
-    progress = Progress(console())
-    with console().status("loading model and data"):
+    progress = Progress(Console())
+    with Console().status("loading model and data"):
         prepared = runs.prepare(
             settings,
             resume=args.resume,
@@ -95,11 +95,11 @@ def run(args: argparse.Namespace) -> int:
     with progress.shown():
         runs.train(prepared)
     folder = settings.output_dir
-    console().print(f"\nadapter: [bold]{folder}[/]")
+    Console().print(f"\nadapter: [bold]{folder}[/]")
     if prepared.allocation:
-        console().print(f"its ranks: loralloc ranks {folder}")
+        Console().print(f"its ranks: loralloc ranks {folder}")
     if prepared.head.generates:
-        console().print(f"try it: loralloc generate {folder} --prompt ...")
+        Console().print(f"try it: loralloc generate {folder} --prompt ...")
     return 0
 
 
@@ -107,7 +107,7 @@ def _print_all_flags() -> None:
     from loralloc.methods.catalog import METHODS, get_method
     from loralloc.runs.arguments import known_fields
 
-    out = console()
+    out = Console()
     groups = known_fields()
     for method in METHODS:
         options = get_method(method)().options()

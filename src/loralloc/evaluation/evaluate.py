@@ -20,10 +20,9 @@ from loralloc.runs import settings as run_settings
 from loralloc.runs.folder import SETTINGS, saved_conversation
 from loralloc.runs.heads.head import Head
 from loralloc.runs.trained import head_of
-from loralloc.tasks.catalog import get_task
+from loralloc.tasks.catalog import get_task, load_task
 from loralloc.tasks.columns import merge_references, to_examples
 from loralloc.tasks.source import SPELLINGS, Split
-from loralloc.tasks.splits import load_task
 from loralloc.tasks.task import Example, Task
 
 PACKAGES = ("loralloc", "peft", "torch", "transformers")

@@ -9,8 +9,7 @@ from typing import Any
 
 from loralloc.experiments.files import write_text
 from loralloc.experiments.made_rows import made_rows
-from loralloc.tasks.catalog import get_task
-from loralloc.tasks.splits import load_task
+from loralloc.tasks.catalog import get_task, load_task
 from loralloc.tasks.task import Task
 
 QUESTIONS = "mt_bench"

@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from loralloc.kernels.autocast import autocast_dtype, without_autocast
+from loralloc.kernels.products import autocast_dtype, without_autocast
 
 NAME = "loralloc_short"
 """The name under which Transformers knows this attention."""

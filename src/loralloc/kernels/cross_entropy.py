@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from loralloc.kernels.autocast import autocast_dtype
-from loralloc.kernels.linear import linear
+from loralloc.kernels.products import autocast_dtype, linear
 
 MOST_LOGITS = {"cpu": 2**22}
 """Logits held at once by kind of device: 16 MiB in float32 on a CPU, which its heap gives back to

@@ -32,8 +32,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralloc.kernels.autocast import autocast_dtype, without_autocast
-from loralloc.kernels.linear import linear
+from loralloc.kernels.products import autocast_dtype, linear, without_autocast
 
 MULTIPLE = 8
 """Ranks of a product of half precision: oneDNN takes no longer for them than for fewer, and tensor

@@ -14,14 +14,12 @@ import torch
 
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
-from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import FILE_NAME, Record, Round
-from loralloc.allocation.schedule import Schedule, place_rounds
 from loralloc.methods.lora import Lora
-from loralloc.methods.method import IS_A_BLOCK, About
+from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
 from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
-from loralloc.methods.session import Length, Session, Wants
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from loralloc.allocation.objective import Batch
-from loralloc.methods.method import About
+from loralloc.methods.method import About, Session
 from loralloc.methods.peft_method import PeftMethod
-from loralloc.methods.session import Session
 
 
 @dataclass(kw_only=True)

@@ -21,8 +21,7 @@ from torch import nn
 from loralloc.allocation import record
 from loralloc.allocation.resize import resize
 from loralloc.methods.method import About
-from loralloc.methods.peft_method import LoraShaped, targeted_shapes
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.peft_method import LoraShaped, resolve_targets, targeted_shapes
 
 PEFT_CONFIG = "adapter_config.json"
 

@@ -17,8 +17,7 @@ from loralloc.allocation.policy import Limits, Plan, Scores
 from loralloc.allocation.resize import resize
 from loralloc.methods.cut import CutLora
 from loralloc.methods.gated import keep_highest
-from loralloc.methods.method import About
-from loralloc.methods.session import Length, Wants
+from loralloc.methods.method import About, Length, Wants
 
 
 @dataclass(kw_only=True)

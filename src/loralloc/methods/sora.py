@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from loralloc.methods.gated import GatedLora
-from loralloc.methods.method import About
-from loralloc.methods.session import Session
+from loralloc.methods.method import About, Session
 
 MEDIAN = 0.6745
 """Median of |g| where g is standard normal: half of the gates are below it at the start."""

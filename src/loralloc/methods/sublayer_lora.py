@@ -13,8 +13,7 @@ from torch import nn
 
 from loralloc.allocation.blocks import Kind, sublayer_linears
 from loralloc.methods.method import About
-from loralloc.methods.peft_method import LoraShaped
-from loralloc.methods.targets import resolve_targets
+from loralloc.methods.peft_method import LoraShaped, resolve_targets
 
 
 @dataclass(kw_only=True)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from trl import DatasetMixtureConfig, get_dataset
 
 from loralloc.runs.settings import Settings
+from loralloc.tasks.catalog import load_task
 from loralloc.tasks.source import Split, load_splits
-from loralloc.tasks.splits import load_task
 from loralloc.tasks.task import Task
 
 if TYPE_CHECKING:

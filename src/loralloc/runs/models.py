@@ -14,8 +14,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loralloc.runs.checks import checked_model_arguments
 from loralloc.runs.machine import fastest_dtype
-from loralloc.runs.model_arguments import checked
 
 if TYPE_CHECKING:
     import torch
@@ -138,8 +138,8 @@ def load_with_new_head(
     """
     import transformers
 
+    from loralloc.runs.checks import check_weights
     from loralloc.runs.heads.lm import LM
-    from loralloc.runs.weights import check_weights
 
     head = head or LM
     options["dtype"] = dtype or head.dtype or fastest_dtype()
@@ -184,7 +184,7 @@ def backbone_options(
     }
     optional = ("attn_implementation", "quantization_config")
     given = {name: value for name, value in options.items() if value or name not in optional}
-    return {**checked(more), **given}
+    return {**checked_model_arguments(more), **given}
 
 
 def empty_model(name_or_path: str) -> Any:

@@ -22,7 +22,7 @@ from transformers import (
 
 from loralloc.methods.catalog import get_method
 from loralloc.runs.settings import Settings
-from loralloc.training.length import planned_length
+from loralloc.training.way_of_running import planned_length
 
 SOURCE = "protocol "
 """What the source of a protocol's values begins with; its name follows."""

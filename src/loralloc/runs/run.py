@@ -24,9 +24,12 @@ from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
 from loralloc.runs import card, data, folder, protocol
 from loralloc.runs.adaptation import Backbone, adapt, method_of
-from loralloc.runs.heads.catalog import choose_head
+from loralloc.runs.arguments import RunArguments
+from loralloc.runs.checks import check_measure, check_optimizer
+from loralloc.runs.heads.classification import CLASSIFICATION
 from loralloc.runs.heads.head import Head
-from loralloc.runs.measures import check_measure, check_optimizer
+from loralloc.runs.heads.lm import LM
+from loralloc.runs.heads.span import SPAN
 from loralloc.runs.models import (
     backbone_options,
     is_encoder,
@@ -41,6 +44,8 @@ from loralloc.tasks.conversations import Common
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.drive import drive
+
+HEADS = {"lm": LM, "classification": CLASSIFICATION, "span": SPAN}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,3 +282,25 @@ class FolderWriter(TrainerCallback):
 
 def _data_name(settings: Settings) -> str:
     return str(settings.script.dataset_name or settings.run.task or "a mixture of data sets")
+
+
+def choose_head(options: RunArguments, task: Task | None, *, model: str, is_encoder: bool) -> Head:
+    """The head that is asked for, or the one that suits model and task.
+
+    Raises:
+        ValueError: Model, task and head do not go together.
+    """
+    chosen = _automatic(task, model, is_encoder) if options.head == "auto" else HEADS[options.head]
+    chosen.check(model, task, is_encoder)
+    return chosen
+
+
+def _automatic(task: Task | None, model: str, is_encoder: bool) -> Head:
+    for head in HEADS.values():
+        if head.suits(task, is_encoder):
+            return head
+    assert task is not None, "without a task, every model has a head that suits it"
+    raise ValueError(
+        f"{model} is an encoder and cannot generate, and the task {task.name} is to generate text; "
+        "use a causal language model."
+    )

@@ -13,8 +13,8 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.named import name_of
 from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
+from loralloc.runs.checks import check_packages
 from loralloc.runs.folder import SETTINGS
-from loralloc.runs.packages import check_packages
 from loralloc.runs.permissions import SECRETS, check_granted_again, without_permissions
 from loralloc.runs.sources import parser, read_flags, read_mapping, read_yaml
 

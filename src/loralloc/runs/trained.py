@@ -11,13 +11,13 @@ from trl import ModelConfig
 
 from loralloc.methods.opening import open_adapter
 from loralloc.runs.folder import SETTINGS, adapter_config, saved_labels
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.heads.classification import use_padding
 from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
 from loralloc.runs.machine import accelerator
 from loralloc.runs.models import backbone_options, load_model, load_tokenizer
 from loralloc.runs.permissions import check_granted_again, granted
+from loralloc.runs.run import HEADS
 from loralloc.runs.settings import saved, saved_values
 
 OF_THE_MODEL = ("trust_remote_code", "attn_implementation", "model_init_kwargs")

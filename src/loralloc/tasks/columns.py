@@ -16,8 +16,7 @@ from loralloc.tasks.conversations import (
     is_renamed,
     read_messages,
 )
-from loralloc.tasks.files import where_rows_may_be
-from loralloc.tasks.source import Split
+from loralloc.tasks.source import Split, where_rows_may_be
 from loralloc.tasks.task import Example, RowError, Task, text_field
 
 if TYPE_CHECKING:

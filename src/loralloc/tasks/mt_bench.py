@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from loralloc.tasks.files import read_table
+from loralloc.tasks.source import read_table
 from loralloc.tasks.task import Example, HubRule, Metric, RowError, texts_field
 
 GPT4_ANSWERS_NAME = "gpt4_answers.jsonl"

@@ -6,7 +6,8 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +21,21 @@ from transformers import (
 
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.record import Round
-from loralloc.methods.method import Method
-from loralloc.methods.session import Session
-from loralloc.training import scoring_batch
+from loralloc.methods.method import Method, Session
 from loralloc.training.adopt import adopt
+from loralloc.training.batches import draw, held_out
 from loralloc.training.checkpoint import read_state, write_state
-from loralloc.training.compiled import compile_anew
 from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
-from loralloc.training.held_out import held_out
 from loralloc.training.learning_rate import restart_schedule
-from loralloc.training.length import planned_length
-from loralloc.training.method_loss import mean_loss, with_method
-from loralloc.training.replaced import give_back, replace, replaced
-from loralloc.training.way_of_running import check_checkpointing, check_way_of_running
+from loralloc.training.loss import mean_loss, objective, with_method
+from loralloc.training.way_of_running import (
+    check_checkpointing,
+    check_way_of_running,
+    compile_anew,
+    planned_length,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -297,13 +298,13 @@ class Driver(TrainerCallback):
                     f"{self.method.about.name} measures on no held-out examples, so that a "
                     "`scoring_dataset` would have no effect; leave it out."
                 )
-            return scoring_batch.objective(trainer, None) if self._wants.half_until else None
+            return objective(trainer, None) if self._wants.half_until else None
         rows = trainer.eval_dataset if dataset is None else dataset
         batches, note = held_out(trainer, rows, num_examples=count, seed=self._seed)
         if note:
             logger.warning("loralloc: %s.", note)
             self.notes.append(note)
-        return scoring_batch.objective(trainer, batches)
+        return objective(trainer, batches)
 
     @property
     def _seed(self) -> int:
@@ -311,9 +312,7 @@ class Driver(TrainerCallback):
 
     def _training_examples(self, num_examples: int) -> list[Any]:
         trainer = self._trainer
-        return scoring_batch.draw(
-            trainer, trainer.train_dataset, num_examples=num_examples, seed=self._seed
-        )
+        return draw(trainer, trainer.train_dataset, num_examples=num_examples, seed=self._seed)
 
     def _take_optimizer(self, optimizer: Any) -> None:
         # Accelerate's wrapper holds the one whose groups and state a method may have to mend.
@@ -351,3 +350,31 @@ def detach(trainer: Trainer) -> None:
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, Driver):
             callback.detach()
+
+
+def replace(owner: object, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Set attributes of an instance.
+
+    Returns:
+        What `give_back` wants: those that the instance itself had before, by name.
+    """
+    before = {name: value for name, value in vars(owner).items() if name in values}
+    vars(owner).update(values)
+    return before
+
+
+def give_back(owner: object, names: Mapping[str, Any], before: Mapping[str, Any]) -> None:
+    """Undo `replace`: attributes come from the class again, or are what they were."""
+    for name in names:
+        vars(owner).pop(name, None)
+    vars(owner).update(before)
+
+
+@contextmanager
+def replaced(owner: object, values: Mapping[str, Any]) -> Iterator[None]:
+    """Attributes of an instance replaced inside."""
+    before = replace(owner, values)
+    try:
+        yield
+    finally:
+        give_back(owner, values, before)

@@ -31,8 +31,8 @@ from transformers import Trainer
 
 from loralloc.allocation.layers import base_model
 from loralloc.kernels.batched import BlockedLinear, BlockedModule, Blocks
+from loralloc.training.drive import give_back, replace, replaced
 from loralloc.training.lockstep import Lockstep, World
-from loralloc.training.replaced import give_back, replace, replaced
 
 PADDED_WITH = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
 """What a batch is made longer with, beside `input_ids`, whose padding the model knows."""

@@ -1,13 +1,22 @@
-"""Ways of running in which a method could not do what it is for: refused before the first step."""
+"""How a trainer runs: its length, whether it is compiled, and what a method cannot work with.
+
+A compiled model is compiled anew for every shape of its parameters, and dynamo keeps what it made
+for the shapes before. From its limit on, 8 by default, it runs the model uncompiled and says so
+nowhere but in its own log. The ranks before a round do not come back, so what was compiled for
+them is dropped, and the count begins anew.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+from accelerate.utils import DynamoBackend
+from torch import nn
 from transformers import Trainer
 
 from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import Method
+from loralloc.methods.method import Length, Method
 
 ACTS = ("before_step", "step", "after_step", "extra_loss")
 """Hooks by which a method acts on a run, beyond adapting its model."""
@@ -106,3 +115,43 @@ def _check_devices(trainer: Trainer) -> None:
             f"The model lies on several devices by `device_map` ({', '.join(devices)}), between "
             "which ranks and scores cannot be moved yet; load it onto one device."
         )
+
+
+def is_compiled(trainer: Trainer) -> bool:
+    """Whether a trainer's model is compiled or will be: by the trainer, by Accelerate or before."""
+    plugin = trainer.accelerator.state.dynamo_plugin
+    will_be = trainer.args.torch_compile or plugin.backend != DynamoBackend.NO
+    return bool(will_be) or any(map(_is_compiled, trainer.model.modules()))
+
+
+def compile_anew(trainer: Trainer) -> None:
+    """Let a compiled model be compiled for its new ranks, as if for the first time.
+
+    To be called when shapes have changed. Nothing happens where nothing is compiled.
+
+    Args:
+        trainer: Its model may be compiled, wholly or in parts.
+    """
+    if is_compiled(trainer):
+        torch.compiler.reset()
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether a module is a wrapper of `torch.compile`, or was compiled in place."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def planned_length(trainer: Trainer) -> Length:
+    """Optimiser steps of an epoch and of the whole run, as the trainer will count them.
+
+    Raises:
+        ValueError: The training set has no length.
+    """
+    dataset = trainer.train_dataset
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"Rounds are placed by epochs, but the training set is a {type(dataset).__name__} "
+            "without a length; use a dataset with a length."
+        )
+    values = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    return Length(steps_per_epoch=int(values[1]), num_steps=int(values[6]))

@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, TrainingArguments
 from loralloc.evaluation.classifiers import predict_labels
 from loralloc.runs import folder as run_folder
 from loralloc.runs import run as runs
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.heads.classification import classification_trainer
 from loralloc.runs.models import longest_input
+from loralloc.runs.run import HEADS
 from loralloc.runs.trained import head_of, load_trained
 from loralloc.tasks.columns import to_examples
 from loralloc.tasks.source import Split

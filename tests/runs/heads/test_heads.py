@@ -7,7 +7,7 @@ import pytest
 from loralloc.cli import tasks as tasks_verb
 from loralloc.evaluation.predictors import WAYS
 from loralloc.runs.arguments import RunArguments
-from loralloc.runs.heads.catalog import HEADS, choose_head
+from loralloc.runs.run import HEADS, choose_head
 from loralloc.tasks.catalog import TASKS, get_task
 from loralloc.tasks.task import has_spans
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForQuestionAnswering
 
 from loralloc.runs import run as runs
 from loralloc.runs.data import numbered
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.heads.span import span_rows, span_trainer, text_of, tokens_of, windows
 from loralloc.runs.models import load_tokenizer
+from loralloc.runs.run import HEADS
 from loralloc.runs.trained import head_of, load_trained
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import to_examples

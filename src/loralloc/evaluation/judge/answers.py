@@ -14,7 +14,7 @@ from loralloc.evaluation.generation import generate
 from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
 from loralloc.evaluation.judge.questions import Answers, Question, read_answers
 from loralloc.tasks.conversations import Common
-from loralloc.tasks.files import read_table
+from loralloc.tasks.source import read_table
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.tasks.columns import row_error
-from loralloc.tasks.files import SUFFIXES, read_table
 from loralloc.tasks.mt_bench import MT_BENCH
-from loralloc.tasks.source import load_splits
+from loralloc.tasks.source import SUFFIXES, load_splits, read_table
 from loralloc.tasks.task import RowError
 
 GPT4_ANSWERS_NAME = "gpt4_answers.jsonl"

@@ -13,13 +13,11 @@ from torch.optim import AdamW
 from torch.utils.hooks import RemovableHandle
 
 from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import About
+from loralloc.methods.method import About, Session
 from loralloc.methods.optimizer import train_what_is_left
-from loralloc.methods.peft_method import rank_parameters
-from loralloc.methods.session import Session
+from loralloc.methods.peft_method import rank_parameters, resolve_targets
 from loralloc.methods.ssp.gates import probabilities, relaxed_gates, within_budget
 from loralloc.methods.ssp.units import Candidate, Unit, search_space
-from loralloc.methods.targets import resolve_targets
 
 CLIP = 2.0
 """Norm that the gradient of the architecture weights is clipped to."""

@@ -22,7 +22,7 @@ from loralloc.runs.heads.head import Head
 from loralloc.runs.models import longest_input
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.source import Split
-from loralloc.training.bucketing import LengthBuckets
+from loralloc.training.batches import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
 
 

@@ -3,8 +3,8 @@
 import pytest
 from transformers import SchedulerType
 
-from loralloc.runs.heads.catalog import HEADS
-from loralloc.runs.measures import check_measure, check_optimizer
+from loralloc.runs.checks import check_measure, check_optimizer
+from loralloc.runs.run import HEADS
 from loralloc.runs.settings import resolve
 
 BEST = {"load_best_model_at_end": True}

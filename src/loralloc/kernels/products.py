@@ -1,12 +1,17 @@
-"""The product with a frozen weight, by the faster of the two libraries that PyTorch carries.
+"""Products with a frozen weight: by the faster of two libraries, in autocast's dtype.
 
 PyTorch multiplies float32 with Intel's MKL, which runs AMD's processors at half their speed.
 oneDNN, which PyTorch uses for bfloat16, runs both at full speed.
+
+Under `torch.autocast` a kernel takes its inputs to autocast's dtype itself and computes outside of
+it, in its forward and in its backward: autocast would round what a kernel keeps in float32, and a
+backward pass that is called within it would be rounded although its forward was not.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +55,19 @@ def mkl_is_slow() -> bool:
         and CPUINFO.is_file()
         and "AuthenticAMD" in CPUINFO.read_text(errors="replace")
     )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast would multiply x in; None where it leaves x as it is."""
+    is_cast = x.is_floating_point() and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if is_cast and _is_on(x) else None
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A region in which autocast does nothing on x's device."""
+    return torch.autocast(x.device.type, enabled=False) if _is_on(x) else nullcontext()
+
+
+def _is_on(x: Tensor) -> bool:
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

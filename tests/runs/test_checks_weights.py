@@ -14,9 +14,8 @@ from transformers import (
     LlamaModel,
 )
 
-from loralloc.runs.heads.catalog import HEADS
 from loralloc.runs.models import load_model, load_tokenizer, load_with_new_head
-from loralloc.runs.run import prepare, train
+from loralloc.runs.run import HEADS, prepare, train
 from loralloc.runs.trained import load_trained
 
 SIZES = dict(

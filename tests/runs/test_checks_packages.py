@@ -8,15 +8,15 @@ from transformers import Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import OptimizerNames
 
-from loralloc.runs import packages
-from loralloc.runs.packages import NEEDS, check_packages
+from loralloc.runs import checks
+from loralloc.runs.checks import NEEDS, check_packages
 from loralloc.runs.settings import resolve
 
 
 @pytest.fixture
 def nothing_more(monkeypatch):
     """None of the packages is installed, whatever is."""
-    monkeypatch.setattr(packages, "find_spec", lambda _: None)
+    monkeypatch.setattr(checks, "find_spec", lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_each_of_several_values_is_looked_at(nothing_more):
 
 
 def test_one_of_several_packages_is_enough(monkeypatch):
-    monkeypatch.setattr(packages, "find_spec", lambda name: name == "kernels" or None)
+    monkeypatch.setattr(checks, "find_spec", lambda name: name == "kernels" or None)
     check_packages({"attn_implementation": "flash_attention_2"})
 
 

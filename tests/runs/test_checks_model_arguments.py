@@ -2,7 +2,7 @@
 
 import pytest
 
-from loralloc.runs.model_arguments import OWN_OPTIONS, checked
+from loralloc.runs.checks import OWN_OPTIONS, checked_model_arguments
 from loralloc.runs.run import prepare, train
 from loralloc.runs.trained import load_trained
 
@@ -32,14 +32,14 @@ def test_an_argument_with_an_option_of_its_own_is_refused(name):
     use = OWN_OPTIONS[name]
     words = f"has an option of its own; use `--{use}`" if use else "a run sets itself"
     with pytest.raises(ValueError, match=f"`model_init_kwargs` has '{name}', which {words}"):
-        checked({name: 1})
+        checked_model_arguments({name: 1})
 
 
 @pytest.mark.parametrize("given", ("use_kernels", ["a"], "[1]"))
 def test_what_is_no_mapping_is_refused(given):
     with pytest.raises(ValueError, match="it must be a mapping of arguments, such as"):
-        checked(given)
+        checked_model_arguments(given)
 
 
 def test_nothing_is_nothing():
-    assert checked(None) == {}
+    assert checked_model_arguments(None) == {}
