@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loralloc.kernels import linear as module
+from loralloc.kernels import products as module
 from loralloc.kernels.products import linear, mkl_is_slow
 
 needs_onednn = pytest.mark.skipif(
