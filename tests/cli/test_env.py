@@ -20,7 +20,7 @@ from loralloc.runs import machine
 
 def report(monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
     stream = io.StringIO()
-    monkeypatch.setattr(env, "console", lambda: Console(file=stream, width=80))
+    monkeypatch.setattr(env, "Console", lambda: Console(file=stream, width=80))
     parser = argparse.ArgumentParser()
     env.add_parser(parser.add_subparsers())
     args = parser.parse_args(["env", *flags])

@@ -13,7 +13,7 @@ from loralloc.cli import ranks
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What the verb prints."""
     stream = io.StringIO()
-    monkeypatch.setattr(ranks, "console", lambda: Console(file=stream, width=80))
+    monkeypatch.setattr(ranks, "Console", lambda: Console(file=stream, width=80))
     return stream
 
 
