@@ -29,6 +29,7 @@ LONG = (
     *("evaluation/judge/test_judge_served.py", "cli/test_demo.py", "cli/test_env.py"),
     "experiments/test_work.py",
     *("cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py", "cli/test_train.py"),
+    "cli/test_report.py",
 )
 """What `--quick` leaves out: tests that train with a Trainer or start processes, and others whose
 first cases take over 3 seconds. `--durations=10` tells what belongs here."""

@@ -7,10 +7,22 @@ import os
 import sys
 from collections.abc import Sequence
 
-from loralloc.cli import demo, env, eval, generate, judge, methods, preview, ranks, tasks, train
+from loralloc.cli import (
+    demo,
+    env,
+    eval,
+    generate,
+    judge,
+    methods,
+    preview,
+    ranks,
+    report,
+    tasks,
+    train,
+)
 from loralloc.runs.machine import let_idle_threads_sleep
 
-VERBS = (demo, tasks, methods, preview, train, ranks, generate, eval, judge, env)
+VERBS = (demo, tasks, methods, preview, train, ranks, report, generate, eval, judge, env)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -1,1 +1,1 @@
-"""What a run came to, for people: tables for the terminal, heat maps for a page."""
+"""What runs came to, for people: tables for the terminal, figures, one page."""

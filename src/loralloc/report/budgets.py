@@ -1,0 +1,160 @@
+"""Figures of size against quality: the sweep of budgets, the frontier of an adapter that shrank."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from loralloc.report.drawing import LIGHT, Drawing, figure, legend, look, short_number
+from loralloc.report.folders import TrainedRun
+from loralloc.report.series import Series, data_of, method_of, model_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DEVELOPMENT = "lowest development loss"
+Sweep = dict[str, dict[int, list[float]]]
+"""Method -> parameters -> a value for every seed."""
+
+
+def sweeps(runs: Sequence[TrainedRun]) -> list[Drawing]:
+    """What each budget came to, as in Figure 2 of Liu et al. 2024; nothing without several sizes.
+
+    One figure for each backbone, data set and measure in which two sizes of a method can be
+    compared.
+    """
+    places = dict.fromkeys((model_of(run), data_of(run)) for run in runs)
+    drawings: list[Drawing] = []
+    for model, data in places:
+        there = [run for run in runs if (model_of(run), data_of(run)) == (model, data)]
+        for measure in measures(there):
+            sweep = _sweep(there, measure)
+            if any(len(sizes) > 1 for sizes in sweep.values()):
+                number = len(drawings) + 1
+                drawings.append(
+                    Drawing(
+                        name=f"budgets-{number}",
+                        title=f"{measure[0].upper()}{measure[1:]} by budget",
+                        caption=f"{model} on {data}: every run a dot by the parameters that it "
+                        "stores, the line through the mean of its seeds.",
+                        draw=partial(_draw_sweep, sweep),
+                    )
+                )
+    return drawings
+
+
+def frontiers(series: Sequence[Series]) -> list[Drawing]:
+    """Held-out loss at every size that adapters passed while they shrank."""
+    drawn = [one for one in series if any(run.frontier for run in one.runs)]
+    if not drawn:
+        return []
+    return [
+        Drawing(
+            name="frontier",
+            title="Size against held-out loss",
+            caption="Every size that an adapter passed while it shrank, the smallest to the left; "
+            "a cross is a size that it went back from.",
+            draw=partial(_draw_frontier, drawn),
+        )
+    ]
+
+
+def measures(runs: Sequence[TrainedRun]) -> list[str]:
+    """What runs can be compared by: every figure of an evaluation, and development loss."""
+    names = dict.fromkeys(name for run in runs for name in run.figures)
+    has_loss = any(lowest_loss(run) is not None for run in runs)
+    return [*names, DEVELOPMENT] if has_loss else [*names]
+
+
+def value_of(run: TrainedRun, measure: str) -> float | None:
+    """A measure of `measures`; None where the run has it not."""
+    return lowest_loss(run) if measure == DEVELOPMENT else run.figures.get(measure)
+
+
+def lowest_loss(run: TrainedRun) -> float | None:
+    """The lowest development loss of its log."""
+    return min(run.curve("eval_loss")[1], default=None)
+
+
+def _sweep(runs: Sequence[TrainedRun], measure: str) -> Sweep:
+    """Sizes within 3% of each other are one budget: what methods make of it differs a little."""
+    sweep: Sweep = {}
+    for run in runs:
+        value, size = value_of(run, measure), run.parameters
+        if value is None or not size:
+            continue
+        sizes = sweep.setdefault(method_of(run), {})
+        same = next((known for known in sizes if abs(known - size) <= 0.03 * known), size)
+        sizes.setdefault(same, []).append(value)
+    return sweep
+
+
+def _draw_sweep(sweep: Sweep) -> Figure:
+    made, axes = figure()
+    handles: list[Any] = []
+    for index, sizes in enumerate(sweep.values()):
+        style = look(index)
+        x = sorted(sizes)
+        y = [statistics.mean(sizes[size]) for size in x]
+        handles += axes.plot(x, y, **style)
+        dots = [(size, value) for size in x for value in sizes[size]]
+        axes.plot(
+            [size for size, _ in dots],
+            [value for _, value in dots],
+            **{**style, "linestyle": "none"},
+            marker="o",
+            markersize=3.5,
+            alpha=0.75,
+        )
+    _by_size(axes, [size for sizes in sweep.values() for size in sizes])
+    legend(made, handles, list(sweep))
+    return made
+
+
+def _draw_frontier(series: Sequence[Series]) -> Figure:
+    made, axes = figure()
+    handles: list[Any] = []
+    sizes = []
+    for one in series:
+        for run in one.runs:
+            kept = [size for size in run.frontier if size.kept]
+            (line,) = axes.plot(
+                [size.parameters for size in kept],
+                [size.loss for size in kept],
+                marker="o",
+                markersize=3.5,
+                **look(one.index),
+            )
+            left = [size for size in run.frontier if not size.kept]
+            axes.plot(
+                [size.parameters for size in left],
+                [size.loss for size in left],
+                marker="x",
+                markersize=5,
+                **{**look(one.index), "linestyle": "none"},
+            )
+            sizes += [size.parameters for size in run.frontier]
+        handles.append(line)
+    _by_size(axes, sizes)
+    axes.set_ylabel("held-out loss")
+    legend(made, handles, [one.label for one in series])
+    return made
+
+
+def _by_size(axes: Axes, sizes: Sequence[int]) -> None:
+    """Parameters along the axis, with a tick at each size where these are few."""
+    from matplotlib.ticker import NullLocator
+
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    ordered = sorted(set(sizes))
+    ticks = [ordered[0]]
+    for size in ordered[1:]:
+        if size > 1.35 * ticks[-1]:
+            ticks.append(size)
+    axes.set_xticks(ticks, [short_number(tick) for tick in ticks])
+    axes.set_xlabel("parameters")
+    axes.tick_params(axis="x", colors=LIGHT["faint"])

@@ -1,0 +1,33 @@
+from pathlib import Path
+
+import pytest
+
+from loralloc.report.page import PAGE
+
+
+@pytest.fixture
+def trained(train, output) -> Path:
+    assert train().code == 0
+    return output
+
+
+def test_a_run_becomes_a_page_figures_and_tables(trained, call, tmp_path) -> None:
+    out = tmp_path / "[red]report"
+    answer = call("report", trained, "--out", out, "--format", "html", "svg", "markdown")
+    assert (answer.code, answer.err) == (0, "")
+    html = (out / PAGE).read_text()
+    assert "alora" in html and "Where the ranks went" in html
+    assert "| out | alora |" in (out / "results.md").read_text()
+    assert (out / "run-1-scores-without.svg").is_file() and (out / "churn.svg").is_file()
+    lines = answer.out.splitlines()
+    assert lines[0].endswith("files on a run:")
+    assert sorted(lines[1:]) == sorted(map(str, out.iterdir()))
+
+
+def test_bad_input_is_told_in_a_sentence(call, tmp_path) -> None:
+    assert "holds no run" in call("report", tmp_path).sentence
+    (tmp_path / "settings.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    assert "names a folder" in call("report", tmp_path, "--out", tmp_path / "file").sentence
+    (tmp_path / "settings.json").write_text("?")
+    assert "settings.json is not valid JSON" in call("report", tmp_path).sentence
