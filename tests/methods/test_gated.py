@@ -76,15 +76,35 @@ def test_it_ends_where_it_pruned_and_from_there_it_is_plain_lora(kind, monkeypat
     )
     drive = Drive(method, num_steps=10).begin()
     drive.train(until=5)
-    assert not fused
+    assert len(fused) >= 5 * 2  # the gates go into B
     assert method.extra_loss() is not None
     drive.train()
-    assert len(fused) >= 4 * 2
+    assert len(fused) >= 9 * 2
     assert method.extra_loss() is None
     assert method.budget_step == method.first_eligible_step() == 6
     assert not any(
         layer.lora_A["default"]._forward_hooks for layer in lora_layers(method.model).values()
     )
+
+
+def test_the_fused_step_of_gated_layers_is_pefts(kind):
+    gradients = []
+    for fuses in (False, True):
+        method = made(kind)
+        tiny.with_trained_b(method.model)
+        Drive(method, num_steps=10).begin()
+        if fuses:
+            kernel.fuse(method.model)
+        batch = tiny.causal_batch()
+        with tiny.seeded(4):
+            method.watch(batch)
+        with torch.no_grad():
+            method.gates.copy_(torch.linspace(-1, 3, len(method.gates)))
+        method.model(**batch).loss.backward()
+        trained = [p.grad for p in method.model.parameters() if p.requires_grad]
+        gradients.append([*trained, method.gates.grad])
+    for plain, fused in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_the_optimiser_follows(kind):

@@ -5,6 +5,7 @@ The gates live outside the model, so that what is saved of it is plain LoRA at a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from loralloc.allocation.layers import lora_layers, weight_b
+from loralloc.kernels.lora import RankGate
 
 SCALED_WITH = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
 """Adam's and SGD's state follow a gradient: where B becomes B g, it becomes that over g."""
@@ -24,21 +26,13 @@ def gate_ranks(
     """Multiply every rank of a LoRA adapter by a gate, until the handles are removed.
 
     Args:
-        model: A PEFT model with a plain LoRA adapter. The fused step falls back to PEFT's own for
-            gated layers.
+        model: A PEFT model with a plain LoRA adapter.
         gate: From a module's name to its gates, shape (num_ranks,); called in every forward.
         adapter_name: PEFT's name of the adapter.
     """
-
-    def hook_for(name: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
-        def multiply(_: nn.Module, inputs: object, hidden: Tensor) -> Tensor:
-            return hidden * gate(name).to(hidden)
-
-        return multiply
-
     layers = lora_layers(model, adapter_name)
     return [
-        layer.lora_A[adapter_name].register_forward_hook(hook_for(name))
+        layer.lora_A[adapter_name].register_forward_hook(RankGate(functools.partial(gate, name)))
         for name, layer in layers.items()
     ]
 

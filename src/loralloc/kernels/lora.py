@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -55,9 +55,10 @@ def fuse(model: nn.Module) -> int:
     """Give every LoRA linear of a model the fused step, in place.
 
     The layers keep their parameters, names and everything else of PEFT's class, of which theirs
-    becomes a subclass. Whatever the fused step does not cover (several or merged adapters,
-    variants such as DoRA, dropout, hooks on A or B, an adapter switched off) runs PEFT's own
-    forward, and so does a model under `torch.compile`, which fuses that in its own way.
+    becomes a subclass. A `RankGate` on A is put into B for the step. Whatever the fused step does
+    not cover (several or merged adapters, variants such as DoRA, dropout, other hooks on A or B, an
+    adapter switched off) runs PEFT's own forward, and so does a model under `torch.compile`, which
+    fuses that in its own way.
 
     Returns:
         How many layers were changed.
@@ -101,6 +102,24 @@ def is_covered(layer: LoraLayer) -> bool:
         and isinstance(dropout, nn.Identity)
         for name, dropout in layer.lora_dropout.items()
     )
+
+
+class RankGate:
+    """A forward hook on A that multiplies every rank by a gate: y = W x + s B (g * (A x)).
+
+    Where the layer is fused the hook is not called: B diag(g) takes the place of B, so that a gated
+    layer costs what a plain one does, and gradients reach the gate through it.
+
+    Args:
+        gate: Gives the gates of the moment, shape (num_ranks,), in every forward pass.
+    """
+
+    def __init__(self, gate: Callable[[], Tensor]) -> None:
+        self.gate = gate
+
+    def __call__(self, module: nn.Module, inputs: object, hidden: Tensor) -> Tensor:
+        """A x, shape (..., num_ranks), times the gates."""
+        return hidden * self.gate().to(hidden)
 
 
 class SharedInput:
@@ -176,7 +195,7 @@ def _is_plain(layer: LoraLayer) -> bool:
         name in layer.lora_A
         and name not in layer.lora_variant
         and not layer.lora_bias.get(name)
-        and not _is_hooked(layer.lora_A[name])
+        and not _is_hooked(layer.lora_A[name], besides=RankGate)
         and not _is_hooked(layer.lora_B[name])
         and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
         and not torch.compiler.is_compiling()
@@ -194,10 +213,10 @@ def _has_frozen_linear(layer: LoraLayer) -> bool:
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether anything acts on a call of the module from outside."""
+def _is_hooked(module: nn.Module, *, besides: type | tuple[()] = ()) -> bool:
+    """Whether anything acts on a call of the module from outside, hooks of one class apart."""
     return bool(
-        module._forward_hooks
+        any(not isinstance(hook, besides) for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -207,7 +226,10 @@ def _is_hooked(module: nn.Module) -> bool:
 
 def _adapter(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
     name = layer.active_adapters[0]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    a, b = layer.lora_A[name], layer.lora_B[name].weight
+    for hook in a._forward_hooks.values():
+        b = b * hook.gate().to(b)
+    return a.weight, b, layer.scaling[name]
 
 
 def _lora_linears(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Tensor, ...]:

@@ -79,6 +79,14 @@ class GatedLora(LoraShaped):
         """Whether to prune after this step, before the last at which it has to be."""
         return False
 
+    def told_by_gates(self, kept: Tensor) -> dict[str, float]:
+        """What to tell of the gates just before all ranks but these (True) are dropped."""
+        return {}
+
+    def findings(self) -> dict[str, float]:
+        """See `Method.findings`."""
+        return dict(self.found)
+
     def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
         """See `PeftMethod.peft_config`."""
         assert self.rank is not None, "fit() chooses it"
@@ -100,8 +108,8 @@ class GatedLora(LoraShaped):
         self.num_steps_done = 0
         self.budget_step: int | None = None
         """The step after which it became plain LoRA."""
-        self.sparsity: float | None = None
-        """Share of the parameters whose gates were zero by themselves by then."""
+        self.found: dict[str, float] = {}
+        """What there is to tell of its gates, once they are gone."""
         self._handles: list[RemovableHandle] = []
         self._moments: list[dict[str, Any]] = []
         self._put_gates()
@@ -172,7 +180,7 @@ class GatedLora(LoraShaped):
 
     def state(self) -> dict[str, Any]:
         """See `Method.state`."""
-        state = {"budget_step": self.budget_step, "sparsity": self.sparsity}
+        state = {"budget_step": self.budget_step, "found": self.found}
         if not self.is_gated:
             return state
         return {
@@ -187,7 +195,7 @@ class GatedLora(LoraShaped):
 
     def load_state(self, state: Any) -> None:
         """See `Method.load_state`."""
-        self.budget_step, self.sparsity = state["budget_step"], state["sparsity"]
+        self.budget_step, self.found = state["budget_step"], dict(state["found"])
         if "learned" not in state:
             return
         self.num_steps_done, self._moments = state["num_steps_done"], state["moments"]
@@ -212,8 +220,10 @@ class GatedLora(LoraShaped):
     def _prune(self, number: int) -> None:
         """Drop ranks down to the budget, and be plain LoRA."""
         gates = self.final_gates()
-        self.sparsity = float(self.costs[gates == 0].sum() / self.costs.sum())
         kept = keep_highest(self.importance(), self.costs, self.budget)
+        sparsity = float(self.costs[gates == 0].sum() / self.costs.sum())
+        self.found = {"sparsity": sparsity, **self.told_by_gates(kept)}
+        self.session.log({f"{self.about.name}_{name}": n for name, n in self.found.items()})
         by_module = self._by_module(gates)
         self._remove_gates()
         fold_gates(self.model, by_module, optimizer=self.session.optimizer)

@@ -260,6 +260,10 @@ class Method(ABC):
             options: What PEFT's `save_pretrained` takes, for methods that are PEFT's.
         """
 
+    def findings(self) -> dict[str, float]:
+        """What a run should tell of how the method came to what it is, by name; see its docs."""
+        return {}
+
     def check_saved(self, folder: Path) -> None:
         """Refuse to go on from what another method, or other options, saved.
 

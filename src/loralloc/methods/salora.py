@@ -24,6 +24,13 @@ BETA, GAMMA, ZETA = 1.0, -0.1, 1.1
 EPSILON = 1e-6
 """Noise is uniform on (epsilon, 1 - epsilon)."""
 
+TRAVEL = 18
+"""How far log a can move at most, in all, until the ranks are pruned."""
+
+DAMPING = 100
+"""Learning rate of lambda_2 over that of lambda_1. In a run of a few dozen steps lambda_1 alone
+would grow until the density has long passed its target, and need as long to fall again."""
+
 
 @dataclass(kw_only=True)
 class SaLora(GatedLora):
@@ -39,14 +46,17 @@ class SaLora(GatedLora):
         lambda_1 (C / C_0 - t) + lambda_2 (C / C_0 - t)^2
 
     and 0.1 times the mean over modules of ||B^T B - I||_F + ||A A^T - I||_F. At the end of
-    `prune_by` the ranks with the highest log a are kept.
+    `prune_by` the ranks with the highest log a are kept. `findings` has the density C / C_0 just
+    before, which is t where the constraint was met.
     """
 
     log_a: float = 2.94
     """log a at the start: z > 0 with a probability of 0.995."""
 
-    gate_lr: float = 0.01
-    """Adam's learning rate of log a and of the multipliers."""
+    gate_lr: float | None = None
+    """Adam's learning rate of log a and of lambda_1; that of lambda_2 is a hundred times as high.
+    None for one at which log a can move by 18 until the ranks are pruned, twice as far as an open
+    gate is from a closed one, however short the run."""
 
     warmup_share: float = 0.3
     """Share of the run in which t falls."""
@@ -72,8 +82,8 @@ class SaLora(GatedLora):
     def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
         """See `Method.prepare`."""
         super().prepare(model, task_type=task_type, heads=heads)
-        self.multipliers = torch.zeros(2, device="cpu", requires_grad=True)
-        self.learned.append(self.multipliers)
+        self.multipliers = [torch.zeros((), device="cpu", requires_grad=True) for _ in range(2)]
+        self.learned += self.multipliers
         self.noise: Tensor | None = None
         return self.model
 
@@ -97,9 +107,18 @@ class SaLora(GatedLora):
 
     def gate_optimizer(self) -> Optimizer:
         """See `GatedLora.gate_optimizer`."""
-        descending: dict[str, Any] = {"params": [self.gates]}
-        ascending: dict[str, Any] = {"params": [self.multipliers], "maximize": True}
-        return Adam([descending, ascending], lr=self.gate_lr)
+        rate = TRAVEL / self.prune_step if self.gate_lr is None else self.gate_lr
+        linear, quadratic = self.multipliers
+        groups: list[dict[str, Any]] = [
+            {"params": [self.gates]},
+            {"params": [linear], "maximize": True},
+            {"params": [quadratic], "maximize": True, "lr": rate * DAMPING},
+        ]
+        return Adam(groups, lr=rate)
+
+    def told_by_gates(self, kept: Tensor) -> dict[str, float]:
+        """See `GatedLora.told_by_gates`: the density, and what it was to be."""
+        return {"density": float(self._density().detach()), "target_density": self._target()}
 
     def watch(self, batch: Batch) -> None:
         """See `Method.watch`: draw the step's z before its first batch."""
@@ -111,8 +130,7 @@ class SaLora(GatedLora):
         """See `Method.extra_loss`."""
         if not self.is_gated:
             return None
-        left = (self.costs * chance_open(self.gates)).sum() / self.costs.sum()
-        excess = left - self._target()
+        excess = self._density() - self._target()
         distances = [
             off_orthonormal(weight_a(layer)) + off_orthonormal(weight_b(layer).T)
             for layer in lora_layers(self.model).values()
@@ -127,6 +145,10 @@ class SaLora(GatedLora):
         """See `GatedLora.update_gates`."""
         super().update_gates()
         self.noise = None
+
+    def _density(self) -> Tensor:
+        """C / C_0: the share of the parameters that is expected to be left."""
+        return (self.costs * chance_open(self.gates)).sum() / self.costs.sum()
 
     def _target(self) -> float:
         """t: the share of the parameters that is to be left."""
