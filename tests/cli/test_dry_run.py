@@ -43,8 +43,16 @@ def test_the_plan(rows_of):
     assert rows["adapted modules"][0].startswith("14: q_proj x2, k_proj x2, v_proj x2, o_proj x2")
     assert rows["ranks"] == ["28, 7 moved a round"]
     assert re.match(r"2,048 trainable of [\d,]+", rows["parameters"][0])
+    assert rows["budget"] == ["2,048 parameters; 2,048 at the end (+0.0%)"]
     assert rows["steps"] == ["12, 6 an epoch"]
     assert rows["rounds"] == ["after steps 3, 6"]
+
+
+def test_a_search_is_told_with_its_steps_and_those_that_train_what_it_finds(rows_of):
+    allocation = ("num_rounds", "warmup_epochs", "recovery_epochs", "scoring_examples")
+    rows = rows_of(method="ssp", **dict.fromkeys(allocation))
+    assert rows["steps"] == ["12, 6 an epoch"]
+    assert rows["search"] == ["3 steps on top, before the 12 that train what was found"]
 
 
 def test_when_a_run_is_evaluated(rows_of):

@@ -41,13 +41,15 @@ class Drive:
     """The training loop: the calls and their order are those of a run."""
 
     def __init__(self, method: Method, *, num_steps: int = STEPS, lr: float = 1e-2):
-        self.method, self.num_steps, self.done = method, num_steps, 0
+        self.method, self.done = method, 0
         self.batch, other = learnable(_inner(method.model))
         self.lr = lr
         length = Length(num_steps=num_steps, steps_per_epoch=max(num_steps // 4, 1))
         wants = method.wants(length)
+        self.num_steps = num_steps + wants.on_top
         self.session = Session(
-            num_steps=length.num_steps,
+            num_steps=self.num_steps,
+            search_steps=wants.on_top,
             steps_per_epoch=length.steps_per_epoch,
             loss=self.loss_of,
             training=lambda num_examples: tiny.micro_batches(other, 4),

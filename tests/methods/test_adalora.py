@@ -110,7 +110,7 @@ def _update(triplets: list[slow.Triplet], layer: AdaLoraLayer) -> None:
 
 @pytest.mark.parametrize("shape", ["llama", "roberta"])
 def test_it_is_peft_driven_by_hand(shape):
-    method = made(shape)
+    method = made(shape, scale=2.0)
     drive = Drive(method).begin()
     model = BUILDS[shape]()
     with tiny.seeded(3):
@@ -132,8 +132,9 @@ def test_it_is_peft_driven_by_hand(shape):
         torch.testing.assert_close(parameter, expected[name], atol=1e-5, rtol=1e-4)
 
 
-def test_the_scale_is_loras():
-    method = made(scale=2.0)
+@pytest.mark.parametrize(("options", "scale"), [({}, 8.0), ({"scale": 2.0}, 2.0)])
+def test_the_scale_is_its_authors_where_none_is_given(options, scale):
+    method = made(**options)
     layer = layers(method)[0]
     with torch.no_grad():
         for store in (layer.lora_E, layer.lora_A, layer.lora_B):
@@ -142,7 +143,7 @@ def test_the_scale_is_loras():
         e, q, p = (store["default"] for store in (layer.lora_E, layer.lora_A, layer.lora_B))
         update = layer(x) - layer.base_layer(x)
         torch.testing.assert_close(
-            update, 2.0 * x @ (p @ torch.diag(e[:, 0]) @ q).T, rtol=1e-5, atol=1e-5
+            update, scale * x @ (p @ torch.diag(e[:, 0]) @ q).T, rtol=1e-5, atol=1e-5
         )
 
 
@@ -224,7 +225,7 @@ def test_the_config_that_is_saved_names_the_schedule(run, tmp_path):
     run[0].save(tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     names = ("init_r", "target_r", "tinit", "tfinal", "total_step", "lora_alpha")
-    assert [config[name] for name in names] == [6, 3, 4, 18, 40, 12]
+    assert [config[name] for name in names] == [6, 3, 4, 18, 40, 48]
 
 
 def test_it_trains_in_bf16_with_dropout():

@@ -162,3 +162,14 @@ def test_the_global_generator_is_left_alone():
     Drive(method).begin()
     method.step(1)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_after_training_blocks_can_be_dropped_and_given_back():
+    method = trained(dropped_at_test=1)
+    batch = tiny.causal_batch(seed=9)
+    without = logits(method, batch)
+    method.drop(0)
+    whole = logits(method, batch)
+    assert not torch.equal(without, whole)
+    method.drop(1)
+    assert torch.equal(logits(method, batch), without)

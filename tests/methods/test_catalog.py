@@ -13,8 +13,8 @@ from peft import TaskType
 
 from loralloc import open_adapter
 from loralloc.methods.bitfit import BitFit
-from loralloc.methods.catalog import METHODS, get_method
-from loralloc.methods.method import About, learning_rates
+from loralloc.methods.catalog import METHODS, get_method, learning_rates
+from loralloc.methods.method import About
 
 
 @dataclass(kw_only=True)

@@ -143,7 +143,7 @@ def test_a_run_too_short_for_its_rounds_is_refused():
 
 
 @pytest.mark.parametrize(
-    "options", [{"search_share": 1.0}, {"search_share": 0}, {"num_rounds": 0}, {"score": "x"}]
+    "options", [{"search_share": 1.5}, {"search_share": 0}, {"num_rounds": 0}, {"score": "x"}]
 )
 def test_options_that_no_run_could_use_are_refused(options):
     with pytest.raises(ValueError, match=f"`{next(iter(options))}` is"):

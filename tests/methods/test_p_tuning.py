@@ -32,6 +32,15 @@ def test_the_papers_setting_has_the_papers_parameters(name, tokens, parameters):
     assert prepared(PTuning(virtual_tokens=tokens), model).num_trained() == parameters
 
 
+def test_the_native_size_is_the_authors_whatever_the_budget():
+    method = PTuning(native=True)
+    method.fit(tiny.llama(), 1_000_000)
+    assert method.virtual_tokens == 20
+    assert PTuning(**method.options()) == method
+    with pytest.raises(ValueError, match="`native` takes 20 tokens, but `virtual_tokens` is 8"):
+        PTuning(native=True, virtual_tokens=8)
+
+
 def test_shared_keys_and_values_are_learned_once():
     """The tiny Llama has 4 heads of width 8 and 2 pairs of keys and values."""
     assert PTuning().count(tiny.llama(), 5) == 5 * 2 * 2 * 2 * 8

@@ -51,3 +51,10 @@ def test_it_stands_beside_the_sublayer():
 
 def by_hand(adapter, x):
     return torch.relu(x @ adapter.down.T) @ adapter.up.T
+
+
+def test_feed_forward_layers_may_have_a_scale_of_their_own():
+    model = tiny.llama()
+    prepared(ParallelAdapter(ffn_scale=4.0), model)
+    found = {(part.kind, part.owner.adapter.scale) for part in sublayers(model)}
+    assert found == {("attention", 1.0), ("feed_forward", 4.0)}

@@ -434,7 +434,7 @@ def test_a_single_block_has_no_place_for_prompts():
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("prompt_length", 0), ("tau", 0.0), ("search_share", 1.0), ("consistency", -1.0)],
+    [("prompt_length", 0), ("tau", 0.0), ("search_share", 1.5), ("consistency", -1.0)],
 )
 def test_options_out_of_range(option, value):
     with pytest.raises(ValueError, match=f"`{option}` is {value}"):

@@ -170,6 +170,7 @@ def test_only_then_is_a_checkpoint_eligible():
     method = made()
     drive = Drive(method, num_steps=40).begin()
     assert method.search_steps(40) == method.first_eligible_step() == 10
+    assert drive.num_steps == drive.session.num_steps == 50  # what is found trains for all 40
     drive.train(until=9)
     assert method.structure() == {}
     with pytest.raises(RuntimeError, match="9 of the 10 steps"):
@@ -227,7 +228,7 @@ def test_a_rank_keeps_as_much_as_lora_of_that_rank():
 @pytest.mark.parametrize(
     ("options", "budget", "words"),
     [
-        (dict(search_share=1.0), 3000, "`search_share` is 1.0; it must be above 0 and below 1"),
+        (dict(search_share=1.5), 3000, "`search_share` is 1.5; it must be above 0 and at most 1"),
         (dict(rank=0), 3000, "`rank` is 0; it must be above 0"),
         (dict(), 10, "smallest unit that ssp can keep has 16 already; raise `--budget`"),
     ],

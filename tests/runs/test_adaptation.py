@@ -117,3 +117,35 @@ def test_lora_on_one_kind_of_sublayer_has_the_rank_that_the_budget_gives():
     assert asked("--method", "mlp-only").rank is None
     assert asked("--method", "mlp-only", "--lora_r", "4").rank == 4
     assert asked("--method", "lora").rank == 8
+
+
+def test_a_scale_of_the_methods_own_stays_unless_another_is_given():
+    assert asked("--method", "adalora").scale == 8.0
+    assert asked("--method", "parallel-adapter").scale == 1.0
+    assert asked("--method", "sora", "--lora_r", "4").scale == 4.0
+    assert asked("--method", "adalora", "--lora_alpha", "32").scale == 4.0
+    assert asked("--method", "adalora", "--method.scale", "16").scale == 16.0
+
+
+@pytest.mark.parametrize(
+    ("flags", "sized_for", "counted"),
+    [
+        (["--method", "lora"], 8 * 928, 8 * 928),
+        (["--method", "lora", "--lora_r", "2"], 2 * 928, 2 * 928),
+        (["--method", "dora", "--lora_r", "2"], 2 * 928, 2 * 928 + 448),
+        (["--method", "houlsby", "--budget", "3000"], 3000, 3072),
+        (["--method", "houlsby", "--method.bottleneck", "3"], 768, 768),
+        (["--method", "bitfit"], None, None),
+    ],
+)
+def test_what_a_method_was_sized_for_is_known_beside_what_it_has(flags, sized_for, counted):
+    model, method = tiny.llama(), asked(*flags)
+    fit(method, model, 3000 if "--budget" in flags else None)
+    assert (method.sized_for, method.counted) == (sized_for, counted)
+
+
+def test_a_native_size_takes_no_budget():
+    flags = ["--method", "p-tuning-v2", "--method.native", "true"]
+    assert asked(*flags).native
+    with pytest.raises(ValueError, match="`budget` chooses the virtual_tokens of p-tuning-v2"):
+        asked(*flags, "--budget", "3000")

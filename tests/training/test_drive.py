@@ -180,9 +180,22 @@ def test_after_a_search_the_learning_rate_begins_anew(tmp_path):
     trainer.train()
     log = trainer.state.log_history
     rates = [entry["learning_rate"] for entry in log if "learning_rate" in entry]
-    # Two steps of warm-up and linear decay, over 3 steps and then over 9.
-    decay = [(7 - i) / 7 for i in range(7)]
+    # Two steps of warm-up and linear decay, over 3 steps and then over the run's 12.
+    decay = [(10 - i) / 10 for i in range(10)]
     assert rates == pytest.approx([0, 0.5, 1, 0, 0.5, *decay])
+
+
+def test_the_steps_of_a_search_come_on_top_of_the_trainers_own(tmp_path):
+    method = Searching()
+    trainer = driven(tmp_path, method)
+    before = trainer.args.max_steps
+    trainer.train()
+    assert trainer.state.global_step == STEPS + 3
+    assert (method.session.num_steps, method.session.search_steps) == (STEPS + 3, 3)
+    assert trainer.args.max_steps == before
+    trainer.args.num_train_epochs = 4
+    with pytest.raises(ValueError, match="The run has 24 steps now and had 12 when half"):
+        trainer.train()
 
 
 def test_a_schedule_that_cannot_begin_anew_is_refused(tmp_path):

@@ -35,13 +35,26 @@ def show(run: Run) -> None:
     everything = sum(parameter.numel() for parameter in run.model.parameters())
     rows.add_row("method", f"{sized(run.method)} ({run.method.about.paper})")
     rows.add_row("parameters", f"{run.method.num_trained():,} trainable of {everything:,}")
+    if run.method.sized_for:
+        rows.add_row("budget", _budget(run.method))
     rows.add_row("steps", f"{total}, {length.steps_per_epoch} an epoch")
     search = run.method.search_steps(total)
     if search:
-        rows.add_row("search", f"the first {search} steps; what was found trains in the others")
+        rows.add_row(
+            "search", f"{search} steps on top, before the {total} that train what was found"
+        )
     for name, words in {**_rounds(run), **_evaluation(run, total)}.items():
         rows.add_row(name, words)
     out.print(rows)
+
+
+def _budget(method: Method) -> str:
+    """The budget, and how far from it the method ends by its own count."""
+    assert method.sized_for is not None
+    words = f"{method.sized_for:,} parameters"
+    if method.counted is None:
+        return words
+    return f"{words}; {method.counted:,} at the end ({method.counted / method.sized_for - 1:+.1%})"
 
 
 def _rounds(run: Run) -> dict[str, str]:
@@ -81,7 +94,8 @@ def _settings_table(run: Run) -> Table:
         if name not in LORA_FLAGS.values() and f"{OPTIONS}.{name}" not in settings.given:
             source = "the budget" if name == run.method.size else "loralloc default"
             table.add_row(f"{OPTIONS}.{name}", str(value), source)
-    if "lora_target_modules" not in settings.given and "targets" in options:
+    is_pefts = hasattr(run.model, "peft_config")
+    if "lora_target_modules" not in settings.given and "targets" in options and is_pefts:
         targets = run.model.peft_config["default"].target_modules
         table.add_row("lora_target_modules", ", ".join(sorted(targets)), "every linear of a block")
     if not run.allocation:

@@ -26,6 +26,7 @@ from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
 from loralloc.runs.quiet import prepare_process as prepare_process
+from loralloc.training.way_of_running import planned_length
 
 if TYPE_CHECKING:
     from loralloc.runs.run import Run
@@ -58,6 +59,9 @@ class Progress:
             f"{run.settings.model.model_name_or_path} in {dtype} on {where}, {sized(method)}: "
             f"{method.num_trained():,} parameters train"
         )
+        num_steps = planned_length(run.trainer).num_steps
+        if search := method.search_steps(num_steps):
+            self._say(f"{search} steps search, on top of {num_steps} that train what was found")
         if run.allocation:
             rounds, record = run.allocation.steps, run.allocation.record
             start = record.initial_ranks
@@ -67,6 +71,16 @@ class Progress:
             )
             if record.note:
                 self._say(record.note)
+
+    def conclude(self, run: Run) -> None:
+        """Say what one task keeps, how far that is from the budget, and what the method found."""
+        method = run.method
+        over = method.over_budget()
+        beside = "" if over is None else f", {over:+.1%} of the budget of {method.sized_for:,}"
+        self._say(f"{method.num_stored():,} parameters kept{beside}")
+        if found := method.findings():
+            named = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
+            self._say(f"{method.about.name}: {', '.join(named)}")
 
     def _say(self, line: str) -> None:
         self.console.print(line, highlight=False)

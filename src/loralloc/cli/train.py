@@ -94,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
     progress.take_over(prepared.trainer)
     with progress.shown():
         runs.train(prepared)
+    progress.conclude(prepared)
     folder = settings.output_dir
     Console().print(f"\nadapter: [bold]{folder}[/]")
     if prepared.allocation:

@@ -108,6 +108,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     import loralloc
     from loralloc.experiments.cost import Clock, peak_bytes, reset_peak
     from loralloc.runs.folder import holds_run, last_checkpoint
+    from loralloc.training.way_of_running import planned_length
 
     resume = last_checkpoint(cell.folder) is not None
     overwrite = not resume and holds_run(cell.folder)
@@ -127,7 +128,10 @@ def train_cell(cell: Cell) -> dict[str, Any]:
             "budget": cell.options.get("budget"),
             "trained": num_trained,
             "stored": method.num_stored(),
+            "over_budget": method.over_budget(),
         },
+        "findings": method.findings(),
+        "search_steps": method.search_steps(planned_length(run.trainer).num_steps),
         "ranks": _ranks(run),
         "dev_loss": loss,
         "steps": run.trainer.state.global_step,

@@ -46,6 +46,11 @@ class AdaLora(LoraShaped):
     and Q of ||P^T P - I||_F. PEFT multiplies by alpha / r at the start, so alpha is s times that.
     """
 
+    scale: float = 8.0
+    """What the update is multiplied by: alpha / r at the start. The authors' script for SST-2 has
+    16 / 2, those for QNLI 32 / 2 and for summaries 32 / 12. At LoRA's 2 vectors as short as its own
+    learn too slowly."""
+
     orthogonality: float = 0.1
     """Weight of the regulariser."""
 
@@ -64,8 +69,9 @@ class AdaLora(LoraShaped):
         settings="published",
         learning_rate=8e-4,
         rate_from="the authors' script for SST-2 (DeBERTaV3-base)",
-        differs="The budget is in triplets, as published: it equals LoRA's in ranks, and in "
-        "parameters only where modules are of one size.",
+        differs="The scale is 8, as in its authors' script for SST-2 (alpha 16, 2 ranks at the "
+        "start), not LoRA's. The budget is in triplets, as published: it equals LoRA's in "
+        "ranks, and in parameters only where modules are of one size.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}

@@ -110,6 +110,10 @@ class AdapterDrop(Houlsby):
             self._generator = torch.Generator()
             self._generator.set_state(state["generator"])
 
+    def drop(self, num_blocks: int) -> None:
+        """Let the first so many blocks go without their adapters in evaluation; 0: none."""
+        self._depth.otherwise = num_blocks
+
     def _draw(self) -> None:
         assert self._generator is not None, "begin() makes it"
         num_blocks = len(blocks(self.model))
@@ -120,7 +124,7 @@ class AdapterDrop(Houlsby):
 
     def _drop_for_good(self) -> None:
         usual = min(5, len(blocks(self.model)) * 5 // 12)
-        self._depth.otherwise = usual if self.dropped_at_test is None else self.dropped_at_test
+        self.drop(usual if self.dropped_at_test is None else self.dropped_at_test)
 
 
 def _unless_dropped(depth: Depth, block: int, adapter: Bottleneck, y: Tensor) -> Tensor | None:

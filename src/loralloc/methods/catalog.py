@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from loralloc.allocation import named
-from loralloc.methods.method import Method
+from loralloc.methods.method import About, Method
 
 METHODS = {
     "lora": "lora:Lora",
@@ -68,6 +68,33 @@ def built_in_method(name: str) -> type[Method]:
     module, _, class_name = METHODS[name].partition(":")
     found: type[Method] = getattr(import_module(f"loralloc.methods.{module}"), class_name)
     return found
+
+
+def learning_rates(about: About, num_trials: int = 5) -> list[float]:
+    """Rates to search among, by half powers of ten around a method's own: each has equally many.
+
+    Args:
+        about: The method's.
+        num_trials: How many, an odd number, so that its own is in the middle.
+
+    Raises:
+        ValueError: The method recommends no rate, or the number is even.
+
+    Example:
+        >>> learning_rates(get_method("lora").about)
+        [5e-05, 0.00016, 0.0005, 0.0016, 0.005]
+    """
+    if about.learning_rate is None:
+        raise ValueError(
+            f"{about.name} recommends no learning rate to search around; give its `about` a "
+            "`learning_rate`, or name the rates to try."
+        )
+    if num_trials < 1 or num_trials % 2 == 0:
+        raise ValueError(f"`num_trials` is {num_trials}; it must be an odd number of at least 1.")
+    half = num_trials // 2
+    return [
+        float(f"{about.learning_rate * 10 ** (step / 2):.2g}") for step in range(-half, half + 1)
+    ]
 
 
 def _own_method(name: str) -> type[Method]:

@@ -125,6 +125,12 @@ class Method(ABC):
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
     """The adapted model, once it is prepared."""
 
+    sized_for: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    """The budget that its size was chosen for, in parameters; None where there is none."""
+
+    counted: int | None = dataclasses.field(default=None, init=False, repr=False, compare=False)
+    """Parameters that it stores at that size by its own count, before a run may end elsewhere."""
+
     def options(self) -> dict[str, Any]:
         """The options, as plain data."""
         return {name: getattr(self, name) for name in self.option_names()}
@@ -185,18 +191,19 @@ class Method(ABC):
         """
 
     def search_steps(self, num_steps: int) -> int:
-        """Steps of a run of so many that search for a structure; the rest train what was found."""
+        """Steps that search for a structure, on top of so many that train what was found."""
         return 0
 
     def wants(self, length: Length) -> Wants:
         """What it asks of a run of this length.
 
         A search sees one half of the training examples while the weights are trained on the other,
-        measures on development examples, and leaves the schedule to begin anew after it.
+        measures on development examples, and leaves the schedule to begin anew after it. Its steps
+        come on top, so that what it found trains for as long as other methods do.
         """
         search = self.search_steps(length.num_steps)
         held_out = SEARCH_EXAMPLES if search else 0
-        return Wants(held_out=held_out, half_until=search, restart_at=search)
+        return Wants(held_out=held_out, half_until=search, on_top=search, restart_at=search)
 
     def join(self, session: Session) -> None:
         """Be taken up by a run, before it begins; what cannot be done is refused here."""
@@ -251,6 +258,10 @@ class Method(ABC):
         """Parameters that one task keeps, without its head: what is not zero by construction."""
         return self.num_trained()
 
+    def over_budget(self) -> float | None:
+        """How far what it stores is from the budget, as a share of it; None without a budget."""
+        return self.num_stored() / self.sized_for - 1 if self.sized_for else None
+
     @abstractmethod
     def save(self, folder: Path, **options: Any) -> None:
         """Write what opens the adapted model again, as safetensors and JSON.
@@ -298,34 +309,6 @@ class Method(ABC):
         )
 
 
-def learning_rates(about: About, num_trials: int = 5) -> list[float]:
-    """Rates to search among, by half powers of ten around a method's own: each has equally many.
-
-    Args:
-        about: The method's.
-        num_trials: How many, an odd number, so that its own is in the middle.
-
-    Raises:
-        ValueError: The method recommends no rate, or the number is even.
-
-    Example:
-        >>> from loralloc.methods.catalog import get_method
-        >>> learning_rates(get_method("lora").about)
-        [5e-05, 0.00016, 0.0005, 0.0016, 0.005]
-    """
-    if about.learning_rate is None:
-        raise ValueError(
-            f"{about.name} recommends no learning rate to search around; give its `about` a "
-            "`learning_rate`, or name the rates to try."
-        )
-    if num_trials < 1 or num_trials % 2 == 0:
-        raise ValueError(f"`num_trials` is {num_trials}; it must be an odd number of at least 1.")
-    half = num_trials // 2
-    return [
-        float(f"{about.learning_rate * 10 ** (step / 2):.2g}") for step in range(-half, half + 1)
-    ]
-
-
 def freeze(model: nn.Module) -> None:
     """Let nothing of a model train."""
     model.requires_grad_(False)
@@ -341,7 +324,7 @@ class Length:
     """How long a run is."""
 
     num_steps: int
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run, without those that a method takes on top."""
 
     steps_per_epoch: int
 
@@ -360,6 +343,9 @@ class Wants:
     seed: int | None = None
     """Seed by which examples are drawn; None for the run's."""
 
+    on_top: int = 0
+    """Optimiser steps that a search takes before those of the run, which are as many as without."""
+
     restart_at: int = 0
     """The step after which the learning rate's schedule begins anew."""
 
@@ -373,7 +359,10 @@ class Session:
     gave, or None."""
 
     num_steps: int
-    """Optimiser steps of the whole run."""
+    """Optimiser steps of the whole run, those on top among them."""
+
+    search_steps: int = 0
+    """How many of them, the first, a search takes on top; see `Wants.on_top`."""
 
     steps_per_epoch: int
 

@@ -15,6 +15,9 @@ from loralloc.allocation.objective import Batch
 from loralloc.methods.method import About, Session
 from loralloc.methods.peft_method import PeftMethod
 
+NATIVE_TOKENS = 20
+"""Tokens of the authors for tasks of classification."""
+
 
 @dataclass(kw_only=True)
 class PTuning(PeftMethod):
@@ -26,6 +29,10 @@ class PTuning(PeftMethod):
 
     virtual_tokens: int | None = None
     """p; None for what the budget allows."""
+
+    native: bool = False
+    """Whether p is 20, which suffices for tasks of classification (Liu et al. 2022, Section 3),
+    whatever the budget: at LoRA's, prompts are many times as long as a short text."""
 
     init_std: float = 0.02
     """Standard deviation of keys and values at the start; the original has 1, as PyTorch's
@@ -50,6 +57,24 @@ class PTuning(PeftMethod):
     )
     size: ClassVar[str] = "virtual_tokens"
     paper: ClassVar[Mapping[str, Any]] = {"virtual_tokens": 80}
+
+    def __post_init__(self) -> None:
+        """Check the options.
+
+        Raises:
+            ValueError: The number of tokens is given twice.
+        """
+        if self.native and self.virtual_tokens not in (None, NATIVE_TOKENS):
+            raise ValueError(
+                f"`native` takes {NATIVE_TOKENS} tokens, but `virtual_tokens` is "
+                f"{self.virtual_tokens}; leave out one of the two."
+            )
+
+    def fit(self, model: nn.Module, budget: int) -> None:
+        """See `Method.fit`; the native size is what it is."""
+        if self.native:
+            self.virtual_tokens = NATIVE_TOKENS
+        super().fit(model, budget)
 
     def count(self, model: Any, size: int) -> int:
         """See `Method.count`."""

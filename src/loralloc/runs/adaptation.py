@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -14,7 +15,12 @@ from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import fuse
 from loralloc.methods.catalog import get_method
 from loralloc.methods.method import Method
-from loralloc.methods.peft_method import PeftMethod, default_budget
+from loralloc.methods.peft_method import (
+    LoraShaped,
+    PeftMethod,
+    default_budget,
+    rank_parameters,
+)
 from loralloc.runs.arguments import BLOCK, OPTIONS
 from loralloc.runs.heads.head import Head
 from loralloc.runs.models import load_with_new_head
@@ -63,7 +69,7 @@ def method_of(settings: Settings) -> Method:
     size = values.get(kind.size)
     if size is not None and size < 1:
         raise ValueError(f"`{OPTIONS}.{kind.size}` is {size}; it must be at least 1.")
-    is_open = kind.size and size is None
+    is_open = kind.size and size is None and not values.get("native")
     if run.budget is not None and (run.budget < 1 or not is_open):
         raise ValueError(_budget_sentence(settings, kind))
     return kind(**values)
@@ -109,7 +115,17 @@ def fit(method: Method, model: nn.Module, budget: int | None) -> None:
         budget: Parameters; by default those of LoRA with 8 ranks on every linear layer of every
             block (the paper's comparison).
     """
-    method.fit(model, default_budget(model) if budget is None else budget)
+    budget = default_budget(model) if budget is None else budget
+    is_open = method.size and getattr(method, method.size) is None
+    method.fit(model, budget)
+    if is_open:
+        method.sized_for = budget
+    elif isinstance(method, LoraShaped):  # LoRA's parameters at the rank that was given
+        method.sized_for = method.chosen_size() * rank_parameters(model, method.targeted(model))
+    elif method.size:
+        method.sized_for = method.count(model, method.chosen_size())
+    if method.size:
+        method.counted = method.count(model, method.chosen_size())
 
 
 def check_quantised(method: Method, model: Any) -> None:
@@ -147,7 +163,15 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
     }
+    if _own_scale(kind) and not settings.gives("lora_alpha"):
+        del values["scale"]
     return {field: value for field, value in values.items() if field in fields}
+
+
+def _own_scale(kind: type[Method]) -> bool:
+    """Whether a method's authors scale its update otherwise than LoRA's."""
+    scales = [field.default for field in dataclasses.fields(kind) if field.name == "scale"]
+    return bool(scales) and scales[0] != LoraShaped.scale
 
 
 def _own_values(settings: Settings, kind: type[Method], fields: set[str]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ def write(
     log: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write `README.md` into a run folder."""
+    found = method.findings()
     evaluations = [entry for entry in log if "eval_loss" in entry]
     labels = f", num_labels={num_labels}" if num_labels else ""
     cls = head.auto_class
@@ -56,7 +57,8 @@ def write(
         f'model = {name}(base, "{folder.name}")',
         "```",
         "",
-        f"- Parameters of the adapter: {method.num_stored():,}.",
+        f"- Parameters of the adapter: {method.num_stored():,}{_beside_budget(method)}.",
+        *(f"- {name.replace('_', ' ').capitalize()}: {n:.4g}" for name, n in found.items()),
         *(_ranks(record) if record else []),
     ]
     lines += [
@@ -66,6 +68,11 @@ def write(
     files = "`metrics.jsonl` holds every log entry, `settings.json` every setting with its source."
     lines += ["", f"`allocation.json` holds every round, {files}" if record else files, ""]
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _beside_budget(method: Method) -> str:
+    over = method.over_budget()
+    return "" if over is None else f", {over:+.1%} of the budget of {method.sized_for:,}"
 
 
 def _ranks(record: Record) -> list[str]:

@@ -56,7 +56,7 @@ def apply(settings: Settings, *, num_examples: int) -> Settings:
 
     `paper` is the paper's; `tuned` is the same with the learning rate that the method recommends,
     around which a search for the best has equally many trials for every method
-    (`loralloc.methods.method.learning_rates`).
+    (`loralloc.methods.catalog.learning_rates`).
 
     Args:
         settings: As resolved. A value from a flag, a file or an earlier run stays.

@@ -45,7 +45,9 @@ def adopt(trainer: Trainer, method: Method) -> None:
             f"It is not known what a {kind} is for (language model, classification or question "
             "answering); call `method.prepare(model, task_type=...)` before the trainer is built."
         )
-    method.fit(model, default_budget(model))
+    budget = default_budget(model)
+    method.fit(model, budget)
+    method.sized_for = budget if method.size else None
     heads = [name for name in PEFT_HEADS if hasattr(model, name)]
     device = next(model.parameters()).device
     adapted = method.prepare(model, task_type=task_type, heads=heads).to(device)

@@ -110,11 +110,13 @@ class Driver(TrainerCallback):
         self.notes: list[str] = []
         """What is otherwise than was asked for, a sentence each."""
         self._is_training = self._is_saving = False
+        self._own_max_steps = trainer.args.max_steps
         self._length = planned_length(trainer)
         self._wants = method.wants(self._length)
         self._session = Session(
             optimizer=trainer.optimizer,
-            num_steps=self._length.num_steps,
+            num_steps=self._length.num_steps + self._wants.on_top,
+            search_steps=self._wants.on_top,
             steps_per_epoch=self._length.steps_per_epoch,
             batches_per_step=trainer.args.gradient_accumulation_steps,
             loss=mean_loss(trainer, method),
@@ -150,7 +152,8 @@ class Driver(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let the method begin, with the run as it is now, resumed or not."""
-        self._follow_length()
+        with self._own_length():
+            self._follow_length()
         self._take_optimizer(kwargs["optimizer"])
         self._session.steps_done = state.global_step
         self.method.begin(self._session)
@@ -205,13 +208,28 @@ class Driver(TrainerCallback):
     def _driven(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
         def train(*args: Any, **kwargs: Any) -> Any:
+            self._follow_length()
+            self._own_max_steps = self._trainer.args.max_steps
+            if self._wants.on_top:
+                self._trainer.args.max_steps = self._session.num_steps
             try:
                 with replaced(self._trainer, self._while_training):
                     return own(*args, **kwargs)
             finally:
+                self._trainer.args.max_steps = self._own_max_steps
                 self._is_training = False
 
         return train
+
+    @contextmanager
+    def _own_length(self) -> Iterator[None]:
+        """The trainer's arguments as its user has them, without the steps on top."""
+        longer = self._trainer.args.max_steps
+        self._trainer.args.max_steps = self._own_max_steps
+        try:
+            yield
+        finally:
+            self._trainer.args.max_steps = longer
 
     def _joins_of_training(self) -> dict[str, Any]:
         """Loading, drawing of examples and learning rate, as the method wants them."""
@@ -338,7 +356,7 @@ class Driver(TrainerCallback):
                 "trainer's arguments before attach()."
             )
         self._length, self._wants = length, wants
-        self._session.num_steps = length.num_steps
+        self._session.num_steps = length.num_steps + wants.on_top
         self._session.steps_per_epoch = length.steps_per_epoch
 
 

@@ -38,8 +38,8 @@ class LearnedAdapter(InPlaceMethod):
     """Size between the two products; None for what the budget allows."""
 
     search_share: float = 0.25
-    """Part of the run's steps until the last round; above 0 and below 1. With 0.175 and 10 epochs,
-    rounds begin after one epoch and are a quarter of an epoch apart."""
+    """Steps until the last round, on top of the run's, as a share of these; above 0 and at most 1.
+    With 0.175 and 10 epochs, rounds begin after one epoch and are a quarter of an epoch apart."""
 
     num_rounds: int = 4
     """Rounds, each choosing for as many adapters as the others, drawn by the seed; at least 1."""
@@ -72,9 +72,9 @@ class LearnedAdapter(InPlaceMethod):
 
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
-        if not 0 < self.search_share < 1:
+        if not 0 < self.search_share <= 1:
             raise ValueError(
-                f"`search_share` is {self.search_share!r}; it must be above 0 and below 1."
+                f"`search_share` is {self.search_share!r}; it must be above 0 and at most 1."
             )
         if self.score not in get_args(Score):
             raise ValueError(f"`score` is {self.score!r}; use one of {get_args(Score)}.")
@@ -130,7 +130,7 @@ class LearnedAdapter(InPlaceMethod):
     def begin(self, session: Session) -> None:
         """See `Method.begin`."""
         self._optimizer = session.optimizer
-        steps = round_steps(self.search_steps(session.num_steps), self.num_rounds)
+        steps = round_steps(session.search_steps, self.num_rounds)
         self._first_eligible_step = steps[-1]
         self._rounds = dict(zip(steps, self._drawn_parts(session.seed), strict=True))
 

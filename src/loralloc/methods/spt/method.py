@@ -58,7 +58,7 @@ class Spt(InPlaceMethod):
     """Whether the layers are searched for, where they are not given."""
 
     search_share: float = 0.25
-    """Part of the run's steps that search, above 0 and below 1: about 3 epochs of 13."""
+    """Steps that search, on top of the run's, as a share of these; above 0 and at most 1."""
 
     tau: float = 1.0
     """How far a gate of 1 lets new prompts replace the old while searching, in (0, 1]."""
@@ -95,9 +95,9 @@ class Spt(InPlaceMethod):
             raise ValueError(f"`prompt_length` is {self.prompt_length}; it must be at least 1.")
         if not 0 < self.tau <= 1:
             raise ValueError(f"`tau` is {self.tau}; it must be above 0 and at most 1.")
-        if not 0 < self.search_share < 1:
+        if not 0 < self.search_share <= 1:
             raise ValueError(
-                f"`search_share` is {self.search_share}; it must be above 0 and below 1, and "
+                f"`search_share` is {self.search_share}; it must be above 0 and at most 1, and "
                 "`search` of false does without."
             )
         if self.consistency < 0:
@@ -142,7 +142,7 @@ class Spt(InPlaceMethod):
     def begin(self, session: Session) -> None:
         """See `Method.begin`."""
         self._session = session
-        self._search_steps = self.search_steps(session.num_steps)
+        self._search_steps = session.search_steps
 
     def step(self, number: int) -> None:
         """See `Method.step`."""

@@ -31,7 +31,7 @@ class Ssp(InPlaceMethod):
     a probability p_i such that the expected size is the budget. After each step on the weights,
     the architecture weights alpha take one on training examples that the weights never see
     (first-order DARTS). Then units are kept by falling p while they fit the budget; they are drawn
-    anew and trained for the rest of the run. Adapters are among them, so it does not merge.
+    anew and trained for as long as other methods. Adapters are among them, so it does not merge.
     """
 
     rank: int | None = None
@@ -48,7 +48,8 @@ class Ssp(InPlaceMethod):
     """Linear layers to adapt, as PEFT's `target_modules`; None for every one of every block."""
 
     search_share: float = 0.25
-    """Share of the run's steps that search, above 0 and below 1."""
+    """Steps that search, on top of the run's, as a share of these; above 0 and at most 1, which is
+    what the authors take."""
 
     beta: float = 1.0
     """Temperature of the probabilities."""
@@ -81,10 +82,10 @@ class Ssp(InPlaceMethod):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`{name}` is {value}; it must be above 0.")
-        if not 0 < self.search_share < 1:
+        if not 0 < self.search_share <= 1:
             raise ValueError(
-                f"`search_share` is {self.search_share}; it must be above 0 and below 1, so that "
-                "the run both searches and trains what it found."
+                f"`search_share` is {self.search_share}; it must be above 0 and at most 1, as a "
+                "share of the steps that train what was found."
             )
 
     def count(self, model: nn.Module, size: int) -> int:
@@ -147,7 +148,7 @@ class Ssp(InPlaceMethod):
 
     def begin(self, session: Session) -> None:
         """See `Method.begin`."""
-        self._num_search_steps = self.search_steps(session.num_steps)
+        self._num_search_steps = session.search_steps
         if not self._is_found:
             self._session = session
             self._set_gates(self._done + 1)
