@@ -24,9 +24,9 @@ HEAD = "base_model.model.classifier.modules_to_save.default.weight"
 ROUNDS = {"rounds_at": [2, 4], "scoring_examples": 4}
 MEMBERS = (
     {"method": "lora", "lora_r": 2, "learning_rate": 1e-2, "seed": 0},
-    {"method": "lora", "lora_r": 5, "lora_alpha": 10, "learning_rate": 4e-3, "seed": 1},
+    {"method": "rslora", "lora_r": 5, "lora_alpha": 10, "learning_rate": 4e-3, "seed": 1},
     {"method": "alora", "lora_r": 2, "learning_rate": 1e-2, "seed": 2, **ROUNDS},
-    {"method": "alora-sensi", "lora_r": 3, "use_rslora": True, "rounds_at": [2, 4]},
+    {"method": "alora-sensi", "lora_r": 3, "seed": 1, "rounds_at": [2, 4]},
 )
 
 
@@ -122,7 +122,10 @@ def test_heads_train_with_the_run_they_belong_to(data, tmp_path, bert_folder):
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-    members = (MEMBERS[0], {**MEMBERS[2], "rounds_at": [2]})
+    members = (
+        {**MEMBERS[0], "method": "lora-plus"},
+        {**MEMBERS[2], "method": "random", "rounds_at": [2]},
+    )
     one_by_one(placed(members, tmp_path / "alone", common))
     fleet, errors = at_once(placed(members, tmp_path / "fleet", common))
     assert errors == [None, None]
@@ -172,10 +175,11 @@ def test_a_run_that_fails_ends_alone(common, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "sora"}, r"`method` is 'sora', and a fleet trains lora, alora, alora-sensi"),
+        ({"method": "sora"}, r"`method` is 'sora', and a fleet trains lora, rslora, lora-plus, al"),
         ({"method": "alora", "score": "architecture"}, "`score` is 'architecture', which is gath"),
         ({"method": "alora-dnas"}, "`method` is 'alora-dnas'"),
-        ({"lora_dropout": 0.1}, "`lora_dropout` is 0.1, and in a fleet what it drops is drawn"),
+        ({"lora_dropout": 0.1}, "`dropout` is 0.1, and in a fleet what it drops would be drawn"),
+        ({"method.use_dora": True}, "`use_dora` is True"),
         ({"gradient_checkpointing": True}, "`gradient_checkpointing` is True"),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` is 5.0"),
         ({"model_init_kwargs": {"attention_dropout": 0.1}}, "has dropout .*`model_init_kwargs`"),

@@ -17,12 +17,16 @@ from loralloc.cli import (
     preview,
     ranks,
     report,
+    sweep,
     tasks,
     train,
 )
 from loralloc.runs.machine import let_idle_threads_sleep
 
-VERBS = (demo, tasks, methods, preview, train, ranks, report, generate, eval, judge, env)
+VERBS = (
+    *(demo, tasks, methods, preview, train, sweep, ranks, report),
+    *(generate, eval, judge, env),
+)
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 

@@ -10,7 +10,7 @@ import gc
 import json
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +23,7 @@ from loralloc.experiments.files import locked, read_json, write_json
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
 
 if TYPE_CHECKING:
+    from loralloc.experiments.cost import Clock
     from loralloc.runs.run import Run
 
 LORA_A, PEFT_PREFIX = ".lora_A.weight", "base_model.model."
@@ -67,9 +68,15 @@ def attempt(cell: Cell) -> Outcome:
     try:
         return Outcome(cell=cell, result=run_cell(cell))
     except Exception as error:  # a hole in the table, with its reason
-        reason = " ".join(str(error).split()) or type(error).__name__
-        write_json(cell.folder / FAILURE, {"reason": reason, "traceback": traceback.format_exc()})
-        return Outcome(cell=cell, result=None, failure=reason)
+        return failed(cell, error)
+
+
+def failed(cell: Cell, error: BaseException) -> Outcome:
+    """The outcome of a cell that an error ended, which is written into its folder."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    trace = "".join(traceback.format_exception(error))
+    write_json(cell.folder / FAILURE, {"reason": reason, "traceback": trace})
+    return Outcome(cell=cell, result=None, failure=reason)
 
 
 def run_cell(cell: Cell) -> Result:
@@ -101,48 +108,81 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     """Train a cell, from its last checkpoint where there is one.
 
     Returns:
-        Parameters, ranks, losses, steps, seconds and memory of the run.
+        As `Begun.facts`.
+    """
+    import loralloc
+
+    begun = begin_cell(cell)
+    loralloc.train(begun.run)
+    facts = begun.facts()
+    free(begun.run)
+    return facts
+
+
+def begin_cell(cell: Cell, *, prepare: Callable[..., Run] | None = None) -> Begun:
+    """The run of a cell, ready to be trained, from its last checkpoint where there is one.
+
+    Args:
+        cell: What is to be trained.
+        prepare: What prepares its run in the place of `loralloc.prepare`, with the same arguments.
     """
     from transformers import PrinterCallback
 
     import loralloc
-    from loralloc.experiments.cost import Clock, peak_bytes, reset_peak
+    from loralloc.experiments.cost import Clock, reset_peak
     from loralloc.runs.folder import holds_run, last_checkpoint
-    from loralloc.training.way_of_running import planned_length
 
     resume = last_checkpoint(cell.folder) is not None
     overwrite = not resume and holds_run(cell.folder)
     options = {**cell.options, "output_dir": str(cell.folder)}
     reset_peak()
-    run = loralloc.prepare(options, resume=resume, overwrite=overwrite)
+    run = (prepare or loralloc.prepare)(options, resume=resume, overwrite=overwrite)
     run.trainer.remove_callback(PrinterCallback)
     clock = Clock(run.checkpoint)
     run.trainer.add_callback(clock)
-    method = run.method
-    num_trained = method.num_trained()
-    loralloc.train(run)
-    loss = float(run.trainer.evaluate()["eval_loss"])
-    facts = {
-        "size": {method.size: method.chosen_size()} if method.size else {},
-        "parameters": {
-            "budget": cell.options.get("budget"),
-            "trained": num_trained,
-            "stored": method.num_stored(),
-            "over_budget": method.over_budget(),
-        },
-        "findings": method.findings(),
-        "search_steps": method.search_steps(planned_length(run.trainer).num_steps),
-        "ranks": _ranks(run),
-        "dev_loss": loss,
-        "steps": run.trainer.state.global_step,
-        "examples_per_step": run.trainer.args.per_device_train_batch_size
-        * run.trainer.args.gradient_accumulation_steps,
-        "seconds": clock.seconds,
-        "peak_bytes": peak_bytes(alone=cell.alone),
-        "device": run.model.device.type,
-    }
-    _free(run)
-    return facts
+    return Begun(cell=cell, run=run, clock=clock, num_trained=run.method.num_trained())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begun:
+    """The run of a cell, and what is known of it from its start."""
+
+    cell: Cell
+    run: Run
+    clock: Clock
+    num_trained: int
+    """Parameters that train at first."""
+
+    def facts(self) -> dict[str, Any]:
+        """What `trained.json` holds, once the run is trained.
+
+        Parameters, ranks, losses, steps, seconds and memory of the run.
+        """
+        from loralloc.experiments.cost import peak_bytes
+        from loralloc.training.way_of_running import planned_length
+
+        method, trainer = self.run.method, self.run.trainer
+        args = trainer.args
+        return {
+            "size": {method.size: method.chosen_size()} if method.size else {},
+            "parameters": {
+                "budget": self.cell.options.get("budget"),
+                "trained": self.num_trained,
+                "stored": method.num_stored(),
+                "over_budget": method.over_budget(),
+            },
+            "findings": method.findings(),
+            "search_steps": method.search_steps(planned_length(trainer).num_steps),
+            "ranks": _ranks(self.run),
+            "dev_loss": float(trainer.evaluate()["eval_loss"]),
+            "steps": trainer.state.global_step,
+            "max_steps": trainer.state.max_steps,
+            "examples_per_step": args.per_device_train_batch_size
+            * args.gradient_accumulation_steps,
+            "seconds": self.clock.seconds,
+            "peak_bytes": peak_bytes(alone=self.cell.alone),
+            "device": self.run.model.device.type,
+        }
 
 
 def test_cell(cell: Cell) -> dict[str, Any]:
@@ -255,7 +295,7 @@ def _ranks(run: Run) -> dict[str, dict[str, int]] | None:
     return {"initial": dict(record.initial_ranks) if record else {}, "final": final}
 
 
-def _free(run: Run) -> None:
+def free(run: Run) -> None:
     """Let go of a model before the next one is loaded."""
     run.trainer.accelerator.free_memory()
     run.trainer.model = None

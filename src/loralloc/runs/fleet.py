@@ -18,13 +18,15 @@ from torch import nn
 from loralloc.allocation.choices import is_gathered
 from loralloc.allocation.layers import lora_layers
 from loralloc.allocation.record import Round
+from loralloc.runs.adaptation import method_of
 from loralloc.runs.models import load_with_new_head
-from loralloc.runs.run import Run, prepare, train
+from loralloc.runs.run import Run, prepare
+from loralloc.runs.run import train as train_run
 from loralloc.runs.settings import Settings, resolve, resolve_again
 from loralloc.training.fleet import Fleet, body_of
 from loralloc.training.lockstep import World
 
-METHODS = ("lora", "alora", "alora-sensi")
+METHODS = ("lora", "rslora", "lora-plus", "alora", "alora-sensi", "random", "inverse")
 """Methods that are plain LoRA in every step."""
 
 MAY_DIFFER = (
@@ -32,12 +34,11 @@ MAY_DIFFER = (
     *("seed", "data_seed", "learning_rate", "weight_decay", "max_grad_norm", "optim", "optim_args"),
     *("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "early_stopping_patience"),
     *("adam_beta1", "adam_beta2", "adam_epsilon"),
+    *("method.rank", "method.scale", "method.use_rslora"),
 )
 """Options in which the runs of a fleet may differ, beside those of the allocation."""
 
 ALONE = {
-    "lora_dropout": "what it drops is drawn for all runs at once",
-    "use_dora": "its layers are more than B (A x)",
     "lora_modules_to_save": "every run would need the modules of its own",
     **dict.fromkeys(("load_in_4bit", "load_in_8bit"), "the runs could not share the weights"),
     **dict.fromkeys(("bf16", "fp16"), "mixed precision is not carried through all runs at once"),
@@ -53,6 +54,16 @@ ALONE = {
     "enable_jit_checkpoint": "signals reach the first thread of a process only",
 }
 """Options with which a run is trained alone, and why."""
+
+
+OF_LORA = {
+    "dropout": "what it drops would be drawn for all runs at once",
+    "use_dora": "a layer is B (A x) and no more",
+}
+"""The same of LoRA's own options, however they are given."""
+
+NOTHING: tuple[Any, ...] = (None, False, 0, 0.0, [], "", {})
+"""Values with which an option does nothing."""
 
 
 class FleetRuns:
@@ -91,30 +102,32 @@ class FleetRuns:
         else:
             settings = resolve_again(options) if resume else resolve(options)
         check_settings(settings)
-        if self.runs:
-            _check_alike(self.runs[0].settings, settings)
         run = prepare(
             settings, resume=resume, overwrite=overwrite, on_round=on_round, load=self._backbone
         )
         check_model(run.model)
+        if self.runs:
+            _check_alike(self.runs[0].settings, run.settings)
         self.runs.append(run)
         self._worlds.append(World())
         return run
 
-    def train(self) -> list[BaseException | None]:
+    def train(self, carry_out: Callable[[Run], Any] = train_run) -> list[Any]:
         """Train all runs to their ends, and write their folders.
 
+        Args:
+            carry_out: What trains one run, and whatever is to be done with its trainer then.
+
         Returns:
-            For each run what ended it before its end, if anything did. The others went on.
+            For each run what `carry_out` returned, or the exception that ended the run early. The
+            others went on.
         """
         padding = self.runs[0].tokenizer.pad_token_id
         fleet = Fleet(
             [run.trainer for run in self.runs], padding=0 if padding is None else int(padding)
         )
-        found: list[BaseException | None] = fleet.run(
-            [functools.partial(train, run) for run in self.runs], self._worlds
-        )
-        return found
+        tasks = [functools.partial(carry_out, run) for run in self.runs]
+        return fleet.run(tasks, self._worlds)
 
 
 class SharedBackbone:
@@ -165,21 +178,23 @@ def check_settings(settings: Settings) -> None:
             f"`method` is {method!r}, and a fleet trains {', '.join(METHODS)}; train it one by one."
         )
     allocation = settings.allocation
-    if method != "lora" and is_gathered(allocation) and allocation.score != "sensitivity":
+    if (
+        method_of(settings).allocates
+        and is_gathered(allocation)
+        and allocation.score != "sensitivity"
+    ):
         raise ValueError(
             f"`score` is {allocation.as_data()['score']!r}, which is gathered in forward passes of "
             "a run's own model, through which a fleet's steps do not go; train it one by one."
         )
-    for name, why in ALONE.items():
-        owner = next(
-            group
-            for group in (settings.model, settings.training, settings.run)
-            if hasattr(group, name)
-        )
-        value = getattr(owner, name)
-        if value not in (None, False, 0, 0.0, [], "", {}):
+    chosen = method_of(settings)
+    values = {name: getattr(_owner(settings, name), name) for name in ALONE}
+    values |= {name: getattr(chosen, name, None) for name in OF_LORA}
+    for name, value in values.items():
+        if value not in NOTHING:
             raise ValueError(
-                f"`{name}` is {value!r}, and in a fleet {why}; leave it out or train one by one."
+                f"`{name}` is {value!r}, and in a fleet {(ALONE | OF_LORA)[name]}; leave it out or "
+                "train one by one."
             )
     if settings.training.n_gpu > 1 or settings.training.world_size > 1:
         raise ValueError(
@@ -234,6 +249,12 @@ def _check_alike(first: Settings, other: Settings) -> None:
                 f"`{name}` is {two.get(name)!r} in one run of a fleet and {one.get(name)!r} in "
                 "another; they may differ in seed, learning rate, rank, method and schedule."
             )
+
+
+def _owner(settings: Settings, name: str) -> Any:
+    """The group of settings that has this option."""
+    groups = (settings.model, settings.training, settings.run)
+    return next(group for group in groups if hasattr(group, name))
 
 
 def _dropout(module: nn.Module) -> list[tuple[str, float]]:

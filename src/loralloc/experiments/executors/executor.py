@@ -19,6 +19,9 @@ class Resources:
     workers: int = 1
     """Processes on this machine at once."""
 
+    at_once: int = 16
+    """Cells that are trained at once on one backbone, at most."""
+
     cpus_per_cell: float = 1.0
     """Processors that a cell takes of a cluster."""
 
@@ -33,7 +36,7 @@ class Resources:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        least = {"workers": 1, "cpus_per_cell": 0, "gpus_per_cell": 0, "retries": 0}
+        least = {"workers": 1, "at_once": 1, "cpus_per_cell": 0, "gpus_per_cell": 0, "retries": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(
@@ -54,6 +57,7 @@ class Executor(Protocol):
 
 EXECUTORS = {
     "process": "process:run",
+    "fleet": "fleet:run",
     "pool": "pool:run",
     "ray": "cluster:run",
 }
