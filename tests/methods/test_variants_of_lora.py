@@ -80,7 +80,7 @@ def test_it_is_the_adapter_that_peft_makes_of_these_options(method, options):
     method = prepared(copy.copy(method), tiny.gpt2())
     config = LoraConfig(
         r=3,
-        lora_alpha=6,
+        lora_alpha=3 * method.scale,
         target_modules=tiny.GPT2_TARGETS,
         fan_in_fan_out=True,
         **options,

@@ -27,8 +27,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "methods",
         help="list the ways to adapt a model",
         description=(
-            "List every method of the paper's tables: where it comes from, how near it is to its "
-            "paper, whether it merges, and its size and parameters for a model at one budget."
+            "List every method of the paper's tables, its later competitors and the controls: "
+            "where each comes from, how near it is to its paper, whether it merges, and its size "
+            "and parameters for a model at one budget."
         ),
     )
     parser.add_argument(

@@ -18,6 +18,9 @@ class Pissa(FixedRanks):
     why the decomposition is a full one, and not the faster one, which draws random numbers.
     """
 
+    scale: float = 1.0
+    """Source: the authors' scripts, alpha as large as the rank."""
+
     about: ClassVar[About] = About(
         name="pissa",
         title="PiSSA",

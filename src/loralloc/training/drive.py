@@ -329,8 +329,9 @@ class Driver(TrainerCallback):
         return self._trainer.args.seed if self._wants.seed is None else self._wants.seed
 
     def _training_examples(self, num_examples: int) -> list[Any]:
-        trainer = self._trainer
-        return draw(trainer, trainer.train_dataset, num_examples=num_examples, seed=self._seed)
+        trainer, dataset = self._trainer, self._trainer.train_dataset
+        number = min(num_examples, len(dataset))  # all there are where there are fewer
+        return draw(trainer, dataset, num_examples=number, seed=self._seed)
 
     def _take_optimizer(self, optimizer: Any) -> None:
         # Accelerate's wrapper holds the one whose groups and state a method may have to mend.

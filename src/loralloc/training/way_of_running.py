@@ -18,7 +18,7 @@ from transformers import Trainer
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import Length, Method
 
-ACTS = ("before_step", "step", "after_step", "extra_loss")
+ACTS = ("begin", "before_step", "step", "after_step", "extra_loss")
 """Hooks by which a method acts on a run, beyond adapting its model."""
 
 

@@ -75,11 +75,15 @@ class Sensitivity(Tracker):
             )
         terms: dict[str, dict[str, Tensor]] = {part: {} for part in RANK_DIM}
         for (name, part), mean in self._mean.items():
-            value = mean * self._deviation[name, part]
+            value = self.element_score(mean, self._deviation[name, part])
             if value.ndim == 2:
                 value = value.mean(dim=1 - RANK_DIM[part])
             terms[part][name] = value.cpu()
         return Scores(terms=terms, settled=False)
+
+    def element_score(self, mean: Tensor, deviation: Tensor) -> Tensor:
+        """s(w) of elements, from Ibar and Ubar."""
+        return mean * deviation
 
     def follow(self, plan: Plan, *, optimizer: Optimizer | None) -> None:
         """See `Tracker.follow`."""
