@@ -267,6 +267,7 @@ INTRODUCTION = (
     "(`--paper`). `loralloc methods --model MODEL` counts them for a model. Faithful: as",
     "published. Port: moved to other backbones. Reconstruction: rebuilt from the paper's words,",
     "where no code was ever published. Control: what the others have to be better than.",
+    "Ours: of no paper.",
 )
 
 NOTES = (

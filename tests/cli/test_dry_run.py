@@ -41,7 +41,7 @@ def test_the_plan(rows_of):
     rows = rows_of()
     assert rows["data"] == ["train 24, validation 8 examples (lm head)"]
     assert rows["adapted modules"][0].startswith("14: q_proj x2, k_proj x2, v_proj x2, o_proj x2")
-    assert rows["ranks"] == ["28, 7 moved a round"]
+    assert rows["ranks"] == ["28, 7 ranks a round"]
     assert re.match(r"2,048 trainable of [\d,]+", rows["parameters"][0])
     assert rows["budget"] == ["2,048 parameters; 2,048 at the end (+0.0%)"]
     assert rows["steps"] == ["12, 6 an epoch"]

@@ -25,7 +25,7 @@ def test_every_method_is_listed_with_where_it_comes_from(listed, capsys):
     assert list(rows) == list(METHODS)
     for row in rows.values():
         assert row["paper"]
-        assert row["status"] in ("faithful", "port", "reconstruction", "control")
+        assert row["status"] in ("faithful", "port", "reconstruction", "control", "ours")
         assert row["status"] == "faithful" or row["differs"], row["name"]
         assert row["learning_rate"] > 0 and row["rate_from"], row["name"]
         assert {row["initialisation"], row["settings"]} <= {"published", "ours"}, row["name"]

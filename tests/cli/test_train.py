@@ -40,6 +40,22 @@ def test_rounds_that_are_spread_are_said_to_be_in_the_first_lines(train, output)
     assert Record.load(output).note == lines[where]
 
 
+def test_a_run_that_shrinks_says_how_small_it_became(train, call, output):
+    answer = train(
+        *("--method", "shrink", "--target-parameters", "900", "--judging_examples", "4"),
+        *("--num_rounds", "2"),
+        **dict.fromkeys(("warmup_epochs", "recovery_epochs")),
+    )
+    assert (answer.code, answer.err) == (0, "")
+    assert "2 rounds of an equal share, down to 900 parameters, after steps 4, 9" in answer.out
+    assert answer.out.count("parameters: held-out loss") == 4
+    size = Record.load(output).frontier[-1].parameters
+    assert size <= 900
+    sentence = f"; {size:,} are left: held-out loss"
+    assert sentence in answer.out and sentence in (output / "README.md").read_text()
+    assert sentence in call("ranks", output).out
+
+
 def test_one_line_a_round_and_one_an_evaluation(train):
     lines = train().out.splitlines()
     rounds = [line for line in lines if line.startswith("round ")]

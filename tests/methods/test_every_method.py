@@ -20,6 +20,9 @@ DECODERS = [(name, shape) for name, shape in CASES if shape != "roberta"]
 ALLOCATION = AllocationConfig(num_rounds=4, warmup_epochs=0.8, budget="parameters")
 """Of methods that have rounds: after steps 8, 10, 12 and 15 of 40."""
 
+SHRINKING = AllocationConfig(rounds_at=(8, 10, 12, 15), tolerance=0.05)
+"""Of the one that prunes only; the last size is judged after step 18."""
+
 LEARNING_RATES = {"p-tuning-v2": 0.1}
 """Of methods that need another than the rest to learn in a few steps: a prefix must grow first."""
 
@@ -31,7 +34,7 @@ def made(name: str, shape: str, **options):
     if session.task_type(model) not in kind.about.task_types:
         pytest.skip(f"{name} is not for {session.task_type(model)}")
     if kind.allocates:
-        options["allocation"] = ALLOCATION
+        options["allocation"] = SHRINKING if name == "shrink" else ALLOCATION
     return prepared(kind(**options), model)
 
 
@@ -131,8 +134,8 @@ def test_the_same_seed_trains_the_same(name, shape):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    # Their budget is in triplets, or in ranks.
-    [(name, shape) for name, shape in CASES if name not in ("adalora", "eva")],
+    # Budgets in triplets or in ranks, and a size that is found.
+    [(name, shape) for name, shape in CASES if name not in ("adalora", "eva", "shrink")],
 )
 def test_it_has_the_parameters_that_it_was_sized_for(name, shape):
     method = made(name, shape)

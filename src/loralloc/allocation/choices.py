@@ -98,9 +98,14 @@ def policy_of(config: AllocationConfig) -> Policy:
     """A configuration's policy, whose plans are looked at before they are carried out.
 
     Raises:
-        ValueError: `policy` cannot be imported or called; the policy returned raises it where a
-            plan cannot be carried out.
+        ValueError: `policy` cannot be imported or called, or the preset has none; the policy
+            returned raises it where a plan cannot be carried out.
     """
+    if config.preset == "shrink" and config.policy == "paper":
+        raise ValueError(
+            '`preset` is "shrink", which judges every size and steps back, and a round by itself '
+            "does neither; call attach(), or use `--method shrink`."
+        )
     name = named.name_of(config.policy)
     found: Policy = named.load("policy", config.policy, POLICIES)
     named.check_takes("policy", found, "(scores, limits)", [None] * 2)

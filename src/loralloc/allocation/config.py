@@ -146,6 +146,26 @@ class AllocationConfig:
     """Seed of the scoring examples and of new ranks; None takes the run's seed (0 outside a
     Trainer)."""
 
+    preset: Literal["paper", "shrink"] = "paper"
+    """What the rounds are for: "paper" moves ranks between modules; "shrink" gives none, and looks
+    for the smallest adapter whose held-out loss is not worse (see `methods.shrink`). `allocation.
+    presets` says which options each reads; the others are refused."""
+
+    tolerance: float | None = None
+    """By how much held-out loss may be worse than at the best size before, with "shrink": in the
+    loss's units, a target; from 0. None for one standard error of the paired difference."""
+
+    target_parameters: int | None = None
+    """Parameters to shrink to, whatever the loss, in the place of `tolerance`; at least 1."""
+
+    prune_share: float = 0.3
+    """Share of the ranks that a round of "shrink" prunes; between 0 and 1. Chosen, not measured: 8
+    rounds leave a seventeenth."""
+
+    judging_examples: int = 256
+    """Held-out examples on which sizes are compared with "shrink", beside those that importance is
+    measured on; all there are where there are fewer."""
+
     def __post_init__(self) -> None:
         """Refuse values that no run could use."""
         _at_least("num_rounds", self.num_rounds, 1)
@@ -179,6 +199,7 @@ class AllocationConfig:
             _at_least("seed", self.seed, 0)
         if self.rounds_at is not None:
             self._take_places(self.rounds_at)
+        self._check_shrinking()
 
     def as_data(self) -> dict[str, Any]:
         """The options as JSON has them, a score or policy of one's own by its name."""
@@ -189,6 +210,25 @@ class AllocationConfig:
             "score": named.name_of(self.score),
             "policy": named.name_of(self.policy),
         }
+
+    def _check_shrinking(self) -> None:
+        _one_of("preset", self.preset, ("paper", "shrink"))
+        _at_least("judging_examples", self.judging_examples, 2)
+        if not (_is_positive(self.prune_share) and self.prune_share < 1):
+            raise ValueError(
+                f"`prune_share` is {self.prune_share!r}; it must be a share of the ranks, between "
+                "0 and 1."
+            )
+        if self.target_parameters is not None:
+            _at_least("target_parameters", self.target_parameters, 1)
+        tolerance = self.tolerance
+        if tolerance is not None and tolerance != 0 and not _is_positive(tolerance):
+            raise ValueError(f"`tolerance` is {tolerance!r}; it must be a loss of at least 0.")
+        if tolerance is not None and self.target_parameters is not None:
+            raise ValueError(
+                f"`tolerance` is {tolerance} and `target_parameters` {self.target_parameters}, but "
+                "a target is reached whatever the loss; leave out one of the two."
+            )
 
     def _take_places(self, places: Any) -> None:
         """Check `rounds_at`, and let `num_rounds` be the number of its places."""

@@ -81,6 +81,35 @@ class Round:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One size of an adapter that shrinks, and how it did on held-out examples."""
+
+    step: int
+    """Optimiser steps taken when it was judged."""
+
+    parameters: int
+    """LoRA parameters."""
+
+    ranks: int
+    """Ranks of all modules together."""
+
+    modules: int
+    """Modules that have any; the others are as they were before there was an adapter."""
+
+    loss: float
+    """Mean held-out loss a target."""
+
+    worse_by: float
+    """By how much that is worse than at the best size so far, example by example."""
+
+    standard_error: float
+    """Of that difference; 0 for the first size, which is compared with nothing."""
+
+    kept: bool
+    """Whether it was as good as it had to be; else the size before came back."""
+
+
 @dataclass(kw_only=True)
 class Record:
     """The rounds of a run, with what they started from."""
@@ -98,7 +127,10 @@ class Record:
     """What of the schedule is otherwise than `config` says, and why; empty where nothing is."""
 
     rounds: list[Round] = field(default_factory=list)
-    """The rounds so far."""
+    """The rounds so far, without one that was taken back."""
+
+    frontier: list[Size] = field(default_factory=list)
+    """The sizes that a shrinking adapter passed, in order; empty where ranks are allocated."""
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -195,6 +227,7 @@ class Record:
             if data.pop("version") != VERSION:
                 raise ValueError("another version")
             data["rounds"] = [Round(**entry) for entry in data["rounds"]]
+            data["frontier"] = [Size(**entry) for entry in data.get("frontier", ())]
             return cls(**data)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(

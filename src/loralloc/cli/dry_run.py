@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import fields
 
 import torch
 from rich.console import Console
@@ -11,6 +10,7 @@ from rich.table import Table
 from transformers import TrainerState
 
 from loralloc.allocation.config import SCORES, AllocationConfig
+from loralloc.allocation.presets import read_by
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
@@ -67,9 +67,9 @@ def _rounds(run: Run) -> dict[str, str]:
     return {
         "adapted modules": f"{len(start)}: "
         + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
-        "ranks": f"{sum(start.values()):,}, {run.allocation.num_pruned} moved a round",
+        "ranks": f"{sum(start.values()):,}, {run.allocation.round_in_words} a round",
         "rounds": "after steps "
-        + ", ".join(map(str, run.allocation.steps))
+        + ", ".join(map(str, run.allocation.record.round_steps or ()))
         + (f" ({note})" if (note := run.allocation.record.note) else ""),
         "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded),
     }
@@ -100,11 +100,11 @@ def _settings_table(run: Run) -> Table:
         table.add_row("lora_target_modules", ", ".join(sorted(targets)), "every linear of a block")
     if not run.allocation:
         return table
-    for field in fields(AllocationConfig):
-        name = f"allocation.{field.name}"
+    for option in read_by(run.allocation.allocation):
+        name = f"allocation.{option}"
         if name not in settings.given:
-            value = getattr(run.allocation.config, field.name)
-            shown = f"{settings.training.seed} (the run's)" if field.name == "seed" else value
+            value = getattr(run.allocation.config, option)
+            shown = f"{settings.training.seed} (the run's)" if option == "seed" else value
             table.add_row(name, str(shown), "loralloc default")
     return table
 
@@ -135,7 +135,9 @@ def _evaluation(run: Run, total: int) -> dict[str, str]:
 def _first_eligible(run: Run) -> str:
     """From where on a checkpoint may be the best one."""
     if run.allocation:
-        return f"step {run.allocation.steps[-1]} (the last round)"
+        last = run.allocation.first_eligible_step()
+        is_round = last in (run.allocation.record.round_steps or ())
+        return f"step {last} (the last {'round' if is_round else 'size is judged'})"
     reaches_later = type(run.method).first_eligible_step is not Method.first_eligible_step
     return "when its budget is reached" if reaches_later else "the first"
 

@@ -63,11 +63,12 @@ class Progress:
         if search := method.search_steps(num_steps):
             self._say(f"{search} steps search, on top of {num_steps} that train what was found")
         if run.allocation:
-            rounds, record = run.allocation.steps, run.allocation.record
+            record = run.allocation.record
+            rounds = record.round_steps or ()
             start = record.initial_ranks
             self._say(
                 f"{sum(start.values()):,} ranks in {len(start)} modules; {len(rounds)} rounds of "
-                f"{run.allocation.num_pruned} ranks, after steps {', '.join(map(str, rounds))}"
+                f"{run.allocation.round_in_words}, after steps {', '.join(map(str, rounds))}"
             )
             if record.note:
                 self._say(record.note)
@@ -107,12 +108,11 @@ class Progress:
             f"[bold]round {entry.round}[/]",
             f"step {entry.step}",
             f"pruned {_by_kind(lost, modules) or 'none'}",
-            f"given to {_by_kind(entry.added, modules)}"
-            if entry.added
-            else "[yellow]no receiver[/]",
         ]
+        if entry.added:
+            parts.append(f"given to {_by_kind(entry.added, modules)}")
         if entry.lost:
-            parts.append(f"[yellow]{entry.lost} lost[/]")
+            parts += ["[yellow]no receiver[/]", f"[yellow]{entry.lost} lost[/]"]
         if entry.churn is not None:
             parts.append(f"churn {entry.churn:.0%}")
         if entry.score == "screened" and not entry.settled:
@@ -158,6 +158,13 @@ class _BarCallback(TrainerCallback):
             self._progress.bar.update(self._task, loss=loss)
             if not self._progress.console.is_terminal:  # a log file shows no bar
                 self._progress.console.print(f"step {state.global_step}  {loss}", highlight=False)
+        if "held_out_loss" in logs:
+            worse = logs["held_out_worse_by"]
+            self._progress.console.print(
+                f"step {state.global_step}  {int(logs['parameters']):,} parameters: held-out loss "
+                f"{logs['held_out_loss']:.4f}, {worse:+.4f} against the best",
+                highlight=False,
+            )
         if "eval_loss" in logs:
             accuracy = logs.get("eval_accuracy", logs.get("eval_mean_token_accuracy"))
             shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"

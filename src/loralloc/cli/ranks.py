@@ -15,7 +15,8 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="show where the ranks of a run went",
         description=(
             "Show the rank of every adapted module by layer, and what changed from the start: "
-            "'6-' or '6 -2' lost ranks, '11+' or '11 +3' gained some."
+            "'6-' or '6 -2' lost ranks, '11+' or '11 +3' gained some. Of a shrunk "
+            "adapter, the sizes that it passed as well."
         ),
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
@@ -41,17 +42,20 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print the table, and draw the picture where one is asked for."""
+    from loralloc.allocation.record import Record
+    from loralloc.report.frontier import frontier_table
     from loralloc.report.grid import RankGrid, read_allocation
     from loralloc.report.picture import check_picture, rank_figure
     from loralloc.report.ranks import rank_table
 
-    grid = RankGrid.from_allocation(
-        read_allocation(args.folder), shown_round=args.round, scored=args.scored
-    )
+    allocation = read_allocation(args.folder)
+    grid = RankGrid.from_allocation(allocation, shown_round=args.round, scored=args.scored)
     if args.png is not None:
         check_picture(args.png)
     out = Console()
     out.print(rank_table(grid, out.width))
+    if allocation.get("frontier"):
+        out.print("", frontier_table(Record.load(args.folder)))
     if args.png is not None:
         rank_figure(grid, args.png)
         out.print(f"picture: {args.png}", markup=False, highlight=False, soft_wrap=True)

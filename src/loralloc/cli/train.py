@@ -26,6 +26,8 @@ the flags used most (defaults in brackets):
   --score NAME                  gradient, screened, ablation, shapley; architecture (ALoRA-DNAS) or
                                 sensitivity (ALoRA-Sensi) [gradient]
   --allocation.budget UNIT      what stays the same: ranks or parameters [ranks]
+  --target_parameters N         with `--method shrink`: the size to end with, instead of the
+                                smallest whose held-out loss is not worse
   --protocol paper|tuned        batch, length, evaluation and early stopping as in the paper; tuned:
                                 with the learning rate that the method recommends
 
@@ -98,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
     folder = settings.output_dir
     Console().print(f"\nadapter: [bold]{folder}[/]")
     if prepared.allocation:
+        from loralloc.allocation.shrinking import in_words
+
+        if found := in_words(prepared.allocation.record):
+            Console().print(found, highlight=False)
         Console().print(f"its ranks: loralloc ranks {folder}")
     if prepared.head.generates:
         Console().print(f"try it: loralloc generate {folder} --prompt ...")

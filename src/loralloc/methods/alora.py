@@ -16,6 +16,7 @@ from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
 from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
 from loralloc.allocation.module_names import by_kind
+from loralloc.allocation.presets import check_read
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
@@ -57,6 +58,19 @@ class Alora(Lora):
     _allocator: Allocator | None = field(default=None, init=False, repr=False, compare=False)
     _session: Session | None = field(default=None, init=False, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        """Refuse what its rounds do not read.
+
+        Raises:
+            ValueError: An option is for shrinking.
+        """
+        if self.allocation.preset == "shrink":
+            raise ValueError(
+                f'`preset` is "shrink", and {self.about.name} moves ranks; use `--method shrink`, '
+                "or attach() without a method."
+            )
+        check_read(self.allocation)
+
     @classmethod
     def on(cls, model: Any, config: AllocationConfig, *, adapter_name: str) -> Alora:
         """The method on a model that has its LoRA adapter already.
@@ -90,6 +104,11 @@ class Alora(Lora):
     def num_pruned(self) -> int:
         """Ranks pruned a round."""
         return self.allocator.num_pruned
+
+    @property
+    def round_in_words(self) -> str:
+        """What a round does, for people."""
+        return f"{self.num_pruned} ranks"
 
     def wants(self, length: Length) -> Wants:
         """See `Method.wants`: what the score reads; of gates, the other half until the last round.
@@ -153,11 +172,7 @@ class Alora(Lora):
         """See `Method.after_step`: a round, where one is due."""
         if number not in self.steps:
             return False
-        assert self._session is not None, "a run calls join()"
-        entry = self.allocator.step(self._session.optimizer, step=number, epoch=epoch)
-        self._session.log(_numbers(entry))
-        if self._session.on_round:
-            self._session.on_round(entry)
+        self._take_round(number, epoch)
         return True
 
     def first_eligible_step(self) -> int:
@@ -233,6 +248,13 @@ class Alora(Lora):
     def _has_rounds_ahead(self) -> bool:
         return len(self.record.rounds) < len(self.steps)
 
+    def _take_round(self, number: int, epoch: float) -> None:
+        assert self._session is not None, "a run calls join()"
+        entry = self.allocator.step(self._session.optimizer, step=number, epoch=epoch)
+        self._session.log(_numbers(entry))
+        if self._session.on_round:
+            self._session.on_round(entry)
+
     def _allocate(self, record: Record | None = None) -> None:
         assert self._session is not None, "a run calls join()"
         self._allocator = Allocator(
@@ -254,8 +276,9 @@ class _Variant(Alora):
         """Take the variant's score.
 
         Raises:
-            ValueError: The options ask for another score.
+            ValueError: The options ask for another score, or for shrinking.
         """
+        super().__post_init__()
         given = self.allocation.score
         if given not in (AllocationConfig.score, self.score):
             raise ValueError(

@@ -14,6 +14,7 @@ METHODS = {
     "alora": "alora:Alora",
     "alora-dnas": "alora:AloraDnas",
     "alora-sensi": "alora:AloraSensi",
+    "shrink": "shrink:Shrink",
     "random": "controls:RandomRounds",
     "inverse": "controls:InverseRounds",
     "mlp-only": "sublayer_lora:MlpOnly",

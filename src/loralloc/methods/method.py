@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from loralloc.allocation.objective import Batch, Objective
 from loralloc.allocation.record import Round
 
-Status = Literal["faithful", "port", "reconstruction", "control"]
+Status = Literal["faithful", "port", "reconstruction", "control", "ours"]
 """How near a method's algorithm is to its paper: as published, moved to other backbones, or rebuilt
 from the paper's words, where no code was ever published. A control is of no paper: what other
-methods have to be better than."""
+methods have to be better than; ours are what we would use."""
 
 Origin = Literal["published", "ours"]
 """Whose a method's initialisation or settings are: its authors', or chosen here."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.allocation.record import Record
+from loralloc.allocation.shrinking import in_words
 from loralloc.methods.method import Method
 from loralloc.methods.peft_method import PeftMethod
 from loralloc.runs.heads.head import Head
@@ -88,4 +89,6 @@ def _ranks(record: Record) -> list[str]:
     if most:
         moved = ", ".join(f"`{name}` (+{gained[name]})" for name in most)
         lines.append(f"- Gained most: {moved}.")
+    if found := in_words(record):
+        lines.append(f"- {found}")
     return lines

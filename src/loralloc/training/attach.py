@@ -12,6 +12,7 @@ from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import active_adapter
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
+from loralloc.methods.shrink import Shrink
 from loralloc.training.drive import drive
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,8 @@ def attach(
 ) -> Alora:
     """Let a trainer's LoRA ranks move between modules while it trains.
 
-    This is `drive` with ALoRA on a model that has its adapter already. Everything that can be
+    This is `drive` with ALoRA on a model that has its adapter already, or with Shrink where the
+    options have `preset="shrink"`. Everything that can be
     refused is refused here, before the first step. Training that ends, or an adapter that is saved,
     without any round having taken place raises an error.
 
@@ -53,7 +55,9 @@ def attach(
         >>> trainer.train()  # doctest: +SKIP
     """
     name = active_adapter(trainer.model) if adapter_name is None else adapter_name
-    method = Alora.on(trainer.model, config or AllocationConfig(), adapter_name=name)
+    config = config or AllocationConfig()
+    kind = Shrink if config.preset == "shrink" else Alora
+    method = kind.on(trainer.model, config, adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)
     if method.record.note:
         logger.warning("loralloc: %s.", method.record.note)
