@@ -17,6 +17,7 @@ from loralloc.cli import (
     preview,
     ranks,
     report,
+    search,
     sweep,
     tasks,
     train,
@@ -24,7 +25,7 @@ from loralloc.cli import (
 from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
-    *(demo, tasks, methods, preview, train, sweep, ranks, report),
+    *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
     *(generate, eval, judge, env),
 )
 EXIT_BAD_INPUT = 2
