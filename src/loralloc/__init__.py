@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loralloc.allocation.allocator import Allocator as Allocator
-    from loralloc.allocation.allocator import ScoringError as ScoringError
     from loralloc.allocation.choices import Score as Score
     from loralloc.allocation.config import AllocationConfig as AllocationConfig
     from loralloc.allocation.importance.tracker import Tracker as Tracker
@@ -51,7 +50,7 @@ _HOMES = {
     "Run": "runs.run",
     "Score": "allocation.choices",
     "Scores": "allocation.policy",
-    "ScoringError": "allocation.allocator",
+    "ScoringError": "allocation.refusals",
     "Size": "allocation.record",
     "Tracker": "allocation.importance.tracker",
     "attach": "training.attach",

@@ -47,23 +47,28 @@ def test_the_defaults_are_the_papers():
             "score",
             "ablate",
             "`score` is 'ablate'; use one of 'gradient', 'screened', 'ablation', 'shapley', "
-            "'architecture', 'sensitivity' or your own, as 'package.module:name' or as the "
-            "function itself. Did you mean 'ablation'?",
+            "'architecture', 'sensitivity', 'random' or your own, as 'package.module:name' or as "
+            "the function itself. Did you mean 'ablation'?",
         ),
         (
             "score",
             "my package:score",
             "`score` is 'my package:score'; use one of 'gradient', 'screened', 'ablation', "
-            "'shapley', 'architecture', 'sensitivity' or your own, as 'package.module:name' or as "
-            "the function itself.",
+            "'shapley', 'architecture', 'sensitivity', 'random' or your own, as "
+            "'package.module:name' or as the function itself.",
         ),
         (
             "policy",
             3,
-            "`policy` is 3; use one of 'paper' or your own, as 'package.module:name' or as the "
-            "function itself.",
+            "`policy` is 3; use one of 'paper', 'inverse', 'worth' or your own, as "
+            "'package.module:name' or as the function itself.",
         ),
-        ("newborns", "spared", "`newborns` is 'spared'; use one of 'compete', 'protected'."),
+        (
+            "newborns",
+            "spared",
+            "`newborns` is 'spared'; use one of 'compete', 'protected', 'potential'.",
+        ),
+        ("new_state", None, "`new_state` is None; use one of 'zero', 'survivors'."),
         ("budget", 7, "`budget` is 7; use one of 'ranks', 'parameters'."),
         ("warmup_epochs", 0, "`warmup_epochs` is 0; it must be a number of epochs above 0."),
         ("warmup_epochs", "1", "`warmup_epochs` is '1'; it must be a number of epochs above 0."),
@@ -72,6 +77,8 @@ def test_the_defaults_are_the_papers():
             float("nan"),
             "`recovery_epochs` is nan; it must be a number of epochs above 0.",
         ),
+        ("rank_lr_power", -1, "`rank_lr_power` is -1; it must be a number from 0."),
+        ("new_rows", "svd", "`new_rows` is 'svd'; use one of 'kaiming', 'gradient'."),
         ("gate_lr", 0, "`gate_lr` is 0; it must be a number above 0."),
         ("gate_lr", "1", "`gate_lr` is '1'; it must be a number above 0."),
         (

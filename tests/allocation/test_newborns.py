@@ -73,7 +73,7 @@ def test_the_age_of_a_rank_needs_the_step():
 def test_a_run_says_what_most_new_ranks_going_at_once_means():
     note = rounds_at([10, 14, 19]).churn_note
     assert note.startswith("100% of the ranks that rounds gave were pruned in the round after")
-    assert note.endswith('let it train first with `newborns="protected"`')
+    assert note.endswith('let it train first with `newborns="protected"` or "potential"')
     assert rounds_at([10, 14, 19], newborns="protected").churn_note == ""
     assert rounds_at([10]).churn_note == ""
     # Where they are as old as they have to be and go all the same, other words are in place.

@@ -89,6 +89,7 @@ def test_another_measure_and_a_share_of_the_run(rows_of):
         (dict(score="gradient"), "about 4 forward passes"),
         (dict(score="ablation"), "about 28 forward passes"),
         (dict(score="screened", verify_ranks=10), "to 14 forward passes"),
+        (dict(newborns="potential", new_rows="gradient"), "and 10 for new ranks"),
     ],
 )
 def test_the_cost_of_scoring_against_the_papers(changes, cost, rows_of):

@@ -146,6 +146,11 @@ def test_spellings_of_an_allocation_flag(flags):
         ("--rounds_at=[20, 60]", (20, 60)),
         ("--allocation.budget=parameters", "parameters"),
         ("--allocation.seed=7", 7),
+        ("--newborns=potential", "potential"),
+        ("--new_state=survivors", "survivors"),
+        ("--new_rows=gradient", "gradient"),
+        ("--policy=worth", "worth"),
+        ("--rank_lr_power=0.5", 0.5),
     ],
 )
 def test_values_of_allocation_flags(flag, expected):

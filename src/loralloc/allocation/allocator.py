@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,9 +20,10 @@ from loralloc.allocation.choices import (
     tracker_of,
 )
 from loralloc.allocation.config import AllocationConfig, Schedule
+from loralloc.allocation.importance import unexplained
+from loralloc.allocation.importance.unexplained import Unexplained
 from loralloc.allocation.layers import (
     active_adapter,
-    has_own_bias,
     lora_config,
     lora_layers,
     rank_cost,
@@ -31,15 +31,25 @@ from loralloc.allocation.layers import (
     weights_ab,
     weights_b,
 )
+from loralloc.allocation.module_rates import ModuleRates
+from loralloc.allocation.new_rows import NewRows, rows_of
 from loralloc.allocation.objective import Batch, Objective
 from loralloc.allocation.optimizer_state import bare_optimizer, check_optimizer
-from loralloc.allocation.policy import Limits, Policy, Scores
+from loralloc.allocation.policy import Limits, Plan, Policy, Scores
 from loralloc.allocation.record import Record, Round
+from loralloc.allocation.refusals import (
+    CURE,
+    ScoringError,
+    check_counted,
+    check_finite,
+    check_ranks,
+    check_trains_and_is_saved,
+    refuse_rounding,
+    refuse_without_batch,
+    refused,
+)
 from loralloc.allocation.resize import resize
-
-
-class ScoringError(ArithmeticError):
-    """Importance could not be measured; the model is as it was before the round."""
+from loralloc.allocation.worth import num_known
 
 
 class Allocator:
@@ -86,16 +96,19 @@ class Allocator:
         self.adapter_name = adapter_name or active_adapter(model)
         self.num_rounds = len(schedule.steps) if schedule else config.num_rounds
         gathers = is_gathered(config)
-        if gathers and (batches or (objective and objective.batches)):
-            raise ValueError(
-                f"`score` is {named.name_of(config.score)!r}, which is gathered while the adapter "
-                "trains, so that scoring batches would have no effect; leave them out."
-            )
+        if gathers:
+            has_batches = bool(batches or (objective and objective.batches))
+            refuse_without_batch(self.config, has_batches=has_batches)
         self._policy = policy_of(self.config)
         self._measure = None if gathers else measured_by(config, self._policy)
         self._objective = objective or Objective(model, None if gathers else batches)
         layers = lora_layers(model, self.adapter_name)
-        self._check_trains_and_is_saved(layers)
+        check_trains_and_is_saved(
+            layers,
+            lora_config(model, self.adapter_name),
+            min_rank=config.min_rank,
+            adapter_name=self.adapter_name,
+        )
         start = ranks(layers, self.adapter_name)
         self.record = record or Record(
             config=self.config.as_data(),
@@ -103,7 +116,10 @@ class Allocator:
             round_steps=list(schedule.steps) if schedule else None,
             note=schedule.note if schedule else "",
         )
-        self._check_ranks(start)
+        check_ranks(self.record, start, min_rank=config.min_rank)
+        self._rates = ModuleRates(
+            model, self.record.initial_ranks, config.rank_lr_power, self.adapter_name
+        )
         self._cost = (
             {name: rank_cost(layer) for name, layer in layers.items()}
             if config.budget == "parameters"
@@ -111,7 +127,7 @@ class Allocator:
         )
         self.num_pruned = num_pruned(model, config, self.record.initial_ranks)
         if config.score == "ablation":
-            _refuse_rounding(self._objective)
+            refuse_rounding(self._objective)
         self._tracker = (
             tracker_of(config, self._objective, self.adapter_name)
             if gathers and self._has_rounds_ahead
@@ -125,9 +141,32 @@ class Allocator:
 
         Raises:
             ValueError: A LoRA weight that trains is not in it.
-            TypeError: It keeps state of which it is not known how it follows a change of rank.
+            TypeError: It keeps state of which it is not known how it follows a change of rank, or
+                none that `new_state` could hand on.
         """
-        check_optimizer(optimizer, self._weights())
+        config = self.config
+        check_optimizer(
+            optimizer,
+            self._weights(),
+            new_state=config.new_state,
+            rank_lr_power=config.rank_lr_power,
+        )
+
+    def begin(self, optimizer: Optimizer | None) -> None:
+        """Give modules their learning rates under this optimiser; call it before the first step.
+
+        It is needed where `rank_lr_power` is not 0, and checks the optimiser in any case.
+
+        Raises:
+            ValueError: See `check_optimizer`.
+            TypeError: See `check_optimizer`.
+        """
+        self.check_optimizer(optimizer)
+        self._rates.follow(optimizer)
+
+    def release(self) -> None:
+        """Let the optimiser's steps be its own again; call it where training has ended."""
+        self._rates.release()
 
     def learn(self, batches: Iterable[Batch]) -> None:
         """Let the gates of `score="architecture"` learn; nothing with another score.
@@ -192,22 +231,31 @@ class Allocator:
         Raises:
             ScoringError: A loss or score is not finite. Nothing was changed.
             RuntimeError: The score is gathered while training, and nothing was, or the last round
-                was before.
+                was before; or `begin` was not called with this optimiser and had to be.
             ValueError: `newborns` goes by the steps that a rank has trained, and `step` does not
                 tell them.
         """
         begin = time.perf_counter()
+        self._rates.check_followed(optimizer)
         number, before = len(self.record.rounds) + 1, self.record.ranks
         limits = self._limits(number, step)
         scores = replicas.mean(self._scores(limits))
-        _check_finite(scores, number, step)
-        decided = replicas.agreed(self._policy(scores, limits))
+        check_finite(scores, number, step)
+        generator = torch.Generator().manual_seed((self.config.seed or 0) * 1000 + number)
+        try:
+            scores, found = self._worth(scores, limits, generator)
+            decided = replicas.agreed(self._policy(scores, limits))
+            new_rows = self._rows(decided, found, generator)
+        except FloatingPointError as error:
+            raise ScoringError(f"{refused(number, step)}: {error}; {CURE}.") from error
         resize(
             self.model,
             decided,
             optimizer=optimizer,
             adapter_name=self.adapter_name,
-            generator=torch.Generator().manual_seed((self.config.seed or 0) * 1000 + number),
+            generator=generator,
+            new_state=self.config.new_state,
+            new_rows=new_rows,
         )
         replicas.check_equal(self._weights(), bare_optimizer(optimizer))
         if self._tracker:
@@ -231,6 +279,7 @@ class Allocator:
             lost=decided.lost,
             spare=decided.spare,
             seconds=round(time.perf_counter() - begin, 3),
+            worth=_rounded(scores.worth),
         )
         self.record.rounds.append(entry)
         if not self._has_rounds_ahead:
@@ -260,11 +309,40 @@ class Allocator:
             )
         return check_scores(scores, ranks(layers, self.adapter_name), self.config)
 
+    def _worth(
+        self, scores: Scores, limits: Limits, generator: torch.Generator
+    ) -> tuple[Scores, dict[str, Unexplained]]:
+        """The scores with what next ranks are worth, where the policy reads it."""
+        if self.config.policy != "worth":
+            return scores, {}
+        names = list(scores.importance)
+        count = num_known(limits.num_pruned, len(names))
+        found = self._unexplained(dict.fromkeys(names, count), generator)
+        worth = {name: of.values for name, of in found.items()}
+        return dataclasses.replace(scores, worth=worth), found
+
+    def _rows(
+        self, plan: Plan, found: dict[str, Unexplained], generator: torch.Generator
+    ) -> dict[str, NewRows]:
+        """The rows of A that new ranks begin with, where they are not drawn."""
+        if self.config.new_rows != "gradient":
+            return {}
+        wanted = {name: count for name, count in plan.added.items() if count}
+        return rows_of(plan, found or self._unexplained(wanted, generator))
+
+    def _unexplained(
+        self, wanted: Mapping[str, int], generator: torch.Generator
+    ) -> dict[str, Unexplained]:
+        layers = lora_layers(self.model, self.adapter_name)
+        return unexplained.measure(
+            self._objective, layers, wanted, generator=generator, adapter_name=self.adapter_name
+        )
+
     def _limits(self, number: int, step: int) -> Limits:
         config, births = self.config, self.record.births()
         young: Mapping[str, frozenset[int]] = {}
         if config.newborns != "compete":
-            self._check_counted(number, step)
+            check_counted(config, self.record, step=step)
             young = self.record.young(step)
         spared = young if config.newborns == "protected" else {}
         return Limits(
@@ -282,51 +360,6 @@ class Allocator:
             cost=self._cost,
             spare=self.record.spare,
         )
-
-    def _check_counted(self, number: int, step: int) -> None:
-        """Refuse a round whose ranks have no age."""
-        last = self.record.rounds[-1].step if self.record.rounds else 0
-        if step <= last:
-            before = f"round {number - 1} was at step {last}" if self.record.rounds else "none is"
-            raise ValueError(
-                f"`newborns` is {self.config.newborns!r}, which goes by the steps that a rank has "
-                f"trained, but round {number} is said to be at step {step} and {before}; pass the "
-                "optimiser steps so far as `step=`."
-            )
-
-    def _check_trains_and_is_saved(self, layers: Mapping[str, LoraLayer]) -> None:
-        """Refuse an adapter that stands still, and one whose emptied modules would lose a bias."""
-        for name, b in weights_b(layers, self.adapter_name).items():
-            if not b.requires_grad:
-                raise ValueError(
-                    f"The LoRA weights of {name} do not train, so ranks cannot be measured; load "
-                    "the adapter with `is_trainable=True`, or make it the active one."
-                )
-        options = lora_config(self.model, self.adapter_name)
-        biased = [name for name, layer in layers.items() if has_own_bias(layer, options)]
-        if biased and self.config.min_rank < 1:
-            raise ValueError(
-                "The adapter has `bias='lora_only'`, with which PEFT saves the bias of "
-                f"{biased[0]} beside its ranks only, so that it would be lost with the last of "
-                "them; set `min_rank=1`, or train with `bias='none'`."
-            )
-
-    def _check_ranks(self, now: Mapping[str, int]) -> None:
-        """Refuse a budget that cannot be kept, and a record that is not this model's."""
-        recorded = {name: rank for name, rank in self.record.ranks.items() if rank}
-        if recorded != now:
-            raise ValueError(
-                "The model's ranks are not those of the record it is to continue; restore the "
-                "adapter of the same checkpoint first."
-            )
-        total, least = sum(now.values()), self.config.min_rank
-        short = [name for name, rank in now.items() if rank < least]
-        if short and not self.record.rounds:
-            raise ValueError(
-                f"The budget is {total} ranks and {short[0]} has {now[short[0]]}, but `min_rank` "
-                f"of {least} on {len(now)} modules needs {least * len(now)}; raise the LoRA rank "
-                f"`r` to {least} or more, or lower `min_rank`."
-            )
 
 
 def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]) -> int:
@@ -348,38 +381,6 @@ def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mappin
             f"the adapter has only {total}; lower it or raise the LoRA rank `r`."
         )
     return count
-
-
-def _refuse_rounding(objective: Objective) -> None:
-    """Refuse to tell ranks apart by losses that are rounded more coarsely than a rank changes them.
-
-    Raises:
-        ValueError: They are.
-    """
-    if objective.rounding:
-        raise ValueError(
-            f"`score` is 'ablation', but the model computes in {str(objective.rounding)[6:]}, "
-            "whose rounding hides what one rank changes in the loss; use 'gradient' or 'screened', "
-            "or float32 weights."
-        )
-
-
-def _check_finite(scores: Scores, number: int, step: int) -> None:
-    """Refuse a round that would be planned on numbers that mean nothing."""
-    if scores.is_finite():
-        return
-    bad = [name for name, x in scores.importance.items() if not bool(x.isfinite().all())]
-    where = f" in {bad[0]} and {len(bad) - 1} more modules" if bad else ""
-    losses = (
-        ""
-        if scores.s_full is None or scores.s_base is None
-        else f"the loss on the scoring examples is {-scores.s_full:g} with the adapter and "
-        f"{-scores.s_base:g} without, and "
-    )
-    raise ScoringError(
-        f"Round {number} at step {step} was refused and the model left as it was: {losses}"
-        f"importance is not finite{where}; lower the learning rate or check the data."
-    )
 
 
 def _rounded(term: Mapping[str, Tensor]) -> dict[str, list[float]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loralloc.allocation import named
 from loralloc.allocation.config import POLICIES, SCORE_OPTIONS, SCORES, AllocationConfig
+from loralloc.allocation.importance import gradient, potential
 from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Plan, Policy, Scores
@@ -59,7 +60,18 @@ def measured_by(config: AllocationConfig, policy: Policy) -> Score:
         config: Of a score that is not gathered.
         policy: What will decide on the scores.
     """
-    return cast(Score, functools.partial(_found(config), **_options(config, policy)))
+    measure = functools.partial(_found(config), **_options(config, policy))
+    if config.newborns != "potential":
+        return cast(Score, measure)
+    if named.name_of(config.score) == "screened":  # where the cut is depends on the potential
+        ranked = functools.partial(potential.score, measure=gradient.score)
+        return cast(Score, functools.partial(measure, first_order=ranked))
+
+    def checked(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits) -> Scores:
+        num_ranks = {name: b.shape[1] for name, b in weights_b.items()}
+        return check_scores(measure(objective, weights_b, limits), num_ranks, config)
+
+    return cast(Score, functools.partial(potential.score, measure=checked))
 
 
 def tracker_of(config: AllocationConfig, objective: Objective, adapter_name: str) -> Tracker:

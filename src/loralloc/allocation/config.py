@@ -41,14 +41,21 @@ SCORE_OPTIONS = {
 POLICIES = {
     "paper": "loralloc.allocation.policy:plan",
     "inverse": "loralloc.allocation.inverse:plan_inverse",
+    "worth": "loralloc.allocation.worth:plan",
 }
 """Our policies and where they are."""
 
 BUDGETS = ("ranks", "parameters")
 """What a budget can be counted in."""
 
-NEWBORNS = ("compete", "protected")
+NEWBORNS = ("compete", "protected", "potential")
 """What can become of ranks that are too young to be compared with the others."""
+
+NEW_ROWS = ("kaiming", "gradient")
+"""Where a new rank's row of A can come from."""
+
+NEW_STATES = ("zero", "survivors")
+"""What a new rank's part of the optimiser's state can begin with."""
 
 
 FIRST, LAST = 0.1, 0.6
@@ -127,16 +134,34 @@ class AllocationConfig:
     grace_rounds: int = 0
     """Rounds during which a newly given rank cannot be pruned; 0 is the paper's reading."""
 
-    newborns: Literal["compete", "protected"] = "compete"
+    newborns: Literal["compete", "protected", "potential"] = "compete"
     """What becomes at a round of the ranks that are young: those that have trained for fewer steps
     than the first ranks had at the first round. "compete" compares them with all others, as the
-    paper does; "protected" prunes none of them."""
+    paper does; "protected" prunes none of them; "potential" adds to their scores what they could
+    still do (see `importance.potential`), for one backward pass more a round."""
+
+    new_state: Literal["zero", "survivors"] = "zero"
+    """What a new rank begins with in the optimiser's state: "zero", as in the paper, or "survivors"
+    for what decides how large an update is (Adam's `exp_avg_sq`, and its like in other optimisers,
+    in 8 bits too): the mean over the ranks of its module that stay."""
+
+    new_rows: Literal["kaiming", "gradient"] = "kaiming"
+    """What a new rank reads, its row of A: "kaiming" is drawn, as in the paper; "gradient" is the
+    largest direction of dL/dW on the scoring batch that the module's rows do not explain, and
+    orthogonal to them, for four backward passes more a round."""
+
+    rank_lr_power: float = 0.0
+    """p of a module's learning rate lr (r0 / r_m)^p, with r0 its rank before the first round and
+    r_m its rank now; 0, as in the paper, for one rate. With the scaling frozen, a module that grew
+    takes larger steps in function space."""
 
     policy: str | Policy = "paper"
     """Who is pruned and who receives: "paper" prunes the lowest scores of one pool and gives to
-    the modules that lost nothing; "inverse", a control, does so with the scores turned round. Your
-    own, a function from `Scores` and `Limits` to a `Plan`, is given itself or as
-    "package.module:name"."""
+    the modules that lost nothing; "worth" prunes the same and gives where the next rank is worth
+    most a unit of the budget, by the largest unexplained singular values of dL/dW on the scoring
+    batch, for four backward passes more a round; "inverse", a control, is the paper's with the
+    scores turned round. Your own, a function from `Scores` and `Limits` to a `Plan`, is given
+    itself or as "package.module:name"."""
 
     budget: Literal["ranks", "parameters"] = "ranks"
     """What is held constant: the number of ranks (the paper) or of LoRA parameters. A rank of a
@@ -178,6 +203,8 @@ class AllocationConfig:
         named.check("policy", self.policy, POLICIES)
         _one_of("budget", self.budget, BUDGETS)
         _one_of("newborns", self.newborns, NEWBORNS)
+        _one_of("new_state", self.new_state, NEW_STATES)
+        _one_of("new_rows", self.new_rows, NEW_ROWS)
         if isinstance(self.ranks_per_round, str):
             _one_of("ranks_per_round", self.ranks_per_round, ("block", "model"), "or a number")
         else:
@@ -189,10 +216,10 @@ class AllocationConfig:
                 )
         if not _is_positive(self.gate_lr):
             raise ValueError(f"`gate_lr` is {self.gate_lr!r}; it must be a number above 0.")
-        if self.gate_weight_decay != 0 and not _is_positive(self.gate_weight_decay):
-            raise ValueError(
-                f"`gate_weight_decay` is {self.gate_weight_decay!r}; it must be a number from 0."
-            )
+        for name in ("gate_weight_decay", "rank_lr_power"):
+            value = getattr(self, name)
+            if value != 0 and not _is_positive(value):
+                raise ValueError(f"`{name}` is {value!r}; it must be a number from 0.")
         if self.max_rank is not None:
             _at_least("max_rank", self.max_rank, max(1, self.min_rank))
         if self.seed is not None:

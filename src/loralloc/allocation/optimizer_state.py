@@ -32,6 +32,23 @@ BY_ELEMENT = frozenset(
 BEGINS_WITH = {"sum": "initial_accumulator_value", "step_size": "lr"}
 """State in which an element begins with this option of its group; in all other it is zero."""
 
+BY_GRADIENT = {
+    **dict.fromkeys(("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "state2"), 2),
+    **{"exp_inf": 1, "acc_delta": 0, "step_size": 0},
+}
+"""State that decides how large an update is, and the power of the gradient's size that it grows
+with. Where a new rank begins with zeros in it beside an old count of steps, its first updates are
+several times as large as its elders'."""
+
+ONE_STATE = ("rmsprop", "adagrad")
+"""Optimisers of bitsandbytes, by their `optimizer_name`, whose only state is of that kind."""
+
+NOT_BY_RATE = {
+    "step_size": "takes steps that a learning rate only begins with",
+    "compensation": "keeps the rounding of its own steps",
+}
+"""State of optimisers whose steps cannot be scaled afterwards, and why."""
+
 QUANTISED = {"state1": ("qmap1", "absmax1"), "state2": ("qmap2", "absmax2")}
 """Where bitsandbytes keeps state in 8 bits: the 256 values that a byte stands for, and the largest
 magnitude of each block of `BLOCK` elements, by which its values are to be multiplied."""
@@ -49,7 +66,9 @@ def bare_optimizer(optimizer: Any) -> Optimizer | None:
     return cast("Optimizer | None", optimizer)
 
 
-def check_optimizer(optimizer: Any, weights: Weights) -> None:
+def check_optimizer(
+    optimizer: Any, weights: Weights, *, new_state: str = "zero", rank_lr_power: float = 0.0
+) -> None:
     """Refuse an optimiser under which ranks cannot move.
 
     Call it before the first step, when every parameter has its place in the optimiser. One that has
@@ -59,28 +78,42 @@ def check_optimizer(optimizer: Any, weights: Weights) -> None:
     Args:
         optimizer: What trains the adapter, under wrappers or not.
         weights: What it is to train.
+        new_state: What new ranks begin with; see `resize`.
+        rank_lr_power: Whether modules have learning rates of their own; see `ModuleRates`.
 
     Raises:
         ValueError: A weight that trains is not in the optimiser.
-        TypeError: It keeps state of which it is not known how it follows a change of rank.
+        TypeError: It keeps state of which it is not known how it follows a change of rank, or none
+            that "survivors" could hand on, or its steps do not follow a learning rate.
     """
     bare = bare_optimizer(optimizer)
     if bare is None:
         return
     check_state(bare, weights)
-    if not any(bare.state.get(weight) for pair in weights.values() for weight in pair):
+    kept = [bare.state.get(weight, {}) for pair in weights.values() for weight in pair]
+    if not any(kept):
         tried = _tried(bare, weights)
         _check_keys(bare, tried)
         for param in sorted(tried, key=Tensor.numel, reverse=True):  # of true shapes first
             _judge(bare, param, tried[param])
+        kept = list(tried.values())
+    if new_state == "survivors" and not any(_by_gradient(bare, state) for state in kept):
+        raise _nothing_handed_on(bare)
+    for key, why in NOT_BY_RATE.items() if rank_lr_power else ():
+        if any(isinstance(state.get(key), Tensor) for state in kept):
+            raise TypeError(
+                f"{type(bare).__name__} {why}, so that `rank_lr_power` cannot give modules rates "
+                'of their own; leave it out, or use an optimiser such as optim="adamw_torch".'
+            )
 
 
-def check_state(optimizer: Optimizer, weights: Weights) -> None:
+def check_state(optimizer: Optimizer, weights: Weights, *, new_state: str = "zero") -> None:
     """Refuse what an optimiser keeps already, as `check_optimizer` does.
 
     Args:
         optimizer: What trains the adapter.
         weights: What it is to train.
+        new_state: What new ranks begin with; see `resize`.
 
     Raises:
         ValueError: A weight that trains is not in the optimiser.
@@ -95,7 +128,10 @@ def check_state(optimizer: Optimizer, weights: Weights) -> None:
                     f"A trainable LoRA weight of {name} is not in the optimiser, so its resized "
                     "form would never train; pass the optimiser that trains this adapter."
                 )
-            _judge(optimizer, weight, optimizer.state.get(weight, {}))
+            state = optimizer.state.get(weight, {})
+            _judge(optimizer, weight, state)
+            if new_state == "survivors" and state and not _by_gradient(optimizer, state):
+                raise _nothing_handed_on(optimizer)
 
 
 def check_shapes(optimizer: Optimizer) -> None:
@@ -120,6 +156,8 @@ def swap(
     added: int,
     *,
     dim: int,
+    new_state: str = "zero",
+    gradient: Tensor | None = None,
 ) -> None:
     """Put a resized parameter in the old one's place, with the state of the ranks that it kept.
 
@@ -130,6 +168,9 @@ def swap(
         kept: Indices of the old ranks that are the first of the new.
         added: Number of new ranks behind them.
         dim: Dimension of the ranks, 0 of A and 1 of B.
+        new_state: What new ranks begin with; see `resize`.
+        gradient: How large the gradient of each new rank is, in units of those that stay, shape
+            (added,); as large by default.
     """
     state = optimizer.state.pop(old, None)
     for group in optimizer.param_groups:
@@ -143,14 +184,33 @@ def swap(
                 return
             group["params"][slot] = new
             if state is not None:
-                optimizer.state[new] = _carried(state, group, kept, added, dim)
+                handed_on = _by_gradient(optimizer, state) if new_state == "survivors" else {}
+                optimizer.state[new] = _carried(state, group, kept, added, dim, handed_on, gradient)
             return
 
 
+def _by_gradient(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, int]:
+    """The keys of a parameter's state that decide how large an update is, as `BY_GRADIENT`."""
+    known = dict(BY_GRADIENT)
+    if "state2" not in state and getattr(optimizer, "optimizer_name", "") in ONE_STATE:
+        known["state1"] = 2
+    return {key: power for key, power in known.items() if isinstance(state.get(key), Tensor)}
+
+
 def _carried(
-    state: Mapping[str, Any], group: Mapping[str, Any], kept: tuple[int, ...], added: int, dim: int
+    state: Mapping[str, Any],
+    group: Mapping[str, Any],
+    kept: tuple[int, ...],
+    added: int,
+    dim: int,
+    handed_on: Mapping[str, int],
+    gradient: Tensor | None,
 ) -> dict[str, Any]:
-    """The state of a parameter with the slices of the kept ranks, and what new ranks begin with."""
+    """The state of a parameter with the slices of the kept ranks, and what new ranks begin with.
+
+    That is zero, or of the keys handed on the mean over the ranks that stay, of all where none do,
+    times that power of how large the new rank's gradient is.
+    """
     carried = dict(state)
     for key, value in state.items():
         if key not in BY_ELEMENT or value is None:
@@ -160,9 +220,15 @@ def _carried(
         index = torch.tensor(kept, dtype=torch.long, device=whole.device)
         shape = list(whole.shape)
         shape[dim] = added
-        begin = float(group.get(BEGINS_WITH.get(key, ""), 0.0))
-        parts = [whole.index_select(dim, index), whole.new_full(shape, begin)]
-        resized = torch.cat(parts, dim=dim).contiguous()
+        stay = whole.index_select(dim, index)
+        if key in handed_on:
+            new = (stay if kept else whole).mean(dim=dim, keepdim=True).expand(shape)
+            if gradient is not None:
+                times = gradient.to(new) ** handed_on[key]
+                new = new * (times if dim else times[:, None])
+        else:
+            new = whole.new_full(shape, float(group.get(BEGINS_WITH.get(key, ""), 0.0)))
+        resized = torch.cat([stay, new], dim=dim).contiguous()
         if in_blocks:
             carried[key], carried[QUANTISED[key][1]] = _quantised(resized, in_blocks[1])
         else:
@@ -232,6 +298,14 @@ def _unknown(optimizer: Optimizer, what: str) -> TypeError:
     return TypeError(
         f"{type(optimizer).__name__} keeps {what}, and how that follows a change of rank is not "
         'known; use an optimiser such as optim="adamw_torch".'
+    )
+
+
+def _nothing_handed_on(optimizer: Optimizer) -> TypeError:
+    return TypeError(
+        f"{type(optimizer).__name__} keeps nothing of the size of gradients, so that "
+        '`new_state="survivors"` would have no effect; leave it out, or use an optimiser such as '
+        'optim="adamw_torch".'
     )
 
 

@@ -38,6 +38,10 @@ class Scores:
     verified: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Ranks whose terms were measured by ablation; others are first order."""
 
+    worth: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the next ranks of a module are worth, descending, for the policy "worth": the largest
+    singular values of dL/dW that its ranks do not explain; empty where no policy reads them."""
+
     settled: bool = True
     """Whether ablation settled which ranks to prune, as far as the errors seen can tell."""
 
@@ -50,8 +54,8 @@ class Scores:
     def is_finite(self) -> bool:
         """Whether every number is finite."""
         measured = [s for s in (self.s_full, self.s_base) if s is not None]
-        terms = (x for term in self.terms.values() for x in term.values())
-        return all(map(math.isfinite, measured)) and all(bool(x.isfinite().all()) for x in terms)
+        values = (x for of in (*self.terms.values(), self.worth) for x in of.values())
+        return all(map(math.isfinite, measured)) and all(bool(x.isfinite().all()) for x in values)
 
     def check(self, num_ranks: Mapping[str, int], *, name: str) -> None:
         """Refuse scores that are not of these ranks.
@@ -283,15 +287,27 @@ def plan(scores: Scores, limits: Limits) -> Plan:
     given = share_out(available, receivers, limits)
     unspent = available - sum(limits.cost_of(name) * count for name, count in given.items())
     return Plan(
-        kept={
-            name: tuple(i for i in range(len(values)) if i not in pruned.get(name, ()))
-            for name, values in importance.items()
-        },
+        kept=kept_of(importance, pruned),
         added={name: given.get(name, 0) for name in importance},
         pruned=pruned,
         spare=unspent if receivers else limits.spare,
         lost=0 if receivers else freed,
     )
+
+
+def kept_of(
+    importance: Mapping[str, Tensor], pruned: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Indices of the ranks that stay, for every module.
+
+    Args:
+        importance: A tensor of shape (num_ranks,) for each module.
+        pruned: Indices of the ranks that go, for the modules that lose any.
+    """
+    return {
+        name: tuple(i for i in range(len(values)) if i not in pruned.get(name, ()))
+        for name, values in importance.items()
+    }
 
 
 def distances_to_cut(

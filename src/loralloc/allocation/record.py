@@ -73,6 +73,9 @@ class Round:
     seconds: float
     """Wall-clock time of scoring, planning and resizing."""
 
+    worth: Mapping[str, list[float]] = field(default_factory=dict)
+    """What the next ranks of each module were worth, where the policy read it."""
+
     def values(self) -> dict[str, list[float]]:
         """Each term of the score by name: the values of all ranks, module after module."""
         return {
@@ -174,7 +177,7 @@ class Record:
         if gone <= HIGH_CHURN * sum(given):
             return ""
         cure = (
-            'let it train first with `newborns="protected"`'
+            'let it train first with `newborns="protected"` or "potential"'
             if self.config.get("newborns", "compete") == "compete"
             else "move fewer ranks a round, or place the rounds further apart"
         )

@@ -65,6 +65,21 @@ def mean(scores: Scores) -> Scores:
     )
 
 
+def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The mean of what the processes measured, the same bits in each.
+
+    Args:
+        tensors: Of this process, of the same names and shapes in all.
+    """
+    if count() == 1:
+        return dict(tensors)
+    together = _gathered({name: value.detach().cpu() for name, value in tensors.items()})
+    return {
+        name: torch.stack([each[name] for each in together]).mean(dim=0).to(value)
+        for name, value in tensors.items()
+    }
+
+
 def agreed(plan: Plan) -> Plan:
     """The first process's plan.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import torch
 from peft import LoraConfig
@@ -12,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.config import NEW_STATES
 from loralloc.allocation.layers import (
     base_model,
     has_own_bias,
@@ -21,6 +23,7 @@ from loralloc.allocation.layers import (
     weight_b,
     weights_ab,
 )
+from loralloc.allocation.new_rows import NewRows
 from loralloc.allocation.optimizer_state import bare_optimizer, check_shapes, check_state, swap
 from loralloc.allocation.policy import Plan
 
@@ -32,12 +35,14 @@ def resize(
     optimizer: Optimizer | None = None,
     adapter_name: str = "default",
     generator: torch.Generator | None = None,
+    new_state: Literal["zero", "survivors"] = "zero",
+    new_rows: Mapping[str, NewRows] | None = None,
 ) -> Plan:
     """Change the ranks of a LoRA adapter, keeping its scaling and the optimiser's state.
 
     A module's A and B become new parameters of the new shapes. Ranks that stay keep their weights
     and their optimiser state; new ranks get a row of A that is Kaiming-uniform (a = sqrt 5), a
-    column of B that is zero and zero state, so that adding them does not change the function. The
+    column of B that is zero and no state, so that adding them does not change the function. The
     new parameters take the old ones' places in the optimiser's groups, so learning-rate
     schedulers go on as they were. `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` follow;
     a module left with no rank leaves the adapter.
@@ -50,29 +55,40 @@ def resize(
             train, so leave it out only where nothing trains.
         adapter_name: PEFT's name of the adapter.
         generator: Source of the new rows of A, on the CPU; PyTorch's own by default.
+        new_state: What new ranks begin with in the optimiser's state: "zero", or "survivors" for
+            what decides how large an update is (Adam's `exp_avg_sq`): its mean over the ranks of
+            the module that stay. First moments are zero with both.
+        new_rows: Rows of A that new ranks begin with in the place of drawn ones, by module; where
+            there are fewer than new ranks, the others are drawn.
 
     Returns:
         The plan that was carried out.
 
     Raises:
-        ValueError: A name is no adapted module, a rank is negative, or all modules would be empty,
-            or one whose bias PEFT would then not save.
+        ValueError: A name is no adapted module, a rank is negative, all modules would be empty, or
+            one whose bias PEFT would then not save; "survivors" without an optimiser; or rows
+            that do not fit a module's new ranks.
         TypeError: The optimiser keeps state of which it is not known how it follows the ranks.
     """
     layers = lora_layers(model, adapter_name)
     plan = to if isinstance(to, Plan) else _plan_by_norm(layers, to, adapter_name)
     bare = bare_optimizer(optimizer)
-    _check(layers, plan, bare, lora_config(model, adapter_name), adapter_name)
+    _check_new_state(new_state, bare)
+    _check(layers, plan, bare, lora_config(model, adapter_name), adapter_name, new_state)
+    _check_rows(layers, plan, new_rows or {})
     for name, kept in plan.kept.items():
         layer, added = layers[name], plan.added[name]
         if not added and len(kept) == layer.r[adapter_name]:
             continue
         old_a, old_b = weight_a(layer, adapter_name), weight_b(layer, adapter_name)
-        new_a = _resized(old_a, kept, _kaiming_rows(added, old_a, generator), dim=0)
+        begin = (new_rows or {}).get(name) if added else None
+        rows = _new_rows(added, old_a, begin, generator)
+        new_a = _resized(old_a, kept, rows, dim=0)
         new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
         if bare is not None:
-            swap(bare, old_a, new_a, kept, added, dim=0)
-            swap(bare, old_b, new_b, kept, added, dim=1)
+            swap(bare, old_a, new_a, kept, added, dim=0, new_state=new_state)
+            sizes = _gradient_sizes(added, begin)
+            swap(bare, old_b, new_b, kept, added, dim=1, new_state=new_state, gradient=sizes)
         _set_rank(layer, new_a, new_b, adapter_name)
         if new_a.shape[0] == 0:
             _remove_from_adapter(model, name, layer, adapter_name)
@@ -104,6 +120,7 @@ def _check(
     optimizer: Optimizer | None,
     config: LoraConfig,
     adapter_name: str,
+    new_state: str,
 ) -> None:
     """Refuse what cannot be carried out, before anything is changed."""
     _check_names(layers, plan.kept)
@@ -125,7 +142,18 @@ def _check(
         )
     if optimizer is None:
         return
-    check_state(optimizer, weights_ab({name: layers[name] for name in plan.kept}, adapter_name))
+    chosen = weights_ab({name: layers[name] for name in plan.kept}, adapter_name)
+    check_state(optimizer, chosen, new_state=new_state)
+
+
+def _check_new_state(new_state: str, optimizer: Optimizer | None) -> None:
+    if new_state not in NEW_STATES:
+        raise ValueError(f"`new_state` is {new_state!r}; use one of 'zero', 'survivors'.")
+    if new_state == "survivors" and optimizer is None:
+        raise ValueError(
+            "`new_state` is 'survivors', but there is no optimiser whose state new ranks could "
+            "take over; pass `optimizer=`, or leave it out."
+        )
 
 
 def _check_names(layers: Mapping[str, LoraLayer], names: Iterable[str]) -> None:
@@ -155,6 +183,36 @@ def _plan_by_norm(
         if wanted < rank:
             pruned[name] = tuple(sorted(order[wanted:].tolist()))
     return Plan(kept=kept, added=added, pruned=pruned)
+
+
+def _check_rows(
+    layers: Mapping[str, LoraLayer], plan: Plan, new_rows: Mapping[str, NewRows]
+) -> None:
+    for name, begin in new_rows.items():
+        most = (plan.added.get(name, 0), int(layers[name].in_features) if name in layers else 0)
+        shape = tuple(begin.rows.shape)
+        if len(shape) != 2 or shape[1] != most[1] or shape[0] > most[0]:
+            raise ValueError(
+                f"`new_rows` has a tensor of shape {shape} for {name}, which gets {most[0]} new "
+                f"ranks; give at most as many rows, of {most[1]} elements."
+            )
+
+
+def _new_rows(
+    added: int, like: Tensor, begin: NewRows | None, generator: torch.Generator | None
+) -> Tensor:
+    """New rows of A, shape (added, in_features): those that were found, then drawn ones."""
+    if begin is None:
+        return _kaiming_rows(added, like, generator)
+    drawn = _kaiming_rows(added - len(begin.rows), like, generator)
+    return torch.cat([begin.rows.to(like), drawn])
+
+
+def _gradient_sizes(added: int, begin: NewRows | None) -> Tensor | None:
+    """How large the gradients of new columns of B are, shape (added,), where it is known."""
+    if begin is None:
+        return None
+    return torch.cat([begin.gradient, begin.gradient.new_ones(added - len(begin.gradient))])
 
 
 def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:

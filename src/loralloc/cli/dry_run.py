@@ -10,6 +10,7 @@ from rich.table import Table
 from transformers import TrainerState
 
 from loralloc.allocation.config import SCORES, AllocationConfig
+from loralloc.allocation.importance.unexplained import ITERATIONS
 from loralloc.allocation.presets import read_by
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
@@ -71,7 +72,8 @@ def _rounds(run: Run) -> dict[str, str]:
         "rounds": "after steps "
         + ", ".join(map(str, run.allocation.record.round_steps or ()))
         + (f" ({note})" if (note := run.allocation.record.note) else ""),
-        "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded),
+        "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded)
+        + _further_cost(run.allocation.config),
     }
 
 
@@ -162,3 +164,11 @@ def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> st
         return f"about 4 forward passes (the paper's 2R: {paper:,})"
     most = 4 + min(config.verify_ranks, num_ranks)
     return f"about 20 to {most} forward passes (the paper's 2R: {paper:,})"
+
+
+def _further_cost(config: AllocationConfig) -> str:
+    """Of what is measured for new ranks beside the score, likewise."""
+    passes = 2 if config.newborns == "potential" else 0
+    if config.new_rows == "gradient" or config.policy == "worth":
+        passes += 4 * ITERATIONS
+    return f", and {passes} for new ranks" if passes else ""

@@ -101,7 +101,7 @@ class Progress:
             self.bar.stop()
 
     def show_round(self, entry: Round) -> None:
-        """One line a round: pruned from, given to, the last given that went again, seconds."""
+        """One line a round: pruned from, given to, the share of the last given that went, time."""
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
         modules = entry.ranks_before
         parts = [

@@ -147,7 +147,7 @@ class Alora(Lora):
             ValueError: The run goes on at a step by which other rounds were due.
             TypeError: Ranks cannot move under the optimiser.
         """
-        self.allocator.check_optimizer(session.optimizer)
+        self.allocator.begin(session.optimizer)
         past = sum(step <= session.steps_done for step in self.steps)
         if past != len(self.record.rounds):
             raise ValueError(
@@ -182,6 +182,7 @@ class Alora(Lora):
     def finish(self) -> None:
         """See `Method.finish`: plain LoRA, whose ranks have moved."""
         self.allocator.finish()
+        self.allocator.release()
         if not self.record.rounds:
             assert self._session is not None, "a run calls join()"
             raise RuntimeError(
@@ -221,6 +222,7 @@ class Alora(Lora):
         assert self._session is not None, "a run calls join()"
         record = Record.load(folder)
         self.allocator.finish()
+        self.allocator.release()
         restore_shapes(
             self.model,
             folder,

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
-from loralloc.allocation.allocator import ScoringError
 from loralloc.allocation.choices import check_scores, is_gathered, measured_by
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_b
 from loralloc.allocation.policy import Limits, Plan, Scores
+from loralloc.allocation.refusals import ScoringError
 from loralloc.allocation.resize import resize
 from loralloc.methods.cut import CutLora
 from loralloc.methods.gated import keep_highest

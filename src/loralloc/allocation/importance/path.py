@@ -51,23 +51,60 @@ def derivative(
     """
     totals = {name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()}
     loss = 0.0
+    with _backward_at(objective, weights_b, t) as (trained, passes):
+        for batch_loss, gradients in passes:
+            loss += batch_loss
+            for name, gradient in gradients.items():
+                totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
+    return {name: total.cpu() for name, total in totals.items()}, -loss
+
+
+def gradient_norms(objective: Objective, weights_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """|dL/dB_r| of every rank at the trained adapter, by one backward pass over the scoring batch.
+
+    Args:
+        objective: The scoring batch and the model.
+        weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
+
+    Returns:
+        A float32 tensor of shape (num_ranks,) for each module, on the CPU.
+    """
+    totals = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in weights_b.items()}
+    with _backward_at(objective, weights_b, 1) as (_, passes):
+        for _, gradients in passes:
+            for name, gradient in gradients.items():
+                totals[name] += gradient
+    return {name: total.norm(dim=0).cpu() for name, total in totals.items()}
+
+
+@contextmanager
+def _backward_at(
+    objective: Objective, weights_b: Mapping[str, Tensor], t: float
+) -> Iterator[tuple[dict[str, Tensor], Iterator[tuple[float, dict[str, Tensor]]]]]:
+    """Backward passes with all gates at `t`, which are taken inside.
+
+    Yields:
+        The trained B_m by module; and of every micro-batch its share of the mean loss, with the
+        gradient by each B_m.
+    """
     # A loss that was given may switch the adapter off and on, and thaw it in the middle of a pass.
     others = () if objective.has_own_loss else _trainable_but(weights_b.values(), objective.model)
+
+    def passes() -> Iterator[tuple[float, dict[str, Tensor]]]:
+        for batch in objective.batches:
+            loss = objective.loss_sum(batch) / objective.num_targets
+            gradients = torch.autograd.grad(
+                loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
+            )
+            yield float(loss.detach()), dict(zip(weights_b, gradients, strict=True))
+
     with (
         objective.evaluating(),
-        _frozen(others),
+        frozen(others),
         gates_at(weights_b, t) as trained,
         torch.enable_grad(),
     ):
-        for batch in objective.batches:
-            batch_loss = objective.loss_sum(batch) / objective.num_targets
-            gradients = torch.autograd.grad(
-                batch_loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
-            )
-            loss += float(batch_loss.detach())
-            for name, gradient in zip(weights_b, gradients, strict=True):
-                totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
-    return {name: total.cpu() for name, total in totals.items()}, -loss
+        yield trained, passes()
 
 
 def _trainable_but(wanted: Collection[Tensor], model: nn.Module) -> list[nn.Parameter]:
@@ -77,7 +114,7 @@ def _trainable_but(wanted: Collection[Tensor], model: nn.Module) -> list[nn.Para
 
 
 @contextmanager
-def _frozen(parameters: Collection[nn.Parameter]) -> Iterator[None]:
+def frozen(parameters: Collection[nn.Parameter]) -> Iterator[None]:
     """No gradient inside for any of these."""
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -8,7 +8,7 @@ the one that ablation of all ranks would choose, as far as the errors seen can t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 from torch import Tensor
 
@@ -33,6 +33,7 @@ def score(
     *,
     most: int = 64,
     policy: Policy = plan,
+    first_order: Callable[[Objective, Mapping[str, Tensor], Limits], Scores] | None = None,
 ) -> Scores:
     """Importance of every rank: exact near the cut, to first order elsewhere.
 
@@ -46,11 +47,12 @@ def score(
             coarsely than one rank changes them, while a gradient's error stays relative to its
             size.
         policy: What will decide on the scores; what it prunes places the cut.
+        first_order: What ranks them all, `gradient.score` by default. Terms of its own stay.
     """
-    first_order = gradient.score(objective, weights_b, limits)
-    if objective.rounding or most < ENOUGH or not first_order.is_finite():
-        return first_order
-    scores, error = first_order, 0.0
+    ranked = (first_order or gradient.score)(objective, weights_b, limits)
+    if objective.rounding or most < ENOUGH or not ranked.is_finite():
+        return ranked
+    scores, error = ranked, 0.0
     verified: set[tuple[str, int]] = set()
     while True:
         pruned = policy(scores, limits).pruned
@@ -60,7 +62,7 @@ def score(
         ]
         num_doubtful = sum(distance[rank] <= SAFETY * error for rank in nearest) if verified else 0
         if len(verified) + num_doubtful > most:
-            return first_order
+            return ranked
         num_missing = (ENOUGH if verified else PROBE) - len(verified)
         chosen = nearest[: max(num_doubtful, num_missing, 0)]
         if not chosen:
@@ -71,7 +73,7 @@ def score(
         scores = _put_in(scores, exact, chosen)
         verified.update(chosen)
         error = max(
-            abs(float(scores.importance[name][index] - first_order.importance[name][index]))
+            abs(float(scores.importance[name][index] - ranked.importance[name][index]))
             for name, index in verified
         )
 
@@ -91,6 +93,6 @@ def _put_in(scores: Scores, exact: Scores, chosen: Iterable[tuple[str, int]]) ->
         for term, by_module in scores.terms.items()
     }
     for name, index in chosen:
-        for term in terms:
+        for term in exact.terms:
             terms[term][name][index] = exact.terms[term][name][index]
     return dataclasses.replace(scores, terms=terms)
