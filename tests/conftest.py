@@ -30,6 +30,7 @@ LONG = (
     "experiments/test_work.py",
     *("cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py", "cli/test_train.py"),
     "cli/test_report.py",
+    "cli/test_reproduce.py",
 )
 """What `--quick` leaves out: tests that train with a Trainer or start processes, and others whose
 first cases take over 3 seconds. `--durations=10` tells what belongs here."""

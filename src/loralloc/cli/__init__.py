@@ -17,6 +17,7 @@ from loralloc.cli import (
     preview,
     ranks,
     report,
+    reproduce,
     search,
     sweep,
     tasks,
@@ -26,7 +27,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, judge, env),
+    *(generate, eval, judge, reproduce, env),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -60,7 +60,9 @@ class Cell:
     @property
     def digest(self) -> str:
         """What tells this run from one with any other option."""
-        text = json.dumps(dict(self.options), sort_keys=True, default=str)
+        # Measured beside other runs, memory would be theirs too: such a run is another one.
+        told = {**self.options, **({"alone": True} if self.alone else {})}
+        text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property

@@ -39,6 +39,9 @@ class Grid:
     budgets: Mapping[int, int]
     """Parameters by the LoRA rank that they are."""
 
+    num_parameters: int
+    """Of the backbone."""
+
     is_encoder: bool
     """Whether the backbone reads in both directions and generates nothing."""
 
@@ -219,6 +222,7 @@ def make_grid(
         root=root,
         sources=sources,
         budgets={rank: Lora().count(model, rank) for rank in ranks},
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_encoder=is_encoder(name),
         seeds=seeds or scale.seeds,
         judged_data=questions,
