@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from loralloc.report.page import PAGE
+from loralloc.cli import report
+from loralloc.report.page import FORMATS, PAGE
 
 
 @pytest.fixture
@@ -22,6 +23,10 @@ def test_a_run_becomes_a_page_figures_and_tables(trained, call, tmp_path) -> Non
     lines = answer.out.splitlines()
     assert lines[0].endswith("files on a run:")
     assert sorted(lines[1:]) == sorted(map(str, out.iterdir()))
+
+
+def test_every_form_can_be_asked_for() -> None:
+    assert report.FORMATS == FORMATS
 
 
 def test_bad_input_is_told_in_a_sentence(call, tmp_path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from rank_records import LLAMA
 from safetensors.numpy import save_file
 
-EVIL = '</script><img src="http://127.0.0.1:9/x.png" onerror="window.hit=1">$\\frac{'
+EVIL = '$\\frac{$</script><img src="http://127.0.0.1:9/x.png" onerror="window.hit=1">'
 """What somebody may have called something."""
 
 

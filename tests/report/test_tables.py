@@ -51,5 +51,6 @@ def test_no_cell_leaves_its_cell_in_markdown_or_latex() -> None:
     assert "\\<img" in row
     latex = table.latex()
     assert r"a\_b & x|y \\" in latex
-    assert r"\textbackslash{}frac\{ & 50\% \& $\pm$ \\" in latex
+    assert r"\$\textbackslash{}frac\{\$\textless{}/script" in latex
+    assert r" & 50\% \& $\pm$ \\" in latex
     assert latex.startswith(r"\begin{tabular}{lr}")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from rich.console import Console
 
+FORMATS = ("html", "png", "svg", "markdown", "latex")
+
 DESCRIPTION = """\
 Write one HTML page on runs that opens anywhere without a network: results, learning curves, where
 ranks went round by round, churn, scores, cost, budgets. A folder of runs stands for all of them.
@@ -30,7 +32,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--format",
         nargs="+",
         default=["html"],
-        choices=("html", "png", "svg", "markdown", "latex"),
+        choices=FORMATS,
         help="the page (default), every figure as PNG or SVG, every table as Markdown or LaTeX",
     )
     parser.set_defaults(run=run)

@@ -108,8 +108,8 @@ def look(index: int) -> dict[str, Any]:
 
 
 def legend(made: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """Say below the axes which line is whose; nothing where there is one, or more than fit."""
-    if not 2 <= len(labels) <= MOST_LABELS:
+    """Say below the axes which line is whose, unless there are more than can be told apart."""
+    if not 0 < len(labels) <= MOST_LABELS:
         return
     columns = max(1, min(len(labels), 72 // (max(map(len, labels)) + 7)))
     # matplotlib drops labels that begin with an underscore, so that they are put in afterwards.

@@ -39,8 +39,8 @@ def flow_drawings(run: TrainedRun, *, name: str) -> list[Drawing]:
                 Drawing(
                     name=f"{name}-flows-by-{what}",
                     title=f"Who gave and who received, by {what}",
-                    caption="Ranks given up and ranks received, over all rounds; what is paler was "
-                    "pruned again by a later one.",
+                    caption="Ranks given up and ranks received, over all rounds; what is fainter "
+                    "was pruned again by a later one.",
                     draw=partial(_flows, flows, what),
                 )
             )
@@ -153,15 +153,23 @@ def _count(values: Sequence[float], low: float, width: float) -> list[int]:
 
 
 def _ticks(unit: float, low: float, high: float) -> list[float]:
-    """0 and powers of ten on both sides of it, as many as have room."""
-    ticks = [0.0]
-    exponent = math.ceil(math.log10(unit))
+    """0 and powers of ten on both sides of it, as many as have room.
+
+    Args:
+        unit: Where the axis turns from linear to logarithmic.
+        low: The axis' left end, bent as values are.
+        high: Its right end.
+    """
     far = max(unit * math.sinh(high), -unit * math.sinh(low))
-    powers = [10.0**e for e in range(exponent, exponent + 40) if 10.0**e <= far]
-    for power in powers[:: 1 + len(powers) // 4]:
-        ticks += [power] * (math.asinh(power / unit) <= high)
-        ticks += [-power] * (low <= math.asinh(-power / unit))
-    return sorted(ticks) if low <= 0 <= high else sorted(ticks[1:] or ticks)
+    powers = [10.0**e for e in range(math.floor(math.log10(unit)), 300) if 10.0**e <= far]
+    ticks, room = [0.0], 0.09 * (high - low)
+    taken = [0.0]
+    for power in powers:
+        place = math.asinh(power / unit)
+        if place - taken[-1] >= room:
+            taken.append(place)
+            ticks += [power, -power]
+    return sorted(tick for tick in ticks if low <= math.asinh(tick / unit) <= high)
 
 
 def _scientific(value: float) -> str:

@@ -39,14 +39,14 @@ def learning_curves(series: Sequence[Series]) -> list[Drawing]:
         rounds = any(run.moves for one in drawn for run in one.runs)
         parts = ["By optimiser step"]
         parts += ["running means"] * many + ["ticks on the axis are rounds of allocation"] * rounds
-        draw = partial(_curves, drawn, points, smooth=many)
+        draw = partial(_curves, drawn, points, smooth=many, told=len(series) > 1)
         drawings.append(Drawing(name=name, title=title, caption=f"{'; '.join(parts)}.", draw=draw))
     return drawings
 
 
 def round_lines(series: Sequence[Series]) -> list[Drawing]:
     """Churn, and what a round cost; nothing where there were no rounds."""
-    drawings = []
+    drawings, told = [], len(series) > 1
     if drawn := with_points(series, _churn):
         drawings.append(
             Drawing(
@@ -54,7 +54,7 @@ def round_lines(series: Sequence[Series]) -> list[Drawing]:
                 title="Churn",
                 caption="Share of the ranks given in the round before that a round prunes again: "
                 "0% where all that is new proves itself.",
-                draw=partial(_by_round, drawn, _churn, form="{:.0%}".format, top=1.0),
+                draw=partial(_by_round, drawn, _churn, form="{:.0%}".format, top=1.0, told=told),
             )
         )
     if drawn := with_points(series, _seconds):
@@ -63,7 +63,9 @@ def round_lines(series: Sequence[Series]) -> list[Drawing]:
                 name="round-cost",
                 title="Cost of a round",
                 caption="Seconds of scoring, planning and resizing.",
-                draw=partial(_by_round, drawn, _seconds, form="{:.3g} s".format, top=None),
+                draw=partial(
+                    _by_round, drawn, _seconds, form="{:.3g} s".format, top=None, told=told
+                ),
             )
         )
     return drawings
@@ -87,7 +89,7 @@ def _seconds(run: TrainedRun) -> tuple[list[float], list[float]]:
     return [number for number, _ in told], [seconds for _, seconds in told]
 
 
-def _curves(series: Sequence[Series], points: Points, *, smooth: bool) -> Figure:
+def _curves(series: Sequence[Series], points: Points, *, smooth: bool, told: bool) -> Figure:
     made, axes = figure()
     _lines(axes, series, points, smooth=smooth, marker=None if smooth else ".")
     steps = {
@@ -106,12 +108,18 @@ def _curves(series: Sequence[Series], points: Points, *, smooth: bool) -> Figure
         )
     axes.set_xlabel("step")
     axes.xaxis.set_major_formatter(short_number)
-    legend(made, *_handles(series))
+    if told:
+        legend(made, *_handles(series))
     return made
 
 
 def _by_round(
-    series: Sequence[Series], points: Points, *, form: Callable[[float], str], top: float | None
+    series: Sequence[Series],
+    points: Points,
+    *,
+    form: Callable[[float], str],
+    top: float | None,
+    told: bool,
 ) -> Figure:
     from matplotlib.ticker import MaxNLocator
 
@@ -121,7 +129,8 @@ def _by_round(
     axes.set_xlabel("round")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(lambda value, _: form(value))
-    legend(made, *_handles(series))
+    if told:
+        legend(made, *_handles(series))
     return made
 
 
