@@ -38,6 +38,8 @@ class Eva(LoraFromData):
     tau: float = 0.99
     """Cosine of a component before and after a batch from which on it has settled. Source: PEFT."""
 
+    bears_scaled_loss: ClassVar[bool] = True
+
     about: ClassVar[About] = About(
         name="eva",
         title="EVA",

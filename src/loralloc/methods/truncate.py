@@ -62,10 +62,10 @@ class Truncate(CutLora):
         values = {}
         for name, layer in layers.items():
             a, b = weights_ab({name: layer})[name]
-            new_b, new_a, values[name] = singular_form(b, a)
+            new_b, new_a, found = singular_form(b, a)
             a.copy_(new_a)
             b.copy_(new_b)
-            values[name] = values[name].cpu() * layer.scaling["default"]
+            values[name] = found.cpu()  # over s, which is the same for all modules
         lengths = [len(found) for found in values.values()]
         if self.over == "module":
             assert self.rank is not None, "fit() chooses it"
