@@ -1,10 +1,11 @@
-"""Every method trained and tested on SST-2 at one budget, and the page that tells what came out.
+"""Every method at its best learning rate on SST-2 and QNLI, and the page that tells what came out.
 
-Each run is a process of its own: `loralloc train`, then `loralloc eval`; a run whose result is in
-the output folder is taken as it is. Writes experiments/results/methods.json and, from it,
-docs/methods.md.
+For each task and each row of the table the learning rate is searched for over equally many values
+around the one that the method recommends, by the development loss of one seed; the best is then
+trained and tested with others. Every run is a process of its own and leaves one JSON file; what is
+there is not run again, so the command may be stopped and given again at any time.
 
-Run: python experiments/method_runs.py --data FOLDER [--out FOLDER] [--only METHOD ...] [--page]
+Run: python experiments/method_runs.py --data FOLDER [--only ROW ...] [--max-runs N] [--page]
 """
 
 from __future__ import annotations
@@ -12,38 +13,41 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
+import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import loralloc
 from loralloc.cli.methods import papers_count, papers_shape
-from loralloc.methods.catalog import METHODS, get_method
+from loralloc.experiments.cell import Cell
+from loralloc.experiments.files import read_json, write_json
+from loralloc.experiments.work import attempt
+from loralloc.methods.catalog import METHODS, get_method, learning_rates
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results" / "methods.json"
+RESULTS = ROOT / "experiments" / "results" / "methods"
 PAGE = ROOT / "docs" / "methods.md"
 
-MODELS = {"minilm-l6": (300, 16), "smollm2-135m": (48, 8)}
-"""Backbones; steps of every run, and examples of a step."""
+MODEL, TASKS = "minilm-l6", ("sst2", "qnli")
+STEPS, BATCH = 1500, 16
+TRIALS, SEARCH_SEED, SEEDS = 5, 0, (1, 2, 3)
+RANK = 8
+"""Of the LoRA whose parameters are the budget."""
 
-LONGER = {"smollm2-135m": {"lst": 240}}
-"""Methods that do not get past the untuned model in so few steps, and the steps of a second run."""
+NEEDS_A_FILE = ("pattern",)
+"""Methods that are told by a file what to be, so that there is nothing to compare yet."""
 
-RATE = 1e-3
-RATES = {"p-tuning-v2": 1e-2, "lst": 3e-3, "full": 1e-4}
-"""Learning rates: prefixes and side networks want more than the rest, as in their own papers, and
-full fine-tuning less. They were not searched for."""
-
-TEST = {"minilm-l6": (), "smollm2-135m": ("--decode", "labels", "--limit", "200")}
-"""How the test split is predicted: a language model chooses the most probable label."""
-
-NUM_EXAMPLES = 6000
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS if name not in NEEDS_A_FILE},
+    "adalora, s = 2": ("adalora", {"method.scale": 2.0}),
+    "p-tuning-v2, 20 tokens": ("p-tuning-v2", {"method.native": True}),
+    "parallel-adapter, s = 4 in the FFN": ("parallel-adapter", {"method.ffn_scale": 4.0}),
+    "adapterdrop, no block dropped": ("adapterdrop", {"method.dropped_at_test": 0}),
+}
+"""Rows of the table: a method, and its options where they are not its own."""
 
 PRINTED = {
     "lora": "20.0 / 20.0",
@@ -70,140 +74,256 @@ REMARKS = {
     "learned-adapter": "21.2 needs two b x b matrices an adapter; ours has one and a convolution",
 }
 
+Results = Mapping[str, Any]
+"""What the JSON of one run holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Where results are, and how long its runs are."""
+
+    data: Path | None
+    out: Path
+    results: Path
+    steps: int
+    trials: int
+    seeds: tuple[int, ...]
+
+    def cell(self, task: str, row: str, rate: float, seed: int, *, tested: bool) -> Cell:
+        """One run."""
+        method, own = ROWS[row]
+        assert self.data is not None, "runs need data"
+        options = {
+            "task": task,
+            "dataset_name": str((self.data / task).absolute()),
+            "model_name_or_path": MODEL,
+            "method": method,
+            "learning_rate": rate,
+            "seed": seed,
+            "max_steps": self.steps,
+            "per_device_train_batch_size": BATCH,
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            **own,
+        }
+        return Cell(
+            backbone=MODEL,
+            task=task,
+            method=method,
+            rank=RANK,
+            seed=seed,
+            learning_rate=rate,
+            options=options,
+            root=str(self.out),
+            test={} if tested else None,
+            alone=True,
+        )
+
+    def kept(self, task: str, row: str, rate: float, seed: int, *, tested: bool) -> Path:
+        """The file of a run's result."""
+        words = "".join(c if c.isalnum() or c == "-" else "_" for c in row)
+        kind = "test" if tested else "search"
+        return self.results / task / words / f"{kind}-{self.steps}-lr{rate:g}-seed{seed}.json"
+
+    def rates(self, row: str) -> list[float]:
+        """Those that are searched among."""
+        return learning_rates(get_method(ROWS[row][0]).about, self.trials)
+
+    def searched(self, task: str, row: str) -> dict[float, float]:
+        """Development loss by learning rate, as far as it is known; infinite where a run failed."""
+        found = {}
+        for rate in self.rates(row):
+            result = read_json(self.kept(task, row, rate, SEARCH_SEED, tested=False))
+            if result is not None:
+                found[rate] = result.get("dev_loss", float("inf"))
+        return found
+
+    def best_rate(self, task: str, row: str) -> float | None:
+        """The rate of the lowest loss, once all are known; None before, or where all failed."""
+        found = self.searched(task, row)
+        if len(found) < self.trials or min(found.values()) == float("inf"):
+            return None
+        return min(found, key=found.__getitem__)
+
+    def tested(self, task: str, row: str) -> list[Results]:
+        """Results of the best rate that have been tested."""
+        rate = self.best_rate(task, row)
+        if rate is None:
+            return []
+        found = [read_json(self.kept(task, row, rate, s, tested=True)) for s in self.seeds]
+        return [result for result in found if result is not None and "test" in result]
+
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is missing, collect, write the page."""
+    """Run what is missing, then write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=os.environ.get("LORALLOC_DATA"))
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods")
-    parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--page", action="store_true", help="only write the page again")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "methods", help="run folders")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="one JSON a run")
+    parser.add_argument("--only", nargs="*", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--trials", type=int, default=TRIALS, help="learning rates, an odd number")
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--max-runs", type=int, help="stop after so many")
+    parser.add_argument("--retry", action="store_true", help="run again what failed")
+    parser.add_argument("--page", action="store_true", help="only write the page")
+    parser.add_argument("--no-page", action="store_true", help="leave the page as it is")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        train(args.worker)
+        sys.stdout.write("\n" + json.dumps(carried_out(Cell.from_data(args.worker))) + "\n")
         return
     if args.data is None and not args.page:
         parser.error("name the folder of the data sets with --data or LORALLOC_DATA")
+    study = Study(
+        data=args.data and Path(args.data),
+        out=args.out,
+        results=args.results,
+        steps=args.steps,
+        trials=args.trials,
+        seeds=tuple(args.seeds),
+    )
     if not args.page:
-        for model in MODELS:
-            for method in args.only:
-                run(args, model, method, MODELS[model][0])
-            for method, steps in LONGER.get(model, {}).items():
-                run(args, model, method, steps)
-        untuned(args)
-        write_results(args)
-    PAGE.write_text(page(json.loads(RESULTS.read_text(encoding="utf-8"))), encoding="utf-8")
+        runs = missing(study, args.tasks, args.only, retry=args.retry)
+        for number, (cell, kept) in enumerate(runs, start=1):
+            print(f"{number}: {cell.name}", flush=True)  # noqa: T201 - for whoever waits
+            write_json(kept, in_a_process_of_its_own(cell))
+            if number == args.max_runs:
+                break
+    if not args.no_page:
+        PAGE.write_text(page(study), encoding="utf-8")
 
 
-def train(options: Mapping[str, Any]) -> None:
-    """Train in this process, and print what it took."""
-    from loralloc.cli.progress import prepare_process
+def missing(
+    study: Study, tasks: Sequence[str], rows: Sequence[str], *, retry: bool
+) -> Iterator[tuple[Cell, Path]]:
+    """Runs that are still to be made, and where their results belong; the search comes first."""
+    for task in tasks:
+        for row in rows:
+            todo = [(rate, SEARCH_SEED, False) for rate in study.rates(row)]
+            yield from _not_there(study, task, row, todo, retry=retry)
+            best = study.best_rate(task, row)  # known by now, unless every run failed
+            if best is not None:
+                todo = [(best, seed, True) for seed in study.seeds]
+                yield from _not_there(study, task, row, todo, retry=retry)
+
+
+def _not_there(
+    study: Study, task: str, row: str, runs: Sequence[tuple[float, int, bool]], *, retry: bool
+) -> Iterator[tuple[Cell, Path]]:
+    for rate, seed, tested in runs:
+        kept = study.kept(task, row, rate, seed, tested=tested)
+        found = read_json(kept)
+        if found is None or (retry and "failure" in found):
+            yield study.cell(task, row, rate, seed, tested=tested), kept
+
+
+def in_a_process_of_its_own(cell: Cell) -> Results:
+    """What `carried_out` gives, from a process whose memory is the run's alone."""
+    words = [sys.executable, __file__, "--worker", json.dumps(cell.as_data())]
+    done = subprocess.run(words, check=False, capture_output=True, text=True)
+    if done.returncode:
+        return {"failure": (done.stderr.strip().splitlines() or ["it was killed"])[-1]}
+    found: Results = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def carried_out(cell: Cell) -> Results:
+    """Train, and test where it is to be tested; what is worth keeping of it."""
+    from loralloc.runs.quiet import prepare_process
 
     prepare_process()
-    run = loralloc.prepare(options)
-    method = run.method
-    begin, number = time.perf_counter(), method.num_trained()
-    loralloc.train(run)
-    result = {
-        "seconds": time.perf_counter() - begin,
-        "steps": run.trainer.state.global_step,
-        "trained": number,
-        "stored": method.num_stored(),
-        "size": {method.size: method.chosen_size()},
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-    }
-    sys.stdout.write("\n" + json.dumps(result) + "\n")
+    outcome = attempt(cell)
+    if outcome.result is None:
+        return {"failure": outcome.failure}
+    result = outcome.result
+    names = ("size", "parameters", "findings", "search_steps", "steps", "dev_loss", "seconds")
+    kept = {name: result[name] for name in (*names, "peak_bytes", "versions")}
+    kept |= {"learning_rate": cell.learning_rate, "seed": cell.seed, "options": cell.options}
+    if result["test"] is not None:
+        (figure, *_) = result["test"]["figures"]
+        kept["test"] = {
+            figure["name"]: figure["value"],
+            "cross_entropy": result["test"]["cross_entropy"],
+            "num_examples": result["test"]["num_examples"],
+        }
+    kept["options"] = {k: v for k, v in cell.options.items() if k != "dataset_name"}
+    return kept
 
 
-def run(args: argparse.Namespace, model: str, method: str, steps: int) -> dict[str, Any]:
-    """One run's result, from its folder or by running it."""
-    usual, batch = MODELS[model]
-    folder = args.out / model / (method if steps == usual else f"{method}-{steps}")
-    rate = RATES.get(method, RATE)
-    kept = folder / "result.json"
-    if kept.is_file():
-        found: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
-        return found
-    options = {
-        "task": "sst2",
-        "dataset_name": str(args.data / "sst2"),
-        "model_name_or_path": model,
-        "method": method,
-        "learning_rate": rate,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "max_steps": steps,
-        "per_device_train_batch_size": batch,
-        "output_dir": str(folder),
-        "disable_tqdm": True,
-        **(rounds(model) if get_method(method).allocates else {}),
-    }
-    # A process of its own, so that its peak memory is its own.
-    done = subprocess.run(
-        [sys.executable, __file__, "--worker", json.dumps(options)],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    result = json.loads(done.stdout.strip().splitlines()[-1])
-    command("eval", str(folder), *TEST[model], "--output_dir", str(folder / "eval"))
-    result |= {"model": model, "method": method, "learning_rate": rate, "test": tested(folder)}
-    kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return result
-
-
-def rounds(model: str) -> dict[str, float]:
-    """Eight rounds in the first two thirds of the run."""
-    steps, batch = MODELS[model]
-    epochs = steps * batch / NUM_EXAMPLES
-    warmup, recovery = round(epochs / 4, 4), round(epochs / 20, 4)
-    return {"num_rounds": 8, "warmup_epochs": warmup, "recovery_epochs": recovery}
-
-
-def untuned(args: argparse.Namespace) -> None:
-    """The language model as it was; an encoder's head is drawn at random and says nothing."""
-    folder, first = args.out / "smollm2-135m" / "untuned", args.out / "smollm2-135m"
-    if (first / "lora").is_dir() and not (folder / "eval.json").is_file():
-        flags = ("--base", *TEST["smollm2-135m"], "--output_dir", str(folder))
-        command("eval", str(first / "lora"), *flags)
-
-
-def tested(folder: Path) -> dict[str, Any]:
-    """Accuracy on the test split, in per cent, and of how many examples."""
-    found = json.loads((folder / "eval" / "eval.json").read_text(encoding="utf-8"))
-    return {"accuracy": found["figures"][0]["value"], "num_examples": found["num_examples"]}
-
-
-def write_results(args: argparse.Namespace) -> None:
-    """Collect every run's result."""
-    results = [json.loads(path.read_text("utf-8")) for path in args.out.glob("*/*/result.json")]
-    base = args.out / "smollm2-135m" / "untuned" / "eval.json"
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    data = {
-        "packages": packages,
-        "untuned": json.loads(base.read_text("utf-8"))["figures"][0]["value"]
-        if base.is_file()
-        else None,
-        "runs": sorted(
-            results, key=lambda r: (r["model"], list(METHODS).index(r["method"]), r["steps"])
-        ),
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def page(data: dict[str, Any]) -> str:
+def page(study: Study) -> str:
     """docs/methods.md."""
     lines = [*INTRODUCTION, *_methods()]
-    for model, (steps, batch) in MODELS.items():
-        runs = [r for r in data["runs"] if r["model"] == model]
-        if not runs:
-            continue
-        lines += ["", f"## SST-2, {model}, {steps} steps of {batch} examples", "", *_table(runs)]
-        if model == "smollm2-135m" and data["untuned"] is not None:
-            lines += ["", f"Untuned, with labels scored as well: {data['untuned']:.1f}."]
-    return "\n".join([*lines, *NOTES, *_counts()]) + "\n"
+    tables: list[str] = []
+    for task in TASKS:
+        rows = {row: found for row in ROWS if (found := study.tested(task, row))}
+        if rows:
+            examples = f"{study.steps:,} steps of {BATCH} examples"
+            tables += ["", f"## {task}, {MODEL}, {examples}", "", *_table(study, rows)]
+    found = [*tables, *NOTES] if tables else NONE_YET
+    return "\n".join([*lines, *found, *_counts()]) + "\n"
+
+
+def _table(study: Study, rows: Mapping[str, Sequence[Results]]) -> list[str]:
+    lora = rows.get("lora")
+    lines = [
+        "| method | learning rate | test accuracy | test cross-entropy | parameters kept | "
+        "of the budget | steps that search | what its gates did | seconds a step over LoRA |",
+        "|---|---:|---:|---:|---:|---:|---:|---|---:|",
+    ]
+    for row, runs in rows.items():
+        rate = runs[0]["learning_rate"]
+        edge = " (edge)" if rate in (study.rates(row)[0], study.rates(row)[-1]) else ""
+        stored = [run["parameters"]["stored"] for run in runs]
+        over = [run["parameters"]["over_budget"] for run in runs]
+        beside = "-" if None in over else f"{statistics.mean(over):+.1%}"
+        seconds = f"{_step(runs) / _step(lora):.2f}" if lora else "-"
+        lines.append(
+            f"| {row} | {rate:g}{edge} | {_spread(runs, 'accuracy', 1)} | "
+            f"{_spread(runs, 'cross_entropy', 4)} | {statistics.mean(stored):,.0f} | {beside} | "
+            f"{runs[0]['search_steps'] or '-'} | {_found(runs)} | {seconds} |"
+        )
+    return lines
+
+
+def _spread(runs: Sequence[Results], name: str, digits: int) -> str:
+    """Mean and standard deviation over seeds."""
+    values = [run["test"][name] for run in runs]
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _step(runs: Sequence[Results]) -> float:
+    return statistics.median(run["seconds"] / run["steps"] for run in runs)
+
+
+def _found(runs: Sequence[Results]) -> str:
+    """Means of what the method found, such as the overlap with the draw."""
+    names = runs[0]["findings"]
+    means = {name: statistics.mean(run["findings"][name] for run in runs) for name in names}
+    words = [f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in means.items()]
+    return ", ".join(words) or "-"
+
+
+def _methods() -> list[str]:
+    """What every method is and how it differs from its paper."""
+    lines = [
+        "",
+        "| method | paper | algorithm | begins | settings | merges | learning rate | "
+        "what differs |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in METHODS:
+        about = get_method(name).about
+        merges = "yes" if about.merges else "no"
+        rate = f"{about.learning_rate:g}: {about.rate_from}" if about.learning_rate else "-"
+        lines.append(
+            f"| `{name}` | {about.paper} | {about.status} | {about.initialisation or '-'} | "
+            f"{about.settings or '-'} | {merges} | {rate} | {about.differs or '-'} |"
+        )
+    return lines
 
 
 def _counts() -> list[str]:
@@ -225,76 +345,39 @@ def _counts() -> list[str]:
     return lines
 
 
-def _table(runs: Sequence[dict[str, Any]]) -> list[str]:
-    lora = next((r for r in runs if r["method"] == "lora"), None)
-    lines = [
-        "| method | size | parameters trained | stored | learning rate | "
-        "test accuracy | seconds a step | over LoRA | peak GiB |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for run in runs:
-        ((name, size),) = run["size"].items()
-        step = run["seconds"] / run["steps"]
-        over = f"{step / (lora['seconds'] / lora['steps']):.2f}" if lora else "-"
-        chosen = f"{name} {size}" if name else "-"
-        more = "" if run["steps"] == MODELS[run["model"]][0] else f", {run['steps']} steps"
-        lines.append(
-            f"| {run['method']}{more} | {chosen} | {run['trained']:,} | {run['stored']:,} | "
-            f"{run['learning_rate']:g} | {run['test']['accuracy']:.1f} | "
-            f"{step:.3f} | {over} | {run['peak_bytes'] / 2**30:.2f} |"
-        )
-    return lines
-
-
-def _methods() -> list[str]:
-    """What every method is and how it differs from its paper."""
-    lines = ["", "| method | paper | status | merges | what differs |", "|---|---|---|---|---|"]
-    for name in METHODS:
-        about = get_method(name).about
-        merges = "yes" if about.merges else "no"
-        lines.append(
-            f"| `{name}` | {about.paper} | {about.status} | {merges} | {about.differs or '-'} |"
-        )
-    return lines
-
-
 INTRODUCTION = (
     "# Methods",
     "",
-    "Every method of the paper's Table 1 and its two ablation variants, later competitors and",
-    "controls, by `--method NAME`, at one budget (`--budget N`; by default the parameters of LoRA",
-    "with rank 8 on every linear layer of every block) or at the size of the paper's comparison",
-    "(`--paper`). `loralloc methods --model MODEL` counts them for a model. Faithful: as",
-    "published. Port: moved to other backbones. Reconstruction: rebuilt from the paper's words,",
-    "where no code was ever published. Control: what the others have to be better than.",
-    "Ours: of no paper.",
+    "Every method by `--method NAME`, at one budget (`--budget N`; by default the parameters of",
+    "LoRA with rank 8 on every linear layer of every block) or at the size of the paper's",
+    "comparison (`--paper`). `loralloc methods --model MODEL` counts them for a model.",
+    "",
+    "How near each is to its paper is said of three things apart. The algorithm is faithful (as",
+    "published), a port (moved to other backbones), a reconstruction (rebuilt from the paper's",
+    "words, where no code was ever published), a control (of no paper: what the others have to be",
+    "better than) or ours (of no paper). What its weights begin as and its settings are published,",
+    "or ours. The learning rate is what its authors train it with: `--protocol tuned` takes it,",
+    "`--protocol paper` has 1e-4 for all.",
+)
+
+NONE_YET = (
+    "",
+    "How they compare at learning rates of their own is what `python experiments/method_runs.py",
+    "--data DATA` measures, hours long, and writes here; there are no results yet.",
 )
 
 NOTES = (
     "",
-    "Written by `python experiments/method_runs.py --data DATA` from",
-    "`experiments/results/methods.json`. One seed each, few steps, and a slice of the",
-    "data: the tables show that every method trains and",
-    "what it costs, not which is better. Parameters are at step 0, and what one task keeps, both",
-    "without the head. Learning rates were not searched for. Methods that search (ssp, spt,",
-    "learned-adapter) do so in the first quarter of the steps. On `smollm2-135m` the test is the",
-    "first 200 rows, by the most probable label.",
-    "",
-    "Seconds are of two cores that did other work as well, some runs more than others: they are",
-    "rough. They hold everything between the first step and the last, so for ALoRA eight rounds,",
-    "which in 48 steps are most of it; [performance](performance.md) has what a round costs.",
-    "",
-    "`lst` on `smollm2-135m` is no better than the untuned model after 48 steps: its side network",
-    "takes the place of the last block's output and begins far from it (loss 12 against 6). With",
-    "more steps it learns.",
+    "Written by `python experiments/method_runs.py --data DATA` from the JSON of every run in",
+    f"`experiments/results/methods`. Learning rates: {TRIALS} for every row, half powers of ten",
+    'around the recommended one, by development loss with one seed; "edge" where the best is the',
+    f"first or the last. Then {len(SEEDS)} other seeds: mean and standard deviation on the test",
+    "split. Every row trains for as many steps; those of a search come on top. Overlap with draw:",
+    "the share of the kept ranks that SoRA's initial gates alone would have kept, at random about",
+    "0.5. Density: how dense SaLoRA was just before it was pruned. Methods of triplets (AdaLoRA and",
+    "its kin) and DoRA run PEFT's own step, the others on LoRA the fused one, gates included.",
+    "Seconds are of a machine that did other work too.",
 )
-
-
-def command(*arguments: str) -> None:
-    """Run a verb of loralloc as a user does."""
-    subprocess.run(
-        [sys.executable, "-m", "loralloc", *arguments], check=True, stdout=subprocess.DEVNULL
-    )
 
 
 if __name__ == "__main__":

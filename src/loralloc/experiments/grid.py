@@ -13,9 +13,11 @@ from loralloc.experiments.rows import QUESTIONS, rows_of
 from loralloc.experiments.tiny_backbones import NAMES, build
 from loralloc.methods.catalog import get_method
 from loralloc.methods.lora import Lora
+from loralloc.runs.adaptation import has_own_scale
 
 SCALE_OF_UPDATES, DROPOUT = 1.0, 0.0
-"""Of every method on low-rank updates alike: s = alpha / r is 1 in the paper's equations."""
+"""Of every method on low-rank updates alike, those apart whose authors have a scale of their own: s
+= alpha / r is 1 in the paper's equations."""
 
 GENERATING = ("decode", "num_beams", "max_new_tokens")
 """Options of a test that a language model alone reads."""
@@ -136,7 +138,7 @@ class Grid:
             **self.experiment.settings,
         }
         names = kind.option_names()
-        if "scale" in names:
+        if "scale" in names and not has_own_scale(kind):
             options["method.scale"] = SCALE_OF_UPDATES
         if "dropout" in names:
             options["method.dropout"] = DROPOUT

@@ -163,12 +163,12 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
     }
-    if _own_scale(kind) and not settings.gives("lora_alpha"):
+    if has_own_scale(kind) and not settings.gives("lora_alpha"):
         del values["scale"]
     return {field: value for field, value in values.items() if field in fields}
 
 
-def _own_scale(kind: type[Method]) -> bool:
+def has_own_scale(kind: type[Method]) -> bool:
     """Whether a method's authors scale its update otherwise than LoRA's."""
     scales = [field.default for field in dataclasses.fields(kind) if field.name == "scale"]
     return bool(scales) and scales[0] != LoraShaped.scale
