@@ -2,12 +2,15 @@
 
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rank_records import LLAMA
 from safetensors.numpy import save_file
+
+from loralloc.allocation.record import Size
 
 EVIL = '$\\frac{$</script><img src="http://127.0.0.1:9/x.png" onerror="window.hit=1">'
 """What somebody may have called something."""
@@ -105,8 +108,22 @@ def make_run(
 
 
 SIZES = [
-    {"step": 5, "parameters": 4000, "loss": 0.5, "kept": True},
-    {"step": 10, "parameters": 2000, "loss": 0.48, "kept": True},
-    {"step": 15, "parameters": 900, "loss": 0.9, "kept": False},
+    asdict(
+        Size(
+            step=step,
+            parameters=parameters,
+            ranks=parameters // 50,
+            modules=12,
+            loss=loss,
+            worse_by=loss - 0.48,
+            standard_error=0.01,
+            kept=kept,
+        )
+    )
+    for step, parameters, loss, kept in (
+        (5, 4000, 0.5, True),
+        (10, 2000, 0.48, True),
+        (15, 900, 0.9, False),
+    )
 ]
-"""A frontier."""
+"""A frontier, as a record has it."""
