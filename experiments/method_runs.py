@@ -374,8 +374,8 @@ NOTES = (
     f"first or the last. Then {len(SEEDS)} other seeds: mean and standard deviation on the test",
     "split. Every row trains for as many steps; those of a search come on top. Overlap with draw:",
     "the share of the kept ranks that SoRA's initial gates alone would have kept, at random about",
-    "0.5. Density: how dense SaLoRA was just before it was pruned. Methods of triplets (AdaLoRA and",
-    "its kin) and DoRA run PEFT's own step, the others on LoRA the fused one, gates included.",
+    "0.5. Density: how dense SaLoRA was just before it was pruned. Methods of triplets (AdaLoRA",
+    "and its kin) and DoRA run PEFT's own step, the others on LoRA the fused one, gates included.",
     "Seconds are of a machine that did other work too.",
 )
 
