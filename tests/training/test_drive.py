@@ -225,9 +225,19 @@ ALIKE = {"random", "inverse", "mlp-only", "attention-only", "pattern", "dora", "
 """Methods that are saved and resumed by the code of another."""
 
 
+ONCE = {
+    *("prune", "truncate", "eva", "gora", "elalora", "l1ra", "increlora", "igu-lora"),
+    *("lora-plus", "pissa"),
+}
+"""Methods without a search, for which one kill in the midst of what they do is enough."""
+
+KILLS = [
+    (name, at) for name in METHODS if name not in ALIKE for at in ((9,) if name in ONCE else (3, 9))
+]
+
+
 @pytest.mark.reliability
-@pytest.mark.parametrize("at", [3, 9], ids="step {}".format)
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ALIKE])
+@pytest.mark.parametrize(("name", "at"), KILLS)
 def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp_path):
     ends = {}
     for folder in ("whole", "killed"):
