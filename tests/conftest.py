@@ -27,7 +27,7 @@ LONG = (
     *("allocation/test_replicas.py", "methods/test_adalora.py", "methods/test_sora.py"),
     *("methods/test_ssp.py", "evaluation/test_evaluate.py"),
     *("evaluation/judge/test_judge_served.py", "cli/test_demo.py", "cli/test_env.py"),
-    "experiments/test_work.py",
+    *("experiments/test_ray.py", "experiments/test_work.py"),
     *("cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py", "cli/test_train.py"),
     "cli/test_report.py",
     "cli/test_reproduce.py",
