@@ -1,5 +1,7 @@
 import io
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -11,13 +13,14 @@ from transformers import TrainerCallback
 from loralloc.allocation.record import Record
 from loralloc.cli import main
 from loralloc.runs import run as runs
+from loralloc.runs.folder import LOCK
 
 
 def contents(folder):
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file()
+        if path.is_file() and path.name != LOCK
     }
 
 
@@ -139,7 +142,7 @@ class _Kill(TrainerCallback):
 
 
 @pytest.fixture
-def killed(train, monkeypatch):
+def killed(train, monkeypatch, output):
     """A run that was interrupted at step 8."""
     prepare = runs.prepare
 
@@ -152,7 +155,8 @@ def killed(train, monkeypatch):
         patch.setattr(runs, "prepare", prepare_to_be_killed)
         answer = train(save_strategy="steps", save_steps=5)
     assert answer.code == 130
-    assert answer.err.strip() == "loralloc: interrupted"
+    go_on = f"Go on from checkpoint-5 with: loralloc train --resume --output_dir {output}"
+    assert answer.err.split("\n") == ["", go_on, "loralloc: interrupted", ""]
 
 
 @pytest.mark.reliability
@@ -205,7 +209,7 @@ def test_resuming_before_the_first_checkpoint(train, output):
     train(save_strategy="no")
     before = contents(output)
     sentence = train("--resume").sentence
-    assert "has no checkpoint yet, so there is nothing to resume" in sentence
+    assert "has no whole checkpoint yet, so there is nothing to resume" in sentence
     assert "`--overwrite`" in sentence
     assert contents(output) == before
 
@@ -261,3 +265,24 @@ def test_all_flags_are_listed(call):
     assert answer.code == 0
     for flag in ("--allocation.num_rounds", "--learning_rate", "--lora_r", "--task"):
         assert flag in answer.out
+
+
+def test_a_run_that_the_system_ends_saves_and_says_how_to_go_on(train, output, monkeypatch):
+    own = runs.train
+
+    def ended(run):
+        class Ending(TrainerCallback):
+            def on_step_begin(self, args, state, control, **_):
+                if state.global_step == 4:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+        run.trainer.add_callback(Ending())
+        own(run)
+
+    monkeypatch.setattr(runs, "train", ended)
+    answer = train()
+    assert answer.code == 0, answer.err
+    assert "Stopped at step 5, as asked." in answer.out
+    assert f"loralloc train --resume --output_dir {output}" in answer.out
+    monkeypatch.undo()
+    assert train("--resume").code == 0

@@ -237,12 +237,5 @@ def test_it_says_in_a_sentence_how_small_it_became(stays, words, verdicts):
     assert re.search(words, in_words(method.record))
 
 
-def test_what_it_ends_with_is_held_against_no_budget():
-    method = made()
-    method.sized_for = 10
-    method.prepare(tiny.llama(), task_type="CAUSAL_LM")
-    assert method.over_budget() is None
-
-
 def test_of_other_records_nothing_is_said():
     assert in_words(Record(config={}, initial_ranks={"a": 1})) == ""

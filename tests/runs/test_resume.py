@@ -19,6 +19,7 @@ from transformers import Trainer
 from loralloc import attach
 from loralloc.allocation.layers import lora_layers
 from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.seal import seal
 
 pytestmark = pytest.mark.reliability
 
@@ -55,7 +56,7 @@ def never_stopped(build, tmp_path_factory):
 
 def run(trainer, *, resume=None, **changes):
     allocation = attach(trainer, options(**changes))
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    trainer.train(resume_from_checkpoint=resume)
     return allocation
 
 
@@ -83,6 +84,24 @@ def test_a_killed_and_resumed_run_ends_as_one_never_stopped(step, build, never_s
     resumed = build(tmp_path)
     allocation = run(resumed, resume=tmp_path / f"checkpoint-{step}")
     assert_same(never_stopped, (resumed, allocation))
+
+
+def test_an_evaluation_after_a_checkpoint_changes_nothing_of_the_run(build, tmp_path):
+    """At an epoch's last step the checkpoint comes first, and is all that a resumed run has."""
+    evaluating = dict(eval_strategy="epoch", save_strategy="steps", save_steps=6)
+    whole = build(tmp_path / "whole", **evaluating)
+    expected = (whole, run(whole))
+    killed(build(tmp_path, callbacks=[KillAt(8)], **evaluating))
+    resumed = build(tmp_path, **evaluating)
+    assert_same(expected, (resumed, run(resumed, resume=tmp_path / "checkpoint-6")))
+
+
+def test_the_newest_whole_checkpoint_is_gone_on_from(build, never_stopped, tmp_path):
+    saving = dict(save_strategy="steps", save_steps=3)
+    killed(build(tmp_path, callbacks=[KillAt(9)], **saving))
+    (tmp_path / "checkpoint-9" / "trainer_state.json").write_text("")
+    resumed = build(tmp_path)
+    assert_same(never_stopped, (resumed, run(resumed, resume=True)))
 
 
 def test_a_run_may_be_killed_twice(build, never_stopped, tmp_path):
@@ -119,6 +138,7 @@ def test_a_run_with_the_users_own_optimiser_goes_on_training_every_rank(tmp_path
 
 def test_a_checkpoint_without_a_record_is_refused(checkpoint, tmp_path):
     (checkpoint / "allocation.json").unlink()
+    seal(checkpoint)
     with pytest.raises(FileNotFoundError, match=r"holds no allocation\.json"):
         run(_plain(tmp_path), resume=checkpoint)
 
@@ -126,12 +146,14 @@ def test_a_checkpoint_without_a_record_is_refused(checkpoint, tmp_path):
 def test_a_checkpoint_whose_record_is_another_runs_is_refused(checkpoint, tmp_path):
     other = tmp_path / "checkpoint-2" / "allocation.json"
     (checkpoint / "allocation.json").write_text(other.read_text())
+    seal(checkpoint)
     with pytest.raises(ValueError, match="ranks are not those of the record"):
         run(_plain(tmp_path), resume=checkpoint)
 
 
 def test_a_checkpoint_without_an_adapter_is_refused(checkpoint, tmp_path):
     (checkpoint / "adapter_model.safetensors").unlink()
+    seal(checkpoint)
     with pytest.raises(FileNotFoundError, match=r"holds no adapter_model\.safetensors"):
         run(_plain(tmp_path), resume=checkpoint)
 

@@ -23,8 +23,8 @@ from loralloc.methods.restore import saved_ranks
 from loralloc.runs import folder as run_folder
 from loralloc.runs import run as runs
 from loralloc.runs.data import ROW
-from loralloc.runs.folder import last_checkpoint
 from loralloc.runs.trained import load_trained
+from loralloc.training.seal import newest_whole
 
 OPTIONS = {
     "lora_r": 2,
@@ -200,7 +200,7 @@ def test_the_run_folder_is_whole_and_holds_no_pickle(finished):
     }
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
     assert not suffixes & {".bin", ".pt", ".pth", ".pkl"}
-    assert last_checkpoint(folder) == folder / "checkpoint-12"
+    assert newest_whole(folder) == folder / "checkpoint-12"
 
 
 def test_the_record_is_the_runs_and_fits_the_weights(finished):
@@ -448,13 +448,13 @@ def test_a_development_set_that_cannot_be_held_out(size, words, options_for, tmp
         runs.prepare(options)
 
 
-def test_clearing_removes_the_run_and_nothing_else(finished, tmp_path):
+def test_making_room_moves_the_run_and_nothing_else(finished, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(finished[1], folder)
     (folder / "notes.txt").write_text("mine")
     (folder / "eval" / "sst2-test-beam5").mkdir(parents=True)
     assert run_folder.holds_run(folder)
-    run_folder.clear(folder)
+    run_folder.set_aside(folder)
     assert not run_folder.holds_run(folder) and not (folder / "eval").exists()
     assert (folder / "notes.txt").read_text() == "mine"
     assert not list(folder.glob("checkpoint-*")) and not (folder / "metrics.jsonl").exists()

@@ -1,12 +1,17 @@
 """When a run writes into its folder: by the main process alone, once training has really begun."""
 
 import json
+import os
+import signal
 
 import pytest
 from trainers import Interrupted, KillAt
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from loralloc.runs import run as runs
+from loralloc.runs.folder import LOCK
+from loralloc.runs.stopping import StopOnSignal, Stopped
+from loralloc.training.seal import newest_whole
 
 OPTIONS = {
     "method": "lora",
@@ -48,7 +53,8 @@ def options(tmp_path, write_rows, llama_folder):
 
 
 def contents(folder):
-    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
 def steps_in(folder):
@@ -113,3 +119,47 @@ def test_only_the_main_process_writes(options, monkeypatch, tmp_path):
 def test_preparing_leaves_no_folder_behind(options, tmp_path):
     runs.prepare(options())
     assert not (tmp_path / "out").exists()
+
+
+class SignalAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **_):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def trained(run, *callbacks):
+    for callback in callbacks:
+        run.trainer.add_callback(callback)
+    runs.train(run)
+    return [entry["loss"] for entry in run.trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.reliability
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(options, tmp_path):
+    expected = trained(runs.prepare(options(output_dir=tmp_path / "whole")))
+    before = signal.getsignal(signal.SIGTERM)
+    stopping = StopOnSignal()
+    with pytest.raises(Stopped, match="stopped at step 4"), stopping:
+        trained(runs.prepare(options()), SignalAt(4), stopping)
+    assert signal.getsignal(signal.SIGTERM) == before
+    folder = tmp_path / "out"
+    assert newest_whole(folder) == folder / "checkpoint-4"
+    assert not json.loads((folder / "run.json").read_text())["ended"]
+    assert trained(runs.prepare(options(), resume=True)) == pytest.approx(expected, abs=1e-6)
+    assert json.loads((folder / "run.json").read_text())["ended"]
+
+
+@pytest.mark.reliability
+def test_a_folder_in_which_another_process_has_trained_meanwhile_is_refused(options, tmp_path):
+    first, second = runs.prepare(options(max_steps=2)), runs.prepare(options(max_steps=2))
+    trained(first)
+    with pytest.raises(ValueError, match=r"Another process has trained in .* since"):
+        trained(second)
+    trained(runs.prepare(options(max_steps=4, save_steps=2), overwrite=True))
+    resumed = runs.prepare(options(max_steps=4, save_steps=2), resume=True)
+    (tmp_path / "out" / "checkpoint-4" / "files.json").unlink()
+    with pytest.raises(ValueError, match=r"Another process has trained in .* since"):
+        trained(resumed)

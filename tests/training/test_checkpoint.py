@@ -10,8 +10,8 @@ import torch
 from trainers import Interrupted, KillAt, causal_trainer
 from transformers import Trainer
 
-from loralloc.runs.folder import last_checkpoint
 from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.seal import newest_whole, seal
 
 
 class SafeTrainer(SafeCheckpoints, Trainer):
@@ -111,12 +111,12 @@ def test_the_state_is_readable_data(checkpoint):
 
 
 def test_the_last_checkpoint_is_the_newest_whole_one(tmp_path):
-    assert last_checkpoint(tmp_path) is None
+    assert newest_whole(tmp_path) is None
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-11").mkdir()  # a kill cut it short: the state is written last
-    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+        seal(tmp_path / name)
+    (tmp_path / "checkpoint-11").mkdir()  # a kill cut it short: the seal is written last
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_training_is_as_with_the_plain_trainer(tmp_path):

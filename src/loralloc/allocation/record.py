@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from loralloc.allocation.files import read_json, write_text
+
 FILE_NAME = "allocation.json"
 VERSION = 1
 
@@ -206,11 +208,7 @@ class Record:
 
     def save(self, folder: str | Path) -> None:
         """Write `allocation.json` into a folder."""
-        path = Path(folder) / FILE_NAME
-        # Renamed when whole, so that a kill leaves no half-written record.
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps(self.as_data()) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_text(Path(folder) / FILE_NAME, json.dumps(self.as_data()) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> Record:
@@ -226,7 +224,7 @@ class Record:
                 f"{folder} holds no {FILE_NAME}; name the folder of a run or a checkpoint of one."
             )
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json(path)
             if data.pop("version") != VERSION:
                 raise ValueError("another version")
             data["rounds"] = [Round(**entry) for entry in data["rounds"]]

@@ -32,7 +32,10 @@ VERBS = (
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 
-USER_ERRORS = (ValueError, TypeError, OSError, RuntimeError, ArithmeticError)
+USER_ERRORS = (
+    *(ValueError, TypeError, OSError, RuntimeError, ArithmeticError),
+    *(ImportError, MemoryError),  # a package or a machine that lacks something
+)
 """What is told in one sentence; anything else is our own bug and shows its traceback."""
 
 

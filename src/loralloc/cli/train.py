@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -74,7 +76,9 @@ def run(args: argparse.Namespace) -> int:
         _print_all_flags()
         return 0
     from loralloc.runs import run as runs
+    from loralloc.runs.folder import REPLACED
     from loralloc.runs.settings import resolve, resolve_again
+    from loralloc.runs.stopping import StopOnSignal, Stopped
 
     ask = resolve_again if args.resume else resolve
     settings = ask(args.rest, config=args.config)
@@ -94,10 +98,22 @@ def run(args: argparse.Namespace) -> int:
         )
     progress.introduce(prepared)
     progress.take_over(prepared.trainer)
-    with progress.shown():
-        runs.train(prepared)
-    progress.conclude(prepared)
     folder = settings.output_dir
+    stopping = StopOnSignal()
+    prepared.trainer.add_callback(stopping)
+    try:
+        with progress.shown(), stopping:
+            runs.train(prepared)
+    except Stopped as stopped:
+        Console().print(f"\nStopped at step {stopped.step}, as asked. {_go_on(folder)}")
+        return 0
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt):
+            sys.stderr.write(f"\n{_go_on(folder)}")
+        if (folder / REPLACED).is_dir():
+            sys.stderr.write(f"\nThe run that was in {folder} before lies in {folder / REPLACED}.")
+        raise
+    progress.conclude(prepared)
     Console().print(f"\nadapter: [bold]{folder}[/]")
     if prepared.allocation:
         from loralloc.allocation.shrinking import in_words
@@ -108,6 +124,17 @@ def run(args: argparse.Namespace) -> int:
     if prepared.head.generates:
         Console().print(f"try it: loralloc generate {folder} --prompt ...")
     return 0
+
+
+def _go_on(folder: Path) -> str:
+    """How to go on with a run that did not come to its end."""
+    from loralloc.training.seal import newest_whole
+
+    checkpoint = newest_whole(folder)
+    if checkpoint is None:
+        return f"There is no checkpoint in {folder} yet; the run begins anew with --overwrite."
+    command = f"loralloc train --resume --output_dir {shlex.quote(str(folder))}"
+    return f"Go on from {checkpoint.name} with: {command}"
 
 
 def _print_all_flags() -> None:

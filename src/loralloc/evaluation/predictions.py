@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralloc.allocation.files import read_json
+
 EVAL_NAME = "eval.json"
 PREDICTIONS_NAME = "predictions.jsonl"
 
@@ -47,7 +49,7 @@ class Predictions:
         self._score = score
         self._lines: dict[int, dict[str, Any]] = {}
         if (folder / EVAL_NAME).exists():
-            self.before = json.loads((folder / EVAL_NAME).read_text(encoding="utf-8"))
+            self.before = read_json(folder / EVAL_NAME)
             self._check_settings()
             self._read()
 

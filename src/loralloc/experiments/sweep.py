@@ -16,7 +16,7 @@ from typing import Any
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.files import write_json
 from loralloc.experiments.work import Outcome
-from loralloc.runs.folder import CHECKPOINTS
+from loralloc.training.seal import CHECKPOINTS
 
 SCALE = 2
 """alpha / r at every rank, where no `lora_alpha` is given: that of a run by default."""

@@ -130,9 +130,10 @@ def begin_cell(cell: Cell, *, prepare: Callable[..., Run] | None = None) -> Begu
 
     import loralloc
     from loralloc.experiments.cost import Clock, reset_peak
-    from loralloc.runs.folder import holds_run, last_checkpoint
+    from loralloc.runs.folder import holds_run
+    from loralloc.training.seal import newest_whole
 
-    resume = last_checkpoint(cell.folder) is not None
+    resume = newest_whole(cell.folder) is not None
     overwrite = not resume and holds_run(cell.folder)
     options = {**cell.options, "output_dir": str(cell.folder)}
     reset_peak()

@@ -12,7 +12,6 @@ The frozen linear is no part of this: it is one product for all rows.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -26,18 +25,9 @@ from loralloc.kernels.lora import padded_rank
 
 
 def batched_update(
-    x: Tensor,
-    base: Tensor,
-    a: Sequence[Tensor],
-    b: Sequence[Tensor],
-    scalings: Tensor,
-    *,
-    zeros: dict[tuple[int, ...], Tensor] | None = None,
+    x: Tensor, base: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], scalings: Tensor
 ) -> Tensor:
     """The outputs of a linear layer with K adapters.
-
-    The way back adds the gradients of A and B to their `.grad` by itself: of K adapters autograd
-    would take each weight for a branch of its own, which costs more than the products.
 
     Args:
         x: What the layer reads, shape (K, n, in_features).
@@ -45,91 +35,55 @@ def batched_update(
         a: A of each adapter, shape (r_k, in_features); an adapter may have no rank here.
         b: B of each, shape (out_features, r_k).
         scalings: What each update is multiplied by, shape (K, 1, 1), of x's dtype.
-        zeros: Where the zeros that ranks are padded with are kept from call to call.
 
     Returns:
         base + s_k (x_k A_k^T) B_k^T, shape (K, n, out_features).
     """
     update: Any = _BatchedUpdate
-    begin = x.new_empty(0).requires_grad_(any(weight.requires_grad for weight in a))
-    kept = {} if zeros is None else zeros
-    return cast(Tensor, update.apply(begin, x, base, scalings, tuple(a), tuple(b), kept))
+    return cast(Tensor, update.apply(x, base, scalings, *a, *b))
 
 
 class _BatchedUpdate(torch.autograd.Function):
-    """`begin` lets the way back come by where nothing that is read has a gradient."""
-
     @staticmethod
-    def forward(
-        ctx: Any,
-        begin: Tensor,
-        x: Tensor,
-        base: Tensor,
-        scalings: Tensor,
-        a: tuple[Tensor, ...],
-        b: tuple[Tensor, ...],
-        zeros: dict[tuple[int, ...], Tensor],
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, base: Tensor, scalings: Tensor, *weights: Any) -> Tensor:
+        a, b = weights[: len(x)], weights[len(x) :]
         ranks = [len(a_k) for a_k in a]
         largest = padded_rank(max(ranks), x.dtype)
-        sa = _stacked(a, ranks, largest, zeros, dim=0).to(x.dtype).view(len(x), largest, -1)
-        sa = sa * scalings
+        sa = _stacked(a, ranks, largest, dim=0).to(x.dtype).view(len(x), largest, -1) * scalings
         # (out, K R) in memory, so that no B is transposed.
-        b_all = _stacked(b, ranks, largest, zeros, dim=1).to(x.dtype).view(-1, len(x), largest)
+        b_all = _stacked(b, ranks, largest, dim=1).to(x.dtype).view(-1, len(x), largest)
         b_all = b_all.transpose(0, 1)  # (K, out, R)
         h = torch.bmm(x, sa.transpose(1, 2))
         y = torch.baddbmm(base, h.to(base.dtype), b_all.to(base.dtype).transpose(1, 2))
         ctx.save_for_backward(x, h, sa, b_all, scalings)
-        ctx.ranks, ctx.weights = ranks, (a, b)
+        ctx.ranks, ctx.dtypes = ranks, (a[0].dtype, b[0].dtype)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, h, sa, b_all, scalings = ctx.saved_tensors
-        a, b = ctx.weights
         dy_x = dy.to(x.dtype)
         dh = torch.bmm(dy_x, b_all)
-        dx = torch.bmm(dh, sa) if ctx.needs_input_grad[1] else None
-        da = (torch.bmm(dh.transpose(1, 2), x) * scalings).to(a[0].dtype)  # (K, R, in)
-        db = torch.bmm(dy_x.transpose(1, 2), h).to(b[0].dtype)  # (K, out, R)
-        start = 0
-        # Neighbours of one rank are cut out together, and lie in memory as their weights do.
-        for rank, some in itertools.groupby(ctx.ranks):
-            end = start + len(list(some))
-            _add(a[start:end], da[start:end, :rank])
-            _add(b[start:end], db[start:end, :, :rank].contiguous())
-            start = end
-        return None, dx, dy if ctx.needs_input_grad[2] else None, None, None, None, None
+        dx = torch.bmm(dh, sa) if ctx.needs_input_grad[0] else None
+        da = (torch.bmm(dh.transpose(1, 2), x) * scalings).to(ctx.dtypes[0])
+        db = torch.bmm(dy_x.transpose(1, 2), h).to(ctx.dtypes[1])
+        # Views: autograd copies into a parameter's own layout what does not have it.
+        das = [da_k[:rank] for da_k, rank in zip(da, ctx.ranks, strict=True)]
+        dbs = [db_k[:, :rank] for db_k, rank in zip(db, ctx.ranks, strict=True)]
+        return dx, dy, None, *das, *dbs
 
 
-def _add(weights: Sequence[Tensor], gradients: Tensor) -> None:
-    """Add a gradient to that of each weight."""
-    for weight, gradient in zip(weights, gradients.unbind(), strict=True):
-        if weight.requires_grad:
-            weight.grad = gradient if weight.grad is None else weight.grad + gradient
-
-
-def _stacked(
-    weights: Sequence[Tensor],
-    ranks: Sequence[int],
-    largest: int,
-    zeros: dict[tuple[int, ...], Tensor],
-    *,
-    dim: int,
-) -> Tensor:
+def _stacked(weights: Sequence[Tensor], ranks: Sequence[int], largest: int, *, dim: int) -> Tensor:
     """The weights one after another along the dimension of their ranks, each padded."""
     if min(ranks) == largest:
-        return torch.cat(weights, dim=dim)  # type: ignore[arg-type]
+        return torch.cat(list(weights), dim=dim)
+    shape = list(weights[0].shape)
+    shape[dim] = largest - min(ranks)
+    zeros = weights[0].new_zeros(shape)
     parts: list[Tensor] = []
     for weight, rank in zip(weights, ranks, strict=True):
-        parts.append(weight)
-        if missing := largest - rank:
-            if (missing, dim) not in zeros:
-                shape = list(weight.shape)
-                shape[dim] = missing
-                zeros[missing, dim] = weight.new_zeros(shape).detach()
-            parts.append(zeros[missing, dim])
+        parts += [weight, zeros.narrow(dim, 0, largest - rank)]
     return torch.cat(parts, dim=dim)
 
 
@@ -167,7 +121,6 @@ class BlockedLinear(nn.Module):
         self._b = [layer.lora_B[adapter_name]._parameters for layer in layers]
         self._scalings = [float(layer.scaling[adapter_name]) for layer in layers]
         self._on_device: dict[tuple[Any, ...], Tensor] = {}
-        self._zeros: dict[tuple[int, ...], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape (num_rows, ..., in_features) to (num_rows, ..., out_features).
@@ -191,7 +144,6 @@ class BlockedLinear(nn.Module):
             x.reshape(*blocks, x.shape[-1]),
             base.reshape(*blocks, base.shape[-1]),
             *(a, b, self._scaling(adapters, x)),
-            zeros=self._zeros,
         )
         return y.view(base.shape)
 

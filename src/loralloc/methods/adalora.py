@@ -16,9 +16,9 @@ import torch
 from peft import AdaLoraConfig, PeftConfig, TaskType
 from peft.tuners.adalora import AdaLoraLayer
 from peft.utils.warning import PeftWarning
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from loralloc.allocation.files import read_tensors
 from loralloc.methods.in_place import WEIGHTS_NAME
 from loralloc.methods.method import About, Session
 from loralloc.methods.orthogonal import off_orthonormal
@@ -192,7 +192,7 @@ class AdaLora(LoraShaped):
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
-        saved = load_file(folder / WEIGHTS_NAME)
+        saved = read_tensors(folder / WEIGHTS_NAME)
         self._set({key: tensor for key, tensor in saved.items() if ".lora_" in key})
         self._config.rank_pattern = None  # or PEFT would cut once more
         PeftMethod.load(self, folder)

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from peft import TaskType
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
+from loralloc.allocation.files import read_json, read_tensors, write_text
 from loralloc.methods.method import Method, freeze, trainable
 
 CONFIG_NAME = "method.json"
@@ -76,7 +77,7 @@ class InPlaceMethod(Method):
             "base_model_name_or_path": self.model.config._name_or_path,
         }
         text = json.dumps(data, indent=1)
-        (folder / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(folder / CONFIG_NAME, text + "\n")
 
     def check_saved(self, folder: Path) -> None:
         """See `Method.check_saved`."""
@@ -101,7 +102,7 @@ class InPlaceMethod(Method):
             ValueError: The folder's weights are not those of this method and its options.
         """
         self.restructure(read_config(folder)["structure"])
-        saved, now = load_file(folder / WEIGHTS_NAME), trainable(self.model)
+        saved, now = read_tensors(folder / WEIGHTS_NAME), trainable(self.model)
         wrong = [n for n in {*saved, *now} if n not in saved or n not in now] or [
             name for name, tensor in saved.items() if tensor.shape != now[name].shape
         ]
@@ -116,5 +117,4 @@ class InPlaceMethod(Method):
 
 def read_config(folder: Path) -> dict[str, Any]:
     """What `method.json` of a folder says."""
-    data: dict[str, Any] = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    return data
+    return read_json(folder / CONFIG_NAME)

@@ -7,10 +7,10 @@ from typing import Any
 
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.files import read_tensors
 from loralloc.allocation.layers import lora_config, lora_layers, ranks
 from loralloc.allocation.resize import resize
 
@@ -93,4 +93,4 @@ def load_weights(model: Any, folder: str | Path) -> None:
     for name in model.peft_config:
         path = adapter_folder(folder, name) / WEIGHTS_NAME
         if path.is_file():
-            set_peft_model_state_dict(model, load_file(path), adapter_name=name)
+            set_peft_model_state_dict(model, read_tensors(path), adapter_name=name)

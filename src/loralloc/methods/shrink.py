@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-from peft import TaskType
 
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
@@ -80,11 +78,6 @@ class Shrink(Alora):
         """Take the preset, and refuse what it does not read."""
         self.allocation = dataclasses.replace(self.allocation, preset="shrink")
         check_read(self.allocation)
-
-    def prepare(self, model: Any, *, task_type: TaskType, heads: Sequence[str] = ()) -> Any:
-        """See `Method.prepare`: what it ends with is found, and is held against no budget."""
-        self.sized_for = self.counted = None
-        return super().prepare(model, task_type=task_type, heads=heads)
 
     @property
     def is_over(self) -> bool:

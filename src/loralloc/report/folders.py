@@ -15,6 +15,7 @@ from loralloc.methods.in_place import WEIGHTS_NAME
 from loralloc.report.grid import RECORD_NAME, RankGrid, read_allocation
 from loralloc.report.rounds import Moves, moves_of
 from loralloc.runs import folder as names
+from loralloc.training.seal import CHECKPOINTS
 
 LONGEST = 60
 """Characters of a name that are shown."""
@@ -159,7 +160,7 @@ def _below(folder: Path) -> list[Path]:
     """Run folders below a folder; a checkpoint is part of its run."""
     runs = []
     for child in sorted(folder.iterdir()):
-        if child.is_dir() and not child.is_symlink() and not child.match(names.CHECKPOINTS):
+        if child.is_dir() and not child.is_symlink() and not child.match(CHECKPOINTS):
             runs += [child] if names.holds_run(child) else _below(child)
     return runs
 

@@ -95,6 +95,7 @@ DEFAULTS: dict[str, Any] = {
     "save_strategy": "epoch",
     "save_total_limit": 1,
     "logging_steps": 10,
+    "logging_nan_inf_filter": False,  # a loss that is no number is shown as one that is none
     "report_to": "none",
 }
 """Where loralloc's defaults differ from TRL's: the paper's training (Appendix E), and a machine

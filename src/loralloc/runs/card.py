@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from loralloc.allocation.files import write_text
 from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 from loralloc.methods.method import Method
@@ -68,7 +69,7 @@ def write(
     ]
     files = "`metrics.jsonl` holds every log entry, `settings.json` every setting with its source."
     lines += ["", f"`allocation.json` holds every round, {files}" if record else files, ""]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(lines))
 
 
 def _beside_budget(method: Method) -> str:

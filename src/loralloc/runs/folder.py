@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from loralloc.allocation.files import read_json, write_text
 from loralloc.allocation.record import FILE_NAME as RECORD
 from loralloc.methods.in_place import CONFIG_NAME as METHOD_CONFIG
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
 from loralloc.tasks.conversations import Common
 from loralloc.training.drive import STATE_NAME as METHOD_STATE
+from loralloc.training.seal import CHECKPOINTS, newest_whole
+
+CLAIM = "run.json"
+"""Says that the names of this list are the run's own here, and whether the run has ended. It is
+written first, into a folder that has none of them, so that whatever has one later is the run's."""
 
 SETTINGS = "settings.json"
 """Every setting with its source."""
@@ -35,6 +45,9 @@ CARD = "README.md"
 PEFT_CONFIG = "adapter_config.json"
 """PEFT's description of an adapter."""
 
+MOST_NAMED = 4
+"""Files that a message names."""
+
 DEMO = "demo.json"
 """What the demo measured before and after."""
 
@@ -44,13 +57,26 @@ ANSWERS = "answers.jsonl"
 EVALUATIONS = "eval"
 """Folder of predictions and figures on test data."""
 
-CHECKPOINTS = "checkpoint-*"
-"""Folders of what training goes on from."""
+REPLACED = "replaced"
+"""Folder of the finished run that was here, until the one that replaces it has ended."""
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "additional_chat_templates"),
+)
+"""Files and folders of a tokenizer."""
+
+LOCK = "run.lock"
+"""Held by the process that trains."""
+
+RUN_MARKS = (CLAIM, SETTINGS, RECORD, METHOD_CONFIG, PEFT_CONFIG)
+"""Files of which a folder that holds a run has one."""
 
 FILES = (
     *(SETTINGS, METRICS, LABELS, CONVERSATION, CHAT_TEMPLATE, CARD, DEMO, ANSWERS),
     *(PEFT_CONFIG, METHOD_CONFIG, WEIGHTS, RECORD),
-    *(f"{METHOD_STATE}.json", f"{METHOD_STATE}.safetensors"),
+    *(f"{METHOD_STATE}.json", f"{METHOD_STATE}.safetensors", *TOKENIZER),
 )
 """Files that a run, or what looks at it, writes into its folder."""
 
@@ -60,45 +86,136 @@ FOLDERS = (CHECKPOINTS, EVALUATIONS)
 
 def holds_run(folder: Path) -> bool:
     """Whether a folder holds a run, finished or not."""
-    return any((folder / name).exists() for name in (SETTINGS, RECORD, METHOD_CONFIG, PEFT_CONFIG))
+    return any((folder / name).exists() for name in RUN_MARKS)
 
 
-def clear(folder: Path) -> None:
-    """Remove what a run writes from its folder, and what was found out about it; nothing else."""
-    for pattern in FOLDERS:
-        for path in folder.glob(pattern):
+def check_free(folder: Path) -> None:
+    """Refuse a folder that holds files of somebody else's under names that a run writes.
+
+    Raises:
+        ValueError: Naming some of them.
+    """
+    if (folder / CLAIM).is_file():
+        return
+    found = sorted(path.name for path in _entries(folder))
+    if found:
+        named = ", ".join(found[:MOST_NAMED]) + (" and others" if len(found) > MOST_NAMED else "")
+        raise ValueError(
+            f"{folder} holds {named}, which no run of this version wrote and a run would replace; "
+            "name another `--output_dir`, or move them away."
+        )
+
+
+def claim(folder: Path) -> None:
+    """Begin a run in a folder that is free: from now on the names of a run are its own there."""
+    check_free(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_claim(folder, ended=False)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether a run in a folder has ended and all of it is there."""
+    try:
+        return bool(read_json(folder / CLAIM)["ended"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def end(folder: Path) -> None:
+    """Mark the run as whole, for the same readers everywhere; the one that it replaced goes."""
+    mode = (folder / CLAIM).stat().st_mode
+    for path in _entries(folder):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)  # safetensors' files are for their owner alone
+    _write_claim(folder, ended=True)
+    shutil.rmtree(folder / REPLACED, ignore_errors=True)
+
+
+def set_aside(folder: Path) -> None:
+    """Make room for a run in the place of another.
+
+    A run that has ended is kept in `replaced/` until the new one has; one that has not, goes.
+    Nothing is touched that has no name of a run's, and no link is followed.
+
+    Raises:
+        ValueError: The folder is not a run's.
+    """
+    if not holds_run(folder):
+        return
+    if not (folder / CLAIM).is_file():
+        check_free(folder)
+    keeps = has_ended(folder)
+    aside = folder / REPLACED
+    if keeps:
+        if (aside / CLAIM).exists():  # else a kill came between, and the rest follows now
+            shutil.rmtree(aside)
+        aside.mkdir(exist_ok=True)
+    for path in [*_entries(folder), folder / CLAIM]:
+        if keeps:
+            path.rename(aside / path.name)
+        elif path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
+        else:
+            path.unlink()
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run; one that a kill cut short is passed over."""
-    whole = [
-        path
-        for path in Path(folder).glob(CHECKPOINTS)
-        # Trainer writes its state last.
-        if path.name.rpartition("-")[2].isdigit() and (path / "trainer_state.json").is_file()
-    ]
-    return max(whole, key=step_of, default=None)
+def _entries(folder: Path) -> list[Path]:
+    """What a folder holds under the names of a run, but for the claim."""
+    named = [folder / name for name in FILES]
+    found = [path for path in named if path.exists() or path.is_symlink()]
+    if (folder / EVALUATIONS).exists():
+        found.append(folder / EVALUATIONS)
+    numbered = [p for p in folder.glob(CHECKPOINTS) if p.name.rpartition("-")[2].isdigit()]
+    return found + numbered
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimiser steps taken before a checkpoint, from its name."""
-    return int(checkpoint.name.rpartition("-")[2])
+def _write_claim(folder: Path, *, ended: bool) -> None:
+    owns = [*FILES, EVALUATIONS, CHECKPOINTS.replace("*", "<step>"), REPLACED]
+    data = {"ended": ended, "process": os.getpid(), "host": socket.gethostname(), "owns": owns}
+    write_text(folder / CLAIM, json.dumps(data, indent=1) + "\n")
+
+
+def locked(folder: Path) -> FileLock:
+    """A lock on a folder, for as long as a run trains in it; a process that was killed holds none.
+
+    Raises:
+        ValueError: Another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(
+            f"Another process trains in {folder}{_by(folder)}; wait until it ends, or name another "
+            "`--output_dir`."
+        ) from None
+    return lock
+
+
+def _by(folder: Path) -> str:
+    try:
+        claim = read_json(folder / CLAIM)
+        return f" (process {int(claim['process'])} on {str(claim['host'])!r})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def checkpoint_to_resume(folder: Path) -> Path:
     """The checkpoint that `--resume` goes on from.
 
     Raises:
-        ValueError: The run was ended before its first checkpoint.
+        ValueError: The run was ended before its first checkpoint was whole.
     """
-    found = last_checkpoint(folder)
+    if not (folder / CLAIM).is_file():
+        raise ValueError(
+            f"{folder} holds no {CLAIM}, so no run that was begun there; name the folder of a run."
+        )
+    found = newest_whole(folder)
     if found is None:
         raise ValueError(
-            f"The run in {folder} has no checkpoint yet, so there is nothing to resume; start "
-            "again with `--overwrite`."
+            f"The run in {folder} has no whole checkpoint yet, so there is nothing to resume; "
+            "start again with `--overwrite`, which keeps nothing of it."
         )
     return found
 
@@ -107,15 +224,17 @@ def forget_metrics(folder: Path, *, after: int) -> None:
     """Drop the entries of steps that a resumed run takes again."""
     path = folder / METRICS
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()  # cut short by a kill
         kept = [line for line in lines if json.loads(line)["step"] <= after]
-        path.write_text("".join(kept), encoding="utf-8")
+        write_text(path, "".join(kept))
 
 
 def save_labels(folder: Path, labels: Sequence[str]) -> None:
     """Write the names of a classifier's labels, which PEFT does not keep."""
     text = json.dumps(list(labels), ensure_ascii=False)
-    (folder / LABELS).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / LABELS, text + "\n")
 
 
 def saved_labels(folder: Path) -> list[str]:
@@ -134,7 +253,7 @@ def saved_labels(folder: Path) -> list[str]:
 def save_conversation(folder: Path, conversation: Common) -> None:
     """Write what the training data's conversations have in common, for answering alike."""
     text = json.dumps(conversation.as_data(), indent=1, ensure_ascii=False)
-    (folder / CONVERSATION).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / CONVERSATION, text + "\n")
 
 
 def saved_conversation(folder: Path) -> Common | None:
@@ -142,7 +261,7 @@ def saved_conversation(folder: Path) -> Common | None:
     path = folder / CONVERSATION
     if not path.is_file():
         return None
-    return Common(**json.loads(path.read_text(encoding="utf-8")))
+    return Common(**read_json(path))
 
 
 def config_of(folder: Path) -> Path | None:
@@ -163,5 +282,4 @@ def adapter_config(folder: Path) -> dict[str, Any]:
             f"{folder} holds no {PEFT_CONFIG} and no {METHOD_CONFIG}, so no trained adapter; "
             "name the folder of a finished run."
         )
-    config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return config
+    return read_json(path)

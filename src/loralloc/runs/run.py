@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ from loralloc.tasks.conversations import Common
 from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.drive import drive
+from loralloc.training.seal import newest_whole
 
 HEADS = {"lm": LM, "classification": CLASSIFICATION, "span": SPAN}
 
@@ -152,6 +154,7 @@ def prepare(
             f"{where} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
             "or name another `--output_dir`."
         )
+    folder.check_free(where)
     existed = where.exists()
     try:
         run = _prepare(settings, on_round, load)
@@ -217,13 +220,33 @@ def train(run: Run) -> None:
         >>> run = loralloc.prepare({"task": "demo", "max_steps": 96}, resume=True)  # doctest: +SKIP
         >>> loralloc.train(run)  # doctest: +SKIP
     """
-    if run.checkpoint:
-        run.method.check_saved(run.checkpoint)
-    run.trainer.add_callback(FolderWriter(run))
-    run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
-    if not run.trainer.args.should_save:
-        return
+    where, writes = run.settings.output_dir, run.trainer.args.should_save
+    with folder.locked(where) if writes else nullcontext():
+        if writes:
+            _check_unchanged(run)
+        if run.checkpoint:
+            run.method.check_saved(run.checkpoint)
+        run.trainer.add_callback(FolderWriter(run))
+        run.trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
+        if writes:
+            _write(run, where)
+
+
+def _check_unchanged(run: Run) -> None:
+    """Refuse a folder in which another process has trained since the run was prepared."""
     where = run.settings.output_dir
+    if run.checkpoint:
+        is_same = newest_whole(where) == run.checkpoint
+    else:
+        is_same = run.overwrite or not folder.holds_run(where)
+    if not is_same:
+        raise ValueError(
+            f"Another process has trained in {where} since this run was prepared; begin again."
+        )
+
+
+def _write(run: Run, where: Path) -> None:
+    """Write what a run ends with."""
     run.method.save(where)
     run.tokenizer.save_pretrained(where)
     if run.labels:
@@ -240,6 +263,7 @@ def train(run: Run) -> None:
         record=run.allocation.record if run.allocation else None,
         log=run.trainer.state.log_history,
     )
+    folder.end(where)
 
 
 class FolderWriter(TrainerCallback):
@@ -259,10 +283,11 @@ class FolderWriter(TrainerCallback):
         """Make room for the run, and write its settings."""
         if not args.should_save:
             return
-        if self._run.overwrite:
-            folder.clear(self._folder)
         if self._run.checkpoint:
             folder.forget_metrics(self._folder, after=state.global_step)
+        else:
+            folder.set_aside(self._folder)
+        folder.claim(self._folder)
         self._run.settings.save()
 
     def on_log(

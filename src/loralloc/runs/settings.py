@@ -11,6 +11,7 @@ from typing import Any
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
 from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.files import read_json, write_text
 from loralloc.allocation.named import name_of
 from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.checks import check_packages
@@ -77,7 +78,7 @@ class Settings:
             if name not in SECRETS
         }
         text = json.dumps(data, indent=1, default=_written)
-        (self.output_dir / SETTINGS).write_text(text + "\n", encoding="utf-8")
+        write_text(self.output_dir / SETTINGS, text + "\n")
 
 
 def _written(value: Any) -> str:
@@ -105,12 +106,12 @@ def saved_values(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} holds no {SETTINGS}, so there is no run to resume; leave out `--resume`."
         )
-    return {name: entry["value"] for name, entry in json.loads(path.read_text("utf-8")).items()}
+    return {name: entry["value"] for name, entry in read_json(path).items()}
 
 
 def saved_defaults(folder: Path) -> set[str]:
     """Names of the values that nobody had given to an earlier run."""
-    data = json.loads((folder / SETTINGS).read_text("utf-8"))
+    data = read_json(folder / SETTINGS)
     return {name for name, entry in data.items() if entry["source"] == DEFAULT}
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+
+from loralloc.allocation.files import read_json, read_tensors, write_text
 
 NAME = "training_state"
 """Names the two files that hold optimiser, scheduler and random generators."""
@@ -39,7 +42,7 @@ class SafeCheckpoints:
         values = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
-            "random": _random_state(),
+            "random": random_state(),
         }
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
@@ -66,7 +69,7 @@ class SafeCheckpoints:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            _set_random_state(read_state(Path(checkpoint), NAME)["random"])
+            set_random_state(read_state(Path(checkpoint), NAME)["random"])
 
 
 def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -83,7 +86,7 @@ def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     values = {key: _take_tensors(value, key, tensors) for key, value in state.items()}
     save_file(tensors, folder / f"{name}.safetensors")
-    (folder / f"{name}.json").write_text(json.dumps(values) + "\n", encoding="utf-8")
+    write_text(folder / f"{name}.json", json.dumps(values) + "\n")
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any]:
@@ -99,8 +102,26 @@ def read_state(folder: Path, name: str) -> dict[str, Any]:
                 f"{folder} lacks {path.name}, so training cannot go on where it was; resume from a "
                 "checkpoint that loralloc wrote."
             )
-    kept, data = load_file(tensors), json.loads(values.read_text(encoding="utf-8"))
+    kept, data = read_tensors(tensors), read_json(values)
     return {key: _put_tensors(value, kept) for key, value in data.items()}
+
+
+def drawing_nothing(evaluate: Callable[..., Any]) -> Callable[..., Any]:
+    """A trainer's `evaluate` that leaves training's random numbers as they would be without it.
+
+    A checkpoint of a step may be written before the evaluation that follows the step, and a run
+    that goes on from there does not evaluate again.
+    """
+
+    @functools.wraps(evaluate)
+    def evaluate_alike(*args: Any, **kwargs: Any) -> Any:
+        before = random_state()
+        try:
+            return evaluate(*args, **kwargs)
+        finally:
+            set_random_state(before)
+
+    return evaluate_alike
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
@@ -135,7 +156,8 @@ def _put_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:
     return tuple(items) if kind == "tuple" else items
 
 
-def _random_state() -> dict[str, Any]:
+def random_state() -> dict[str, Any]:
+    """The states of all random generators that training draws from."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -147,7 +169,8 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
-def _set_random_state(state: dict[str, Any]) -> None:
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put back what `random_state` gave."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))

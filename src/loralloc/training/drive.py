@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from loralloc.allocation.record import Round
 from loralloc.methods.method import Method, Session
 from loralloc.training.adopt import adopt
 from loralloc.training.batches import draw, held_out
-from loralloc.training.checkpoint import read_state, write_state
+from loralloc.training.checkpoint import drawing_nothing, read_state, write_state
 from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
 from loralloc.training.learning_rate import restart_schedule
 from loralloc.training.loss import mean_loss, objective, with_method
+from loralloc.training.replaced import give_back, replace, replaced
+from loralloc.training.seal import check_whole, newest_whole, sealing
 from loralloc.training.way_of_running import (
     check_checkpointing,
     check_way_of_running,
@@ -207,14 +209,17 @@ class Driver(TrainerCallback):
 
     def _driven(self, own: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(own)
-        def train(*args: Any, **kwargs: Any) -> Any:
+        def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            if resume_from_checkpoint is True:  # to Trainer the newest, torn or not
+                whole = newest_whole(self._trainer.args.output_dir)
+                resume_from_checkpoint = True if whole is None else str(whole)
             self._follow_length()
             self._own_max_steps = self._trainer.args.max_steps
             if self._wants.on_top:
                 self._trainer.args.max_steps = self._session.num_steps
             try:
                 with replaced(self._trainer, self._while_training):
-                    return own(*args, **kwargs)
+                    return own(resume_from_checkpoint, *args, **kwargs)
             finally:
                 self._trainer.args.max_steps = self._own_max_steps
                 self._is_training = False
@@ -237,6 +242,8 @@ class Driver(TrainerCallback):
         joins: dict[str, Any] = {
             "_load_from_checkpoint": self._load_from_checkpoint,
             "_load_best_model": self._load_best_model,
+            "_save_checkpoint": sealing(trainer),
+            "evaluate": drawing_nothing(trainer.evaluate),
         }
         if self._wants.half_until:
             self._session.second_half, joins["_get_train_sampler"] = second_half(
@@ -263,6 +270,7 @@ class Driver(TrainerCallback):
 
     def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
         folder = Path(checkpoint)
+        check_whole(folder)
         self._take_optimizer(self._trainer.optimizer)
         self.method.check_saved(folder)
         self._load(folder)
@@ -369,31 +377,3 @@ def detach(trainer: Trainer) -> None:
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, Driver):
             callback.detach()
-
-
-def replace(owner: object, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Set attributes of an instance.
-
-    Returns:
-        What `give_back` wants: those that the instance itself had before, by name.
-    """
-    before = {name: value for name, value in vars(owner).items() if name in values}
-    vars(owner).update(values)
-    return before
-
-
-def give_back(owner: object, names: Mapping[str, Any], before: Mapping[str, Any]) -> None:
-    """Undo `replace`: attributes come from the class again, or are what they were."""
-    for name in names:
-        vars(owner).pop(name, None)
-    vars(owner).update(before)
-
-
-@contextmanager
-def replaced(owner: object, values: Mapping[str, Any]) -> Iterator[None]:
-    """Attributes of an instance replaced inside."""
-    before = replace(owner, values)
-    try:
-        yield
-    finally:
-        give_back(owner, values, before)

@@ -31,8 +31,8 @@ from transformers import Trainer
 
 from loralloc.allocation.layers import base_model
 from loralloc.kernels.batched import BlockedLinear, BlockedModule, Blocks
-from loralloc.training.drive import give_back, replace, replaced
 from loralloc.training.lockstep import Lockstep, World
+from loralloc.training.replaced import give_back, replace, replaced
 
 PADDED_WITH = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0}
 """What a batch is made longer with, beside `input_ids`, whose padding the model knows."""
@@ -121,7 +121,6 @@ class Fleet:
                 for owner, values in (
                     (trainer, {"compute_loss": compute_loss}),
                     (trainer.accelerator, {"backward": backward}),
-                    *_short_ways(trainer),
                 ):
                     given.append((owner, values, replace(owner, values)))
             return steps.run(self._serve)
@@ -224,42 +223,6 @@ def _joined(
         steps.ask(number, request)
 
     return compute_loss, backward
-
-
-def _short_ways(trainer: Trainer) -> tuple[tuple[Any, dict[str, Any]], ...]:
-    """What a trainer calls in every step that goes through all modules of its model for nothing.
-
-    A step of one run hides it; here it would come once for every run.
-    """
-    model: Any = trainer.model
-    base: Any = base_model(model)
-    own_train, own_zero_grad, own_count = model.train, model.zero_grad, base.num_parameters
-    counts: dict[tuple[Any, ...], int] = {}
-
-    def training() -> list[nn.Parameter]:
-        groups = trainer.optimizer.param_groups if trainer.optimizer else []
-        return [parameter for group in groups for parameter in group["params"]]
-
-    def train(mode: bool = True) -> Any:
-        return model if model.training is mode else own_train(mode)
-
-    def zero_grad(set_to_none: bool = True) -> None:
-        if trainer.optimizer is None or not set_to_none:
-            own_zero_grad(set_to_none)
-            return
-        for parameter in training():
-            parameter.grad = None
-
-    def num_parameters(*args: Any, **kwargs: Any) -> int:
-        key = (*args, *kwargs.items(), sum(map(Tensor.numel, training())))  # ranks move
-        if key not in counts:
-            counts[key] = own_count(*args, **kwargs)
-        return counts[key]
-
-    return (model, {"train": train, "zero_grad": zero_grad}), (
-        base,
-        {"num_parameters": num_parameters},
-    )
 
 
 def _given(

@@ -179,7 +179,7 @@ def test_a_run_on_pairs_without_a_task_names_its_columns(whole_run):
     assert json.loads((folder / "labels.json").read_text()) == ["no", "yes"]
     assert "from_pretrained(" in (card := (folder / "README.md").read_text())
     assert ", num_labels=2)" in card
-    run_folder.clear(folder)
+    run_folder.set_aside(folder)
     assert not (folder / "labels.json").exists()
 
 
