@@ -232,8 +232,8 @@ def table(data: dict[str, Any]) -> list[str]:
         f"{first['steps']} steps of 16 rows, learning",
         f"rate 2e-3, one seed ({data['device']}):",
         "",
-        "| new ranks | churn | largest update of A, of B |",
-        "|---|---:|---:|",
+        "| new ranks | churn | gone by the end | largest update of A, of B |",
+        "|---|---:|---:|---:|",
     ]
     for each in data["runs"]:
         churn = [value for value in each["churn"] if value is not None]
@@ -245,13 +245,15 @@ def table(data: dict[str, Any]) -> list[str]:
             ", ".join(f'`{key}="{value}"`' for key, value in options.items()) or "as in the paper"
         )
         lines.append(
-            f"| {name} | {sum(churn) / len(churn):.0%} | {most['A']:.2f}, {most['B']:.2f} |"
+            f"| {name} | {sum(churn) / len(churn):.0%} | {each['pruned_again']:.0%} | "
+            f"{most['A']:.2f}, {most['B']:.2f} |"
         )
     return [
         *lines,
         "",
-        "Churn is the mean over the rounds; an update is that of new ranks over that of the others",
-        "of their modules, root mean square, the largest of any step before the next round.",
+        "Churn is the mean over the rounds, beside it the share of all ranks given that are pruned",
+        "by the end. An update is that of new ranks over that of the others of their modules, root",
+        "mean square, the largest of any step before the next round.",
     ]
 
 
