@@ -1,3 +1,4 @@
+import mixtures
 import pytest
 import tiny
 from peft import LoraConfig, get_peft_model
@@ -156,8 +157,9 @@ def test_an_embedding_is_refused():
     ],
     ids=["all-linear", "parameters"],
 )
-def test_experts_are_refused_by_whomever_they_were_named(options, use):
-    model = get_peft_model(tiny.mixture(), LoraConfig(task_type="CAUSAL_LM", **options))
+@pytest.mark.parametrize("build", [mixtures.qwen3_moe, mixtures.mixtral])
+def test_experts_are_refused_by_whomever_they_were_named(build, options, use):
+    model = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", **options))
     with pytest.raises(TypeError, match=r"The adapter is on the parameters .*down_proj") as refused:
         lora_layers(model)
     assert str(refused.value).endswith(use)
