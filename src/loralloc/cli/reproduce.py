@@ -181,6 +181,8 @@ class Progress:
         self._guess = {one.cell.folder: one.seconds for one in planned}
         self._left: Counter[Path] = Counter()
         self._took, self._guessed, self._begin = 0.0, 0.0, 0.0
+        guesses = list(self._guess.values())
+        self._usual = sum(guesses) / max(1, len(guesses))  # of a cell that was not planned
         self.bar = Bar(
             TextColumn("cells"),
             BarColumn(bar_width=30),
@@ -209,12 +211,11 @@ class Progress:
         folder = outcome.cell.folder
         self._left -= Counter([folder])
         if outcome.ran:
-            self._guessed += self._guess.get(folder, 0.0)
+            self._guessed += self._guess.get(folder, self._usual)
             self._took = time.perf_counter() - self._begin
         # What was guessed, corrected by what the cells so far have taken.
         ratio = self._took / self._guessed if self._guessed else 1.0
-        usual = self._guessed or 1.0
-        left = sum(self._guess.get(one, usual) * n for one, n in self._left.items()) * ratio
+        left = sum(self._guess.get(one, self._usual) * n for one, n in self._left.items()) * ratio
         self.bar.update(self._task, advance=1, left=f"about {_duration(left)} left")
         if outcome.failure:
             self._out.print(
