@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
+import torch
 from trainers import Interrupted, KillAt
-from transformers import TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from loralloc.runs import run as runs
 from loralloc.runs.folder import LOCK
@@ -96,6 +98,38 @@ def test_a_resumed_run_goes_on_with_its_metrics(options, killed):
     assert steps_in(folder) == list(range(1, 9))
     runs.train(runs.prepare(options(), resume=True))
     assert steps_in(folder) == list(range(1, 13))
+
+
+@pytest.mark.reliability
+def test_a_run_goes_on_with_the_data_it_began_with_or_by_force(options, killed, tmp_path):
+    folder = killed()
+    path = tmp_path / "data" / "train.jsonl"
+    rows = path.read_text()
+    first, rest = rows.split("\n", 1)
+    path.write_text(rest + first + "\n")  # only the order is another
+    with pytest.raises(ValueError, match=r"other data .*: the training examples differ; .*--force"):
+        runs.prepare(options(), resume=True)
+    assert runs.prepare(options(), resume=True, force=True).checkpoint == folder / "checkpoint-5"
+    path.write_text(rows)
+    assert runs.prepare(options(), resume=True).checkpoint == folder / "checkpoint-5"
+    with pytest.raises(ValueError, match="`force` lets a run be resumed"):
+        runs.prepare(options(), overwrite=True, force=True)
+
+
+def test_another_backbone_is_told_from_the_same(options, llama_folder, tmp_path):
+    shutil.copytree(llama_folder, tmp_path / "copy")
+    model = AutoModelForCausalLM.from_pretrained(llama_folder)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1e-3
+    model.save_pretrained(tmp_path / "copy")
+    found = [
+        runs.prepare(options(model_name_or_path=path, lora_r=rank)).inputs
+        for path, rank in ((llama_folder, 2), (llama_folder, 3), (tmp_path / "copy", 2))
+    ]
+    assert found[0].keys() == {"train", "validation", "backbone"}
+    assert found[0] == found[1]
+    differs = {name for name in found[0] if found[0][name] != found[2][name]}
+    assert differs == {"backbone"}
 
 
 def test_nothing_is_overwritten_before_training_begins(options, killed):

@@ -63,6 +63,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     held = parser.add_mutually_exclusive_group()
     held.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     held.add_argument("--overwrite", action="store_true", help="replace the run in the folder")
+    parser.add_argument(
+        "--force", action="store_true", help="resume although data or backbone have changed"
+    )
     parser.add_argument("--help-all", action="store_true", help="list every flag and its default")
     parser.set_defaults(run=run, takes_more_flags=True)
 
@@ -94,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             settings,
             resume=args.resume,
             overwrite=args.overwrite,
+            force=args.force,
             on_round=progress.show_round,
         )
     progress.introduce(prepared)

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,22 @@ def check_free(folder: Path) -> None:
         )
 
 
-def claim(folder: Path) -> None:
-    """Begin a run in a folder that is free: from now on the names of a run are its own there."""
+def claim(folder: Path, *, inputs: Mapping[str, str] | None = None) -> None:
+    """Begin a run in a folder that is free: from now on the names of a run are its own there.
+
+    Args:
+        folder: The run folder; made if it is not there.
+        inputs: Hashes of what the run is trained on.
+    """
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_claim(folder, ended=False)
+    _write_claim(folder, ended=False, inputs=inputs or {})
+
+
+def claimed_inputs(folder: Path) -> dict[str, str]:
+    """Hashes of what the run in a folder began with; empty where they are not known."""
+    inputs = read_json(folder / CLAIM).get("inputs", {})
+    return inputs if isinstance(inputs, dict) else {}
 
 
 def has_ended(folder: Path) -> bool:
@@ -127,7 +138,7 @@ def end(folder: Path) -> None:
     for path in _entries(folder):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)  # safetensors' files are for their owner alone
-    _write_claim(folder, ended=True)
+    _write_claim(folder, ended=True, inputs=claimed_inputs(folder))
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
@@ -169,9 +180,10 @@ def _entries(folder: Path) -> list[Path]:
     return found + numbered
 
 
-def _write_claim(folder: Path, *, ended: bool) -> None:
+def _write_claim(folder: Path, *, ended: bool, inputs: Mapping[str, str]) -> None:
     owns = [*FILES, EVALUATIONS, CHECKPOINTS.replace("*", "<step>"), REPLACED]
-    data = {"ended": ended, "process": os.getpid(), "host": socket.gethostname(), "owns": owns}
+    who = {"process": os.getpid(), "host": socket.gethostname()}
+    data = {"ended": ended, **who, "inputs": dict(inputs), "owns": owns}
     write_text(folder / CLAIM, json.dumps(data, indent=1) + "\n")
 
 

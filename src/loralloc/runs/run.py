@@ -31,6 +31,7 @@ from loralloc.runs.heads.classification import CLASSIFICATION
 from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
 from loralloc.runs.heads.span import SPAN
+from loralloc.runs.inputs import check_same, hashes
 from loralloc.runs.models import (
     backbone_options,
     is_encoder,
@@ -84,6 +85,9 @@ class Run:
     conversation: Common | None
     """What the conversations to train on have in common; None where the rows are others."""
 
+    inputs: Mapping[str, str]
+    """Hashes of the examples and the backbone."""
+
     checkpoint: Path | None = None
     """Where training goes on from."""
 
@@ -101,6 +105,7 @@ def prepare(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    force: bool = False,
     on_round: Callable[[Round], None] | None = None,
     load: Backbone = load_with_new_head,
 ) -> Run:
@@ -117,6 +122,7 @@ def prepare(
         resume: Go on from the last checkpoint in the run folder, with the options of the run
             that is there; those given now win.
         overwrite: Replace the run in the folder, once training has begun.
+        force: Resume although the examples or the backbone are not those of the run's beginning.
         on_round: Called with each round of allocation once it has taken place.
         load: What loads the backbone, where runs share one; see `runs.fleet`.
 
@@ -138,6 +144,11 @@ def prepare(
         >>> run.allocation.steps  # doctest: +SKIP
         >>> loralloc.train(run)  # doctest: +SKIP
     """
+    if force and not resume:
+        raise ValueError(
+            "`force` lets a run be resumed with other data, and this one is not resumed; leave it "
+            "out."
+        )
     if resume and overwrite:
         raise ValueError(
             "`resume` goes on with the run in the folder and `overwrite` replaces it; give one of "
@@ -163,6 +174,8 @@ def prepare(
         made = settings.training.should_save and not existed and where.is_dir()
         if made and not any(where.iterdir()):
             where.rmdir()
+    if resume and not force:
+        check_same(where, folder.claimed_inputs(where), run.inputs)
     return dataclasses.replace(run, checkpoint=checkpoint, overwrite=overwrite)
 
 
@@ -200,6 +213,7 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load:
         head=head,
         labels=labels,
         conversation=in_common(ready["train"].dataset),
+        inputs=hashes(trainer),
     )
 
 
@@ -287,7 +301,7 @@ class FolderWriter(TrainerCallback):
             folder.forget_metrics(self._folder, after=state.global_step)
         else:
             folder.set_aside(self._folder)
-        folder.claim(self._folder)
+        folder.claim(self._folder, inputs=self._run.inputs)
         self._run.settings.save()
 
     def on_log(
