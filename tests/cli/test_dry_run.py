@@ -133,8 +133,9 @@ def test_nothing_is_written(train, tmp_path):
 
 
 def test_a_folder_that_holds_a_run_may_be_planned_for(train, output):
-    output.mkdir()
-    (output / "settings.json").write_text("{}")
+    from loralloc.runs.folder import claim
+
+    claim(output)
     assert train("--dry-run").code == 0
 
 

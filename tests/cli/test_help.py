@@ -51,9 +51,9 @@ def test_the_flags_named_in_the_help_exist():
     import re
 
     from loralloc.cli.train import FLAGS
-    from loralloc.runs.arguments import known_fields
+    from loralloc.runs.flags import flags
 
-    known = {n.removeprefix("allocation.") for g in known_fields().values() for n, _ in g}
+    known = {flag.name.removeprefix("allocation.") for group in flags().values() for flag in group}
     named = set(re.findall(r"^  --(?:allocation\.)?(\w+)", FLAGS, flags=re.MULTILINE))
     assert named and named <= known
 
@@ -75,3 +75,20 @@ def test_the_defaults_named_in_the_help_are_true():
         value = defaults[name]
         same = float(shown) == value if isinstance(value, (int, float)) else shown == value
         assert same, name
+
+
+@pytest.mark.parametrize("words", ([], ["--debug"]))
+def test_the_bare_command_shows_the_verbs(words, capsys):
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    verbs = {line.split()[0] for line in shown.splitlines() if line.startswith("    ")}
+    assert set(NAMES) <= verbs
+
+
+def test_the_version_is_the_packages(capsys):
+    from importlib.metadata import version
+
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"loralloc {version('loralloc')}\n"

@@ -265,6 +265,8 @@ def test_all_flags_are_listed(call):
     assert answer.code == 0
     for flag in ("--allocation.num_rounds", "--learning_rate", "--lora_r", "--task"):
         assert flag in answer.out
+    assert "  --learning_rate  [0.0002]\n        Highest learning rate." in answer.out
+    assert "  --gradient_checkpointing  [false]\n" in answer.out
 
 
 def test_a_run_that_the_system_ends_saves_and_says_how_to_go_on(train, output, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from loralloc import __version__
 from loralloc.cli import (
     demo,
     env,
@@ -47,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "run") and not rest:
+        parser.print_help()
+        return 0
     if rest and not getattr(args, "takes_more_flags", False):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
@@ -73,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`loralloc VERB --help` explains a verb. Begin with `loralloc demo`.",
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    parser.add_argument("--version", action="version", version=f"loralloc {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     for verb in VERBS:
         verb.add_parser(verbs)
     return parser

@@ -16,6 +16,7 @@ from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
 from loralloc.runs.arguments import OPTIONS
+from loralloc.runs.flags import left_to_us
 from loralloc.runs.permissions import SECRETS
 from loralloc.runs.run import Run
 from loralloc.training.way_of_running import planned_length
@@ -25,6 +26,8 @@ def show(run: Run) -> None:
     """Print the plan of a run."""
     out = Console()
     out.print(_settings_table(run))
+    if note := left_to_us(run.settings):
+        out.print(note, highlight=False)
     length = planned_length(run.trainer)
     total = length.num_steps
     used = {"train": run.trainer.train_dataset, "validation": run.trainer.eval_dataset}

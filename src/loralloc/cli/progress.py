@@ -25,6 +25,7 @@ from transformers import (
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method
+from loralloc.runs.flags import left_to_us
 from loralloc.runs.quiet import prepare_process as prepare_process
 from loralloc.training.way_of_running import planned_length
 
@@ -51,6 +52,8 @@ class Progress:
 
     def introduce(self, run: Run) -> None:
         """Say what will be trained."""
+        if note := left_to_us(run.settings):
+            self._say(note)
         model, method = run.model, run.method
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         device = model.device.type

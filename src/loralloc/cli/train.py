@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,7 +20,7 @@ the flags used most (defaults in brackets):
   --budget N                    parameters it may add, instead of those of LoRA with rank 8
   --lora_r R                    rank of every module at the start [8]
   --num_train_epochs N          [3]
-  --learning_rate LR            [1e-4]
+  --learning_rate LR            [2e-4]
   --per_device_train_batch_size N                                      [16]
   --num_rounds N                rounds of allocation [8]
   --warmup_epochs E             epochs before the first round [1]
@@ -142,16 +143,26 @@ def _go_on(folder: Path) -> str:
 
 
 def _print_all_flags() -> None:
-    from loralloc.methods.catalog import METHODS, get_method
-    from loralloc.runs.arguments import known_fields
+    from rich.padding import Padding
+    from rich.text import Text
+
+    from loralloc.runs.flags import flags, unread
 
     out = Console()
-    groups = known_fields()
-    for method in METHODS:
-        options = get_method(method)().options()
-        groups[f"method {method}"] = [(f"method.{name}", value) for name, value in options.items()]
-    for group, names in groups.items():
+    for group, members in flags().items():
         out.print(f"\n[bold]{group}[/]")
-        for name, default in names:
-            shown = "" if default is None else f"  [dim]{default!r}[/]"
-            out.print(f"  --{name}{shown}", highlight=False)
+        for flag in members:
+            default = "" if flag.default is None else f"  [{_shown(flag.default)}]"
+            out.print(Text(f"  --{flag.name}{default}"), highlight=False, soft_wrap=True)
+            if flag.help:
+                out.print(Padding(Text(flag.help, style="dim"), (0, 0, 0, 8)))
+    out.print("\n[bold]No run reads[/]")
+    for name, why in unread().items():
+        out.print(Padding(Text(f"{name}: {why}"), (0, 0, 0, 2)))
+
+
+def _shown(default: Any) -> str:
+    """A default as it would be given."""
+    if isinstance(default, bool):
+        return str(default).lower()
+    return str(getattr(default, "value", default))

@@ -117,6 +117,8 @@ class BottleneckMethod(InPlaceMethod):
     """Size between the two products; None for what the budget allows."""
 
     activation: str = "relu"
+    """As Transformers names it: "relu", "gelu", "silu" and others."""
+
     bias: bool = False
     """Whether the adapters have biases; the counts of the paper's tables are without."""
 

@@ -21,6 +21,8 @@ class Houlsby(BottleneckMethod):
     """
 
     activation: str = "gelu"
+    """As Transformers names it: "relu", "gelu", "silu" and others."""
+
     init_std: float = 0.01
     """Standard deviation of W_down at the start; Houlsby et al. 2019, Section 3.6."""
 

@@ -16,7 +16,10 @@ class Lora(LoraShaped):
     """y = W x + s B (A x), with A Kaiming-uniform and B zero at the start."""
 
     use_rslora: bool = False
+    """Whether the scaling is alpha / sqrt(r), as PEFT's `use_rslora`."""
+
     use_dora: bool = False
+    """Whether magnitude and direction train apart, as PEFT's `use_dora`; such ranks cannot move."""
 
     about: ClassVar[About] = About(
         name="lora",

@@ -71,6 +71,8 @@ class LoraShaped(PeftMethod):
     """What the update is multiplied by: alpha / r of LoRA."""
 
     dropout: float = 0.0
+    """Share of what a module reads that is set to 0 in training."""
+
     targets: Sequence[str] | str | None = None
     """Modules to adapt, as PEFT's `target_modules`; None for every linear layer of every block."""
 

@@ -62,6 +62,7 @@ class SaLora(GatedLora):
     """Share of the run in which t falls."""
 
     orthogonality: float = 0.1
+    """Weight in the loss of how far the factors are from orthogonal."""
 
     about: ClassVar[About] = About(
         name="salora",

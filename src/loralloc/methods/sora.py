@@ -46,6 +46,7 @@ class Sora(GatedLora):
     """
 
     eta: float = 1e-3
+    """Weight of mean |g| in the loss."""
 
     xi: float | None = None
     """What every step takes from every |g|; None for what fits the budget and the time."""

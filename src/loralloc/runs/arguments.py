@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
-
-from loralloc.allocation.config import AllocationConfig
 
 BLOCK = "allocation"
 OPTIONS = "method"
@@ -83,7 +80,7 @@ DEFAULTS: dict[str, Any] = {
     "lora_alpha": 16,
     "lora_dropout": 0.0,
     "use_peft": True,
-    "learning_rate": 1e-4,
+    "learning_rate": 2e-4,
     "warmup_steps": 0.06,
     "num_train_epochs": 3.0,
     "per_device_train_batch_size": 16,
@@ -99,19 +96,27 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
 }
 """Where loralloc's defaults differ from TRL's: the paper's training (Appendix E), and a machine
-without a GPU."""
+without a GPU. The learning rate is not the paper's, at which a short run learns little."""
+
+HELP = {
+    "output_dir": "The run folder; runs/DATA-MODEL by default.",
+    "model_name_or_path": "smollm2-135m, minilm-l6, a folder, or a name on the Hub.",
+    "dtype": "Type of the frozen weights: 'float32', 'bfloat16', 'float16' or 'auto'; by default "
+    "what this machine computes fastest.",
+    "lora_r": "Rank of every module at the start.",
+    "lora_alpha": "LoRA's scaling is lora_alpha / lora_r, and stays what it is where ranks move.",
+    "use_peft": "Always: a run trains an adapter; `--method full` trains all weights.",
+    "learning_rate": "Highest learning rate. The default is what LLaMA of 7B and 13B was trained "
+    "with by LoRA (Dettmers et al. 2023, QLoRA); `--protocol paper` has 1e-4, and `--protocol "
+    "tuned` what the method's authors use (`loralloc methods`).",
+    "warmup_steps": "Steps in which the learning rate rises from 0; below 1, a share of the run.",
+    "train_sampling_strategy": "Order of the examples: 'random', 'sequential', 'group_by_length' "
+    "or 'batch_rebalance'.",
+    "gradient_checkpointing": "Compute activations twice, for less memory.",
+    "bf16": "Compute in bfloat16 where weights are float32 (mixed precision).",
+    "lora_target_modules": "Modules to adapt, by the ends of their names with blanks between; by "
+    "default every linear layer of a block.",
+}
+"""What an option is, where TRL's and Transformers' words are those of other defaults."""
 
 GROUPS = (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, RunArguments)
-
-
-def known_fields() -> dict[str, list[tuple[str, Any]]]:
-    """Every flag of `train` with its default, by the class it belongs to."""
-    groups = {}
-    for group in (*GROUPS, AllocationConfig):
-        prefix = f"{BLOCK}." if group is AllocationConfig else ""
-        groups[group.__name__] = [
-            (prefix + f.name, None if f.default is dataclasses.MISSING else f.default)
-            for f in fields(group)
-            if f.init
-        ]
-    return groups

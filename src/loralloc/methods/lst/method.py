@@ -37,6 +37,7 @@ class Lst(InPlaceMethod):
     """Every n-th block has no side block, from the first on; None where all have one."""
 
     init: Init = "pruned"
+    """What side blocks begin as: "pruned" (the largest weights of the backbone) or "random"."""
 
     about: ClassVar[About] = About(
         name="lst",
