@@ -1,1 +1,1 @@
-"""What becomes of an adapter: its ranks in the words of other trainers."""
+"""What becomes of an adapter: its ranks and tensors in the forms that others read."""

@@ -12,6 +12,7 @@ from loralloc.cli import (
     demo,
     env,
     eval,
+    export,
     generate,
     judge,
     methods,
@@ -28,7 +29,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, judge, reproduce, env),
+    *(generate, eval, export, judge, reproduce, env),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

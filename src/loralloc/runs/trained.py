@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,24 +72,8 @@ def load_trained(
             f"The {head.name} head in {folder} was trained with the adapter, so without it there "
             "is none to compare with; leave the adapter in."
         )
-    values = saved(folder) if (folder / SETTINGS).is_file() else {}
-    if values:
-        asked = granted(saved_values(folder))
-        of_the_model = {name: asked[name] for name in OF_THE_MODEL if name in asked}
-        given = OF_THE_MODEL if trust_remote_code else ()
-        check_granted_again(folder, of_the_model, dict.fromkeys(given))
-        if trust_remote_code:
-            values |= of_the_model
-    model: Any = load_model(
-        values.get("model_name_or_path") or config["base_model_name_or_path"],
-        head=head,
-        labels=saved_labels(folder) if head.has_labels else (),
-        **backbone_options(
-            _model_settings(values),
-            trust_remote_code=trust_remote_code,
-            more=values.get("model_init_kwargs"),
-        ),
-    )
+    labels = saved_labels(folder) if head.has_labels else ()
+    model = load_backbone(folder, head=head, labels=labels, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(str(folder))
     if head.is_new:
         use_padding(model, tokenizer)
@@ -97,6 +82,48 @@ def load_trained(
     if with_adapter:
         model = open_adapter(model, folder)
     return model if is_placed else model.to(accelerator()), tokenizer
+
+
+def load_backbone(
+    folder: Path,
+    *,
+    head: Head = LM,
+    labels: Sequence[str] = (),
+    trust_remote_code: bool = False,
+    base: str | None = None,
+    **replaced: Any,
+) -> Any:
+    """The backbone that an adapter in a folder was trained on, without the adapter.
+
+    Args:
+        folder: A run folder, or any folder with an adapter of PEFT's.
+        head: What it is to be used for.
+        labels: Names of the head's labels, if it has any.
+        trust_remote_code: As `load_trained` has it.
+        base: Another name or place of the backbone than the folder says.
+        replaced: Options of loading in the place of the run's, such as `dtype`.
+
+    Raises:
+        ValueError: The folder names no backbone, or one that comes with code that was not trusted.
+    """
+    config = adapter_config(folder)
+    values = saved(folder) if (folder / SETTINGS).is_file() else {}
+    if values:
+        asked = granted(saved_values(folder))
+        of_the_model = {name: asked[name] for name in OF_THE_MODEL if name in asked}
+        given = OF_THE_MODEL if trust_remote_code else ()
+        check_granted_again(folder, of_the_model, dict.fromkeys(given))
+        if trust_remote_code:
+            values |= of_the_model
+    options = backbone_options(
+        _model_settings(values),
+        trust_remote_code=trust_remote_code,
+        more=values.get("model_init_kwargs"),
+    )
+    name = base or values.get("model_name_or_path") or config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{folder} does not say which model its adapter is for; use `--base`.")
+    return load_model(name, head=head, labels=labels, **{**options, **replaced})
 
 
 def _model_settings(values: dict[str, Any]) -> ModelConfig:
