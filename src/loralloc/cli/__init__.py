@@ -16,6 +16,7 @@ from loralloc.cli import (
     generate,
     judge,
     methods,
+    predict,
     preview,
     ranks,
     report,
@@ -29,7 +30,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, export, judge, reproduce, env),
+    *(generate, eval, predict, export, judge, reproduce, env),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -21,6 +21,9 @@ Predict a split of a task with a run's model, and measure the predictions. They 
 come: the same command again goes on where it was interrupted. Results go to a folder of this
 evaluation's own in the run folder, such as RUN/eval/sst2-test-beam5: eval.json with the figures
 and what computed them, predictions.jsonl with prompt, gold, prediction and score.
+
+A run on data of its own, without a task, is measured by its loss and accuracy, a language model
+by its perplexity too: on the test split, or without one on what the run held out.
 """
 
 
@@ -37,9 +40,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     parser.add_argument(
         "--data", metavar="DATA", help="a folder, a file or a Hub name (default: the run's data)"
     )
-    parser.add_argument(
-        "--split", default="test", help="train, validation, test or its own name (default test)"
-    )
+    parser.add_argument("--split", help="train, validation, test or its own name (default test)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
     parser.add_argument("--batch_size", type=int, default=32, help="most at once (default 32)")
     parser.add_argument(
@@ -76,8 +77,12 @@ def run(args: argparse.Namespace) -> int:
     prepare_process()
     from loralloc.evaluation import evaluate
     from loralloc.evaluation.request import Request
+    from loralloc.runs.trained import has_task
 
     out = Console()
+    if args.task is None and not has_task(args.folder):
+        return _held_out(args, out)
+    args.split = args.split or "test"
     request = Request(
         run=args.folder,
         task=args.task,
@@ -101,6 +106,48 @@ def run(args: argparse.Namespace) -> int:
     call = _predict(evaluation, out) if evaluation.num_left else None
     figures = evaluate.finish(evaluation, call)
     _show(evaluation, figures, call, out)
+    return 0
+
+
+def _held_out(args: argparse.Namespace, out: Console) -> int:
+    """Figures of a run that has no task."""
+    from loralloc.evaluation.held_out import measure_held_out, save
+
+    names = ("decode", "num_beams", "max_new_tokens")
+    if given := [name for name in names if getattr(args, name) is not None]:
+        raise ValueError(
+            f"`--{given[0]}` is for answers to a task, and the run in {args.folder} was trained "
+            "without one; leave it out, or name a task with `--task`."
+        )
+    for name in ("batch_size", "limit"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"`--{name}` is {value}; it must be at least 1.")
+    with out.status("loading data and model"):
+        found = measure_held_out(
+            args.folder,
+            data=args.data,
+            split=args.split,
+            batch_size=args.batch_size,
+            limit=args.limit,
+            base=args.base,
+            trust_remote_code=args.trust_remote_code,
+        )
+    folder = save(found, args.folder, base=args.base, output_dir=args.output_dir)
+    count, whole = found.num_examples, found.num_in_split
+    of_all = f" of {whole:,}" if count < whole else ""
+    kind = "tokens" if found.counts_tokens else "labels"
+    lines = [
+        f"{found.split}: {count:,}{of_all} examples, {found.num_targets:,} {kind} "
+        f"({found.source}){', without the adapter' if args.base else ''}",
+        f"loss        {found.loss:.4f} a {kind.removesuffix('s')}",
+    ]
+    if found.perplexity is not None:
+        lines.append(f"perplexity  {found.perplexity:.2f}")
+    lines.append(f"{'token ' if found.counts_tokens else ''}accuracy  {found.accuracy:.4f}")
+    lines.append(f"results: {folder}")
+    for line in lines:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from loralloc.evaluation.evaluate import Evaluation, saved_settings
+from loralloc.evaluation.evaluate import Evaluation
 from loralloc.evaluation.labels import score_endings
 from loralloc.evaluation.prompts import batches, encode, evaluating
 from loralloc.evaluation.tokens import answered_tokens, end_tokens, start_tokens
@@ -22,7 +22,7 @@ from loralloc.runs.folder import saved_conversation
 from loralloc.runs.heads.classification import encode as encode_text
 from loralloc.runs.heads.span import answer_tokens, windows
 from loralloc.runs.models import longest_input
-from loralloc.runs.trained import load_trained
+from loralloc.runs.trained import load_trained, saved_settings
 from loralloc.tasks.conversations import Prompt
 from loralloc.tasks.task import Example
 

@@ -16,10 +16,9 @@ from loralloc.evaluation.metrics import measure, score_example
 from loralloc.evaluation.predictions import Predictions
 from loralloc.evaluation.predictors import WAYS, Predictor
 from loralloc.evaluation.request import Decoding, Request, folder_of
-from loralloc.runs import settings as run_settings
-from loralloc.runs.folder import SETTINGS, saved_conversation
+from loralloc.runs.folder import saved_conversation
 from loralloc.runs.heads.head import Head
-from loralloc.runs.trained import head_of
+from loralloc.runs.trained import head_of, saved_settings
 from loralloc.tasks.catalog import get_task, load_task
 from loralloc.tasks.columns import merge_references, to_examples
 from loralloc.tasks.source import SPELLINGS, Split
@@ -180,13 +179,6 @@ def finish(evaluation: Evaluation, call: Mapping[str, Any] | None = None) -> lis
     }
     kept.finish(facts)
     return figures
-
-
-def saved_settings(run: Path) -> dict[str, Any]:
-    """The run's settings; for an adapter that loralloc did not train, only its model's name."""
-    if (run / SETTINGS).is_file():
-        return run_settings.saved(run)
-    return {}
 
 
 def _task(request: Request, saved: Mapping[str, Any]) -> Task:

@@ -41,6 +41,18 @@ def head_of(folder: Path) -> Head:
     )
 
 
+def saved_settings(run: Path) -> dict[str, Any]:
+    """A run's settings; nothing of an adapter that loralloc did not train."""
+    if (run / SETTINGS).is_file():
+        return saved(run)
+    return {}
+
+
+def has_task(run: Path) -> bool:
+    """Whether a run was trained on a task by name, by whose metric it can be measured."""
+    return bool(saved_settings(run).get("task"))
+
+
 def load_trained(
     folder: Path,
     *,
