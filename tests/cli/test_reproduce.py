@@ -59,6 +59,21 @@ def test_an_experiment_runs_and_leaves_its_report(call, mine, tmp_path):
     assert json.loads((tmp_path / "mine" / "report.json").read_text()) == data
 
 
+def test_final_ranks_are_drawn_and_named(call, mine, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text(mine.read_text().replace("scores", "ranks").replace("[lora, sora]", "[sora]"))
+    answer = call(*command(own, tmp_path))
+    assert answer.code == 0, answer.err
+    files = ("report.md", "report.tex", "report.json", "own-paper.png", "own-paper.svg")
+    assert f"report: {tmp_path / 'own'} ({', '.join(files)})" in answer.out
+    assert sorted(path.name for path in (tmp_path / "own").iterdir()) == sorted(files)
+    data = json.loads((tmp_path / "own" / "report.json").read_text())
+    ranks = data["sections"][0]["entries"][0]["ranks"]["0"]
+    assert set(ranks["initial"].values()) == {16}  # SoRA's gates: twice the budget
+    assert sum(ranks["final"].values()) < sum(ranks["initial"].values())
+    assert next(iter(ranks["initial"])).endswith("q_proj")  # in the model's order
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -21,9 +21,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Run a table or figure of the paper and print it beside what the paper printed: table1, table2,
-table3, table4, table6, table7, table8, figure2, figure3, figure4; or an experiment of your own,
-from a YAML file. A run that is finished is not run again and one that was cut short goes on, so the
-same command after an interruption gives the table that it would have given.
+table3, table4, table6, table7, table8, figure2, figure3, figure4, which are drawn as well; or an
+experiment of your own, from a YAML file. A run that is finished is not run again and one that was
+cut short goes on, so the same command after an interruption gives the table that it would have
+given.
 
 scales:
   paper   the paper's protocol and backbone, five seeds
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.experiments.experiment import load_experiment, load_scale
     from loralloc.experiments.grid import make_grid
     from loralloc.experiments.reproduce import plan, reproduce
+    from loralloc.report.experiment_figures import draw
 
     out = Console()
     experiment, scale = load_experiment(args.experiment), load_scale(args.scale)
@@ -141,7 +143,9 @@ def run(args: argparse.Namespace) -> int:
             on_cells=progress.add,
             on_outcome=progress.show,
         )
-    _print(out, report)
+    with out.status("drawing"):
+        drawn = draw(report)
+    _print(out, report, drawn)
     return 0
 
 
@@ -236,7 +240,7 @@ def _shown(out: Console, planned: Sequence[Planned]) -> Iterator[Progress]:
         yield progress
 
 
-def _print(out: Console, report: Report) -> None:
+def _print(out: Console, report: Report, drawn: Sequence[Path]) -> None:
     for table in report.tables:
         out.print(_rich(table))
         for note in table.notes:
@@ -244,8 +248,9 @@ def _print(out: Console, report: Report) -> None:
         out.print()
     for remark in report.remarks:
         out.print(remark, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    names = ", ".join(["report.md", "report.tex", "report.json", *(path.name for path in drawn)])
     out.print(
-        f"report: {report.folder} (report.md, report.tex, report.json)",
+        f"report: {report.folder} ({names})",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -4,9 +4,55 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from loralloc.allocation.module_names import short_labels, split_name
 from loralloc.experiments.tables import Table
+
+OUTSIDE = -1
+"""Stands for the layer of a module that is in none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeanRanks:
+    """The final rank of every module, the mean over seeds."""
+
+    layers: tuple[int, ...]
+    """Ascending; `OUTSIDE` first, where a module is in no layer."""
+
+    kinds: tuple[str, ...]
+    """Short labels of the kinds of module, in the model's order."""
+
+    cells: Mapping[tuple[int, str], float]
+    """(layer, kind) -> rank. A module that a layer does not have is absent."""
+
+    num_seeds: int
+
+
+def mean_ranks(ranks: Sequence[Mapping[str, Mapping[str, int]]]) -> MeanRanks:
+    """The mean over seeds of every module's final rank.
+
+    Args:
+        ranks: Of every seed, at least one, `initial` and `final` by module; a module that left the
+            adapter is in the first only, and has rank 0.
+    """
+    names = list(dict.fromkeys(name for of in ranks for name in (*of["initial"], *of["final"])))
+    places = {name: _place(name) for name in names}
+    labels = short_labels(list(dict.fromkeys(kind for _layer, kind in places.values())))
+    return MeanRanks(
+        layers=tuple(sorted({layer for layer, _kind in places.values()})),
+        kinds=tuple(labels.values()),
+        cells={
+            (layer, labels[kind]): statistics.fmean(of["final"].get(name, 0) for of in ranks)
+            for name, (layer, kind) in places.items()
+        },
+        num_seeds=len(ranks),
+    )
+
+
+def layer_name(layer: int) -> str:
+    """What heads the row of a layer."""
+    return "-" if layer == OUTSIDE else str(layer)
 
 
 def rank_tables(
@@ -16,31 +62,22 @@ def rank_tables(
 
     Args:
         title: Of the table.
-        ranks: Of every seed, `initial` and `final` by module; a module that left the adapter is
-            in the first only, and has rank 0.
+        ranks: As `mean_ranks` takes them, or none.
         notes: Below it.
     """
     if not ranks:
         return []
-    names = list(dict.fromkeys(name for of in ranks for name in (*of["initial"], *of["final"])))
-    mean = {
-        name: statistics.fmean(of["final"].get(name, 0) for of in ranks) for name in sorted(names)
-    }
-    places = {name: _place(name) for name in names}
-    kinds = list(dict.fromkeys(kind for _layer, kind in places.values()))
-    labels = short_labels(kinds)
-    cells = {places[name]: f"{value:g}" for name, value in mean.items()}
-    layers = sorted({layer for layer, _kind in places.values()})
+    found = mean_ranks(ranks)
+    cells = {place: f"{value:g}" for place, value in found.cells.items()}
     rows = [
-        ["-" if layer < 0 else str(layer), *(cells.get((layer, kind), "-") for kind in kinds)]
-        for layer in layers
+        [layer_name(layer), *(cells.get((layer, kind), "-") for kind in found.kinds)]
+        for layer in found.layers
     ]
-    columns = ["layer", *(labels[kind] for kind in kinds)]
     said = [f"Mean over {len(ranks)} seeds.", *notes]
-    return [Table(title=title, columns=columns, rows=rows, notes=said)]
+    return [Table(title=title, columns=["layer", *found.kinds], rows=rows, notes=said)]
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Layer and kind of a module; -1 where it is in none."""
+    """Layer and kind of a module; `OUTSIDE` where it is in none."""
     found = split_name(name)
-    return (found[1], found[2]) if found else (-1, name)
+    return (found[1], found[2]) if found else (OUTSIDE, name)

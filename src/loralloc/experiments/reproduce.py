@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from loralloc.experiments.cell import Cell
@@ -16,7 +17,7 @@ from loralloc.experiments.fairness import Key, Search, first_trials, search_rate
 from loralloc.experiments.files import write_json, write_text
 from loralloc.experiments.grid import Grid
 from loralloc.experiments.judging import JudgeAt, judge_or_scripted, judged_tables
-from loralloc.experiments.tables import Table
+from loralloc.experiments.tables import Table, latex_text
 from loralloc.experiments.views import tables
 from loralloc.experiments.work import Outcome, finished
 
@@ -66,18 +67,40 @@ class Report:
             "remarks": list(self.remarks),
         }
 
-    def write(self) -> None:
-        """Write it as JSON, Markdown and LaTeX."""
+    def write(self, *, figures: Mapping[str, str] = MappingProxyType({})) -> None:
+        """Write it as JSON, Markdown and LaTeX.
+
+        Args:
+            figures: Pictures that are in its folder, and what is to be seen on each.
+        """
         experiment = self.grid.experiment
         head = (
             f"# {experiment.name}: {experiment.title}\n\n{Path(self.grid.backbone).name}, scale "
             f"{self.grid.scale.name}, seeds {', '.join(map(str, self.grid.seeds))}.\n\n"
         )
-        parts = [table.markdown() for table in self.tables]
+        pictures = [f"![{Path(name).stem}]({name})\n\n{said}\n" for name, said in figures.items()]
+        parts = [*pictures, *(table.markdown() for table in self.tables)]
         remarks = "".join(f"- {remark}\n" for remark in self.remarks)
         write_json(self.folder / f"{REPORT}.json", self.as_data())
         write_text(self.folder / f"{REPORT}.md", head + "\n".join([*parts, remarks]))
-        write_text(self.folder / f"{REPORT}.tex", "\n".join(t.latex() for t in self.tables))
+        write_text(
+            self.folder / f"{REPORT}.tex",
+            "\n".join(
+                [*(_included(*one) for one in figures.items()), *(t.latex() for t in self.tables)]
+            ),
+        )
+
+
+def _included(name: str, said: str) -> str:
+    """A picture as LaTeX has it, by graphicx."""
+    lines = (
+        r"\begin{figure}",
+        rf"\includegraphics[width=\linewidth,height=0.9\textheight,keepaspectratio]{{{name}}}",
+        rf"\caption{{{latex_text(said)}}}",
+        r"\end{figure}",
+        "",
+    )
+    return "\n".join(lines)
 
 
 def plan(grid: Grid, terms: Sequence[Terms]) -> list[Planned]:

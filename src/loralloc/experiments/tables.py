@@ -51,7 +51,7 @@ class Table:
         return "\n".join(
             [
                 r"\begin{table}",
-                rf"\caption{{{_escaped(self.title)}}}",
+                rf"\caption{{{latex_text(self.title)}}}",
                 rf"\begin{{tabular}}{{{form}}}",
                 r"\toprule",
                 _row(self.columns),
@@ -71,8 +71,9 @@ def _bar(cells: Sequence[str]) -> str:
 
 
 def _row(cells: Sequence[str]) -> str:
-    return " & ".join(_escaped(cell) for cell in cells) + r" \\"
+    return " & ".join(latex_text(cell) for cell in cells) + r" \\"
 
 
-def _escaped(text: str) -> str:
+def latex_text(text: str) -> str:
+    """Words as LaTeX prints them."""
     return "".join(SPECIAL.get(sign, sign) for sign in text)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.files import locked, read_json, write_json
+from loralloc.methods.gated import GatedLora
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
 
 if TYPE_CHECKING:
@@ -280,7 +281,10 @@ def _scores(folder: Path | None) -> list[float | None]:
 
 
 def _ranks(run: Run) -> dict[str, dict[str, int]] | None:
-    """The rank of every module at first and at the end, of a method that ends as LoRA."""
+    """The rank of every module at first and at the end, of a method that ends as LoRA.
+
+    Those at first are there only of a method that moves ranks.
+    """
     path = run.settings.output_dir / WEIGHTS
     with safe_open(path, framework="pt") as weights:
         names = [name for name in weights.keys() if name.endswith(LORA_A)]  # noqa: SIM118
@@ -292,8 +296,12 @@ def _ranks(run: Run) -> dict[str, dict[str, int]] | None:
         }
     if not final:
         return None
-    record = run.allocation.record if run.allocation else None
-    return {"initial": dict(record.initial_ranks) if record else {}, "final": final}
+    initial: dict[str, int] = {}
+    if run.allocation:
+        initial = dict(run.allocation.record.initial_ranks)
+    elif isinstance(run.method, GatedLora):
+        initial = run.method.initial_ranks
+    return {"initial": initial, "final": final}
 
 
 def free(run: Run) -> None:

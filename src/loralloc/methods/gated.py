@@ -120,6 +120,11 @@ class GatedLora(LoraShaped):
         """Whether the gates are still there."""
         return bool(self._handles)
 
+    @property
+    def initial_ranks(self) -> dict[str, int]:
+        """The ranks that the gates of every module began with, in the model's order."""
+        return {name: where.stop - where.start for name, where in self.where.items()}
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 

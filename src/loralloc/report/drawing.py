@@ -91,12 +91,32 @@ class Drawing:
 
 def figure(*, size: tuple[float, float] = SIZE) -> tuple[Figure, Axes]:
     """A figure with one pair of axes, outside matplotlib's own state."""
+    made, (axes,) = figures(1, size=size)
+    return made, axes
+
+
+def figures(
+    number: int, *, size: tuple[float, float], most_columns: int = 2
+) -> tuple[Figure, list[Axes]]:
+    """A figure with several pairs of axes, row by row.
+
+    Args:
+        number: Of the pairs.
+        size: Width and height of each, in inches.
+        most_columns: Pairs beside each other at most.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=size, layout="constrained", facecolor=LIGHT["paper"])
+    columns = min(number, most_columns)
+    rows = math.ceil(number / columns)
+    made = Figure(
+        figsize=(size[0] * columns, size[1] * rows),
+        layout="constrained",
+        facecolor=LIGHT["paper"],
+    )
     FigureCanvasAgg(made)
-    return made, made.add_subplot()
+    return made, [made.add_subplot(rows, columns, n + 1) for n in range(number)]
 
 
 def look(index: int) -> dict[str, Any]:
