@@ -15,6 +15,7 @@ from loralloc.cli import (
     export,
     generate,
     judge,
+    lint,
     methods,
     predict,
     preview,
@@ -30,7 +31,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, predict, export, judge, reproduce, env),
+    *(generate, eval, predict, export, lint, judge, reproduce, env),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0, 2 for bad input (one sentence on the error stream), 130 when interrupted.
+        0, 1 where `lint` finds something, 2 for bad input (one sentence on the error stream), 130
+        when interrupted.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
