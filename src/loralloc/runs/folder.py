@@ -282,6 +282,14 @@ def config_of(folder: Path) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
+def name_base(folder: Path, name: str) -> None:
+    """Let an adapter's description name its backbone so, in the place of where it was loaded."""
+    path = config_of(folder)
+    assert path is not None, "the adapter has been saved"
+    config = {**read_json(path), "base_model_name_or_path": name}
+    write_text(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def adapter_config(folder: Path) -> dict[str, Any]:
     """What describes a folder's adapter.
 

