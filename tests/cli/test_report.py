@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,16 @@ def test_bad_input_is_told_in_a_sentence(call, tmp_path) -> None:
     assert "names a folder" in call("report", tmp_path, "--out", tmp_path / "file").sentence
     (tmp_path / "settings.json").write_text("?")
     assert "settings.json is not valid JSON" in call("report", tmp_path).sentence
+
+
+def test_tables_of_an_experiment_come_with_its_runs(trained, call, tmp_path) -> None:
+    experiment = tmp_path / "mine"
+    experiment.mkdir()
+    table = {"title": "Two ways", "columns": ["method"], "rows": [["lora"]], "notes": []}
+    told = {"experiment": "mine", "backbone": "tiny", "scale": "smoke", "remarks": []}
+    (experiment / "report.json").write_text(json.dumps({**told, "tables": [table]}))
+    out = tmp_path / "page"
+    assert call("report", trained.parent, "--out", out).code == 0
+    assert "mine (tiny, scale smoke): Two ways" in (out / PAGE).read_text()
+    (experiment / "report.json").write_text("?")
+    assert "is not a report of `loralloc reproduce`" in call("report", trained.parent).sentence

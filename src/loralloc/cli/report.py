@@ -11,7 +11,8 @@ FORMATS = ("html", "png", "svg", "markdown", "latex")
 
 DESCRIPTION = """\
 Write one HTML page on runs that opens anywhere without a network: results, learning curves, where
-ranks went round by round, churn, scores, cost, budgets. A folder of runs stands for all of them.
+ranks went round by round, churn, scores, cost, budgets. A folder of runs stands for all of them;
+that of `loralloc reproduce` gives the tables of its experiments, too.
 """
 
 
@@ -40,6 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Read the runs and write the files."""
+    from loralloc.report.experiments import experiment_tables
     from loralloc.report.folders import read_runs
     from loralloc.report.page import report_on, write
 
@@ -47,8 +49,9 @@ def run(args: argparse.Namespace) -> int:
     if args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out} is a file; `--out` names a folder.")
     runs = read_runs(args.folders)
+    report = report_on(runs, experiments=experiment_tables(args.folders))
     with out.status("drawing"):
-        written = write(report_on(runs), args.out, formats=args.format)
+        written = write(report, args.out, formats=args.format)
     count = "a run" if len(runs) == 1 else f"{len(runs)} runs"
     out.print(f"{len(written)} files on {count}:", highlight=False)
     for path in written:

@@ -64,10 +64,16 @@ class Report:
         return [table for part in self.parts for table in part.tables]
 
 
-def report_on(runs: Sequence[TrainedRun]) -> Report:
-    """Find out what can be said of some runs; a section without anything in it is left out."""
+def report_on(runs: Sequence[TrainedRun], *, experiments: Sequence[Table] = ()) -> Report:
+    """Find out what can be said of some runs; a section without anything in it is left out.
+
+    Args:
+        runs: The runs.
+        experiments: Tables of the experiments that they belong to, which come first.
+    """
     series = series_of(runs)
     parts = [
+        Part(anchor="experiments", title="Experiments", tables=experiments),
         Part(
             anchor="results",
             title="Results",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from loralloc.report.budgets import measures, value_of
 from loralloc.report.drawing import short_number
@@ -25,11 +25,19 @@ class Table:
     num_texts: int = 1
     """Columns, from the first, that hold words; the others hold numbers."""
 
+    notes: Sequence[str] = ()
+    """Sentences below it."""
+
+    def with_notes(self, notes: Sequence[str]) -> Table:
+        """The same table with more sentences below it."""
+        return replace(self, notes=[*self.notes, *notes])
+
     def markdown(self) -> str:
         """As GitHub and Pandoc read it."""
         rule = ["---" if i < self.num_texts else "---:" for i in range(len(self.headings))]
         lines = [_in_markdown(self.headings), rule, *map(_in_markdown, self.rows)]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        notes = [f"\n{_in_markdown([note])[0]}" for note in self.notes]
+        return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), *notes]) + "\n"
 
     def latex(self) -> str:
         """As a tabular of the package booktabs."""
@@ -40,6 +48,7 @@ class Table:
                 rf"\begin{{tabular}}{{{form}}}",
                 *(r"\toprule", rows[0], r"\midrule", *rows[1:], r"\bottomrule"),
                 r"\end{tabular}",
+                *(f"% {note}" for note in self.notes),
                 "",
             ]
         )
