@@ -22,6 +22,7 @@ from loralloc.cli import (
     ranks,
     report,
     reproduce,
+    resize,
     search,
     sweep,
     tasks,
@@ -31,7 +32,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, predict, export, lint, judge, reproduce, env),
+    *(generate, eval, predict, export, lint, resize, judge, reproduce, env),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130

@@ -118,7 +118,6 @@ def load_backbone(
     Raises:
         ValueError: The folder names no backbone, or one that comes with code that was not trusted.
     """
-    config = adapter_config(folder)
     values = saved(folder) if (folder / SETTINGS).is_file() else {}
     if values:
         asked = granted(saved_values(folder))
@@ -132,10 +131,22 @@ def load_backbone(
         trust_remote_code=trust_remote_code,
         more=values.get("model_init_kwargs"),
     )
+    name = backbone_name(folder, base)
+    return load_model(name, head=head, labels=labels, **{**options, **replaced})
+
+
+def backbone_name(folder: Path, base: str | None = None) -> str:
+    """The name or place of the backbone that an adapter was trained on.
+
+    Raises:
+        ValueError: The folder does not say it, and `base` neither.
+    """
+    values = saved(folder) if (folder / SETTINGS).is_file() else {}
+    config = adapter_config(folder)
     name = base or values.get("model_name_or_path") or config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise ValueError(f"{folder} does not say which model its adapter is for; use `--base`.")
-    return load_model(name, head=head, labels=labels, **{**options, **replaced})
+    return name
 
 
 def _model_settings(values: dict[str, Any]) -> ModelConfig:
