@@ -25,10 +25,10 @@ demo: $(STAMP) ## fine-tune a small model in a few minutes; the adapter lies in 
 	$(BIN)/loralloc demo --output_dir runs/demo --overwrite
 
 test: $(STAMP) ## run all tests, offline, one process a core
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow"
 
 test-quick: $(STAMP) ## run the first case of short tests, in under a minute
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --quick
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not slow" --quick
 
 check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/ruff check
@@ -46,7 +46,7 @@ docs: $(STAMP) ## check that commands, examples and tables in the docs are true
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 reliability: $(STAMP) ## run only the tests that kill, resume and repeat runs
-	$(BIN)/python -m pytest -q -m reliability
+	$(BIN)/python -m pytest -q -n auto -m "reliability or slow"
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist docs/site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

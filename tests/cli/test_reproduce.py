@@ -89,6 +89,7 @@ def test_what_cannot_be_is_told_at_the_start(more, words, call, mine, tmp_path):
     assert not (tmp_path / "cells").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_killed_and_started_again_it_gives_the_same_report(call, mine, tmp_path):
     def report(folder):

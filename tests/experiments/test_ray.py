@@ -23,6 +23,7 @@ def test_without_ray_the_package_is_named(lora_cells, monkeypatch):
 
 
 @needs_ray
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_two_nodes_of_which_one_is_lost_give_the_same_numbers(lora_cells, tmp_path):
     longer = [replace(c, options={**c.options, "max_steps": 30}) for c in lora_cells]

@@ -65,6 +65,7 @@ def test_what_goes_together_is_grouped_and_the_rest_says_why(options, tmp_path):
     assert [len(g.cells) for g in fleet.groups([*made[:2], *other], at_once=8)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_the_fleet_gives_the_numbers_of_runs_one_by_one(options, tmp_path):
     results = {
         name: list(get_executor(name)(cells(options, tmp_path / name), Resources()))

@@ -91,6 +91,7 @@ def test_a_cell_that_was_killed_ends_as_one_that_was_not(
     assert without_times(attempt(cell).result) == without_times(never_stopped[0].result)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("lost", ([RESULT], [RESULT, TRAINED]))
 def test_what_was_not_written_is_found_again(lost, never_stopped, lora_cells, tmp_path):
@@ -115,6 +116,7 @@ def test_a_cell_that_fails_says_why_and_is_tried_again(lora_cells, tmp_path):
     assert attempt(bad).ran
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a_pool_gives_the_same_numbers(never_stopped, lora_cells, tmp_path):
     cells = [elsewhere(lora_cells[0], tmp_path), lora_cells[1]]

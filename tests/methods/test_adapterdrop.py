@@ -166,6 +166,7 @@ def test_the_global_generator_is_left_alone():
 
 def test_after_training_blocks_can_be_dropped_and_given_back():
     method = trained(dropped_at_test=1)
+    method.finish()
     batch = tiny.causal_batch(seed=9)
     without = logits(method, batch)
     method.drop(0)

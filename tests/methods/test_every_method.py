@@ -14,8 +14,30 @@ from session import BUILDS, Drive, logits, prepared
 from loralloc.allocation.config import AllocationConfig
 from loralloc.methods.catalog import METHODS, get_method
 
-CASES = [(name, shape) for name in METHODS for shape in BUILDS]
-DECODERS = [(name, shape) for name, shape in CASES if shape != "roberta"]
+VARIANTS = (
+    *("shrink", "random", "inverse", "mlp-only", "attention-only", "prune", "truncate", "pattern"),
+    *("eva", "gora", "elalora", "l1ra", "increlora", "igu-lora", "dora", "rslora", "lora-plus"),
+    "pissa",
+)
+"""Methods on PEFT's own LoRA layers, whose shapes ALoRA and LoRA are tried on in every run of the
+tests; on the others than Llama's these are in `make reliability`."""
+
+
+def cases(shapes, without=()):
+    return [
+        pytest.param(
+            *(name, shape),
+            marks=[pytest.mark.slow] if name in VARIANTS and shape != "llama" else [],
+            id=f"{name}-{shape}",
+        )
+        for name in METHODS
+        for shape in shapes
+        if name not in without
+    ]
+
+
+CASES = cases(BUILDS)
+DECODERS = cases([shape for shape in BUILDS if shape != "roberta"])
 
 ALLOCATION = AllocationConfig(num_rounds=4, warmup_epochs=0.8, budget="parameters")
 """Of methods that have rounds: after steps 8, 10, 12 and 15 of 40."""
@@ -135,7 +157,7 @@ def test_the_same_seed_trains_the_same(name, shape):
 @pytest.mark.parametrize(
     ("name", "shape"),
     # Budgets in triplets or in ranks, and a size that is found.
-    [(name, shape) for name, shape in CASES if name not in ("adalora", "eva", "shrink")],
+    cases(BUILDS, without=("adalora", "eva", "shrink")),
 )
 def test_it_has_the_parameters_that_it_was_sized_for(name, shape):
     method = made(name, shape)

@@ -57,6 +57,7 @@ def _is_up(port: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a_model_served_by_transformers_judges(tmp_path, monkeypatch):
     if not is_cached("smollm2-135m"):
