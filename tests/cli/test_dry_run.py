@@ -13,7 +13,7 @@ def rows_of(train):
         answer = train("--dry-run", *flags, **changes)
         assert (answer.code, answer.err) == (0, "")
         lines = [re.split(r"\s{2,}", line.strip()) for line in answer.out.splitlines()]
-        return {line[0]: line[1:] for line in lines if len(line) > 1}
+        return {line[0].removeprefix("* "): line[1:] for line in lines if len(line) > 1}
 
     return rows
 
@@ -151,3 +151,38 @@ def test_a_classification_run(rows_of, data, write_rows, bert_folder):
 @pytest.mark.parametrize("changes", (dict(max_steps=1), dict(min_rank=3)))
 def test_what_training_would_refuse_is_refused(changes, train, output):
     assert train("--dry-run", **changes).sentence
+
+
+def test_what_was_given_is_marked_and_what_cannot_act_is_left_out(train):
+    given = ("--save_strategy", "no", "--eval_strategy", "no")
+    out = train("--dry-run", *given).out
+    lines = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    names = [line[0] for line in lines]
+    groups = [names.index(name) for name in ("data", "model and method", "training", "allocation")]
+    assert groups == sorted(groups)
+    assert "* lora_r" in names[groups[1] : groups[2]]
+    assert "* learning_rate" in names[groups[2] : groups[3]]
+    assert "lora_alpha" in names and "* lora_alpha" not in names
+    for idle in ("save_total_limit", "allocation.shapley_nodes", "allocation.gate_lr"):
+        assert idle not in names
+    assert "allocation.shapley_nodes" in train("--dry-run", score="shapley").out
+
+
+def test_time_and_memory_come_from_a_few_batches(rows_of):
+    (words,) = rows_of(gradient_accumulation_steps=2)["takes"]
+    pattern = (
+        r"about (\d+) s for the steps \((\S+) s each, from 3 batches\), with rounds.*; (\S+) GiB"
+    )
+    total, step, memory = map(float, re.match(pattern, words).groups())
+    assert abs(total - 6 * step) <= 1 and 0.05 < memory < 64
+
+
+def test_no_name_or_word_is_broken_at_80_columns(train, monkeypatch):
+    wide = train("--dry-run").out.split()
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = train("--dry-run").out
+    assert max(map(len, narrow.splitlines())) <= 80
+    # Paths are longer than a column, and the time differs.
+    exempt = re.compile(r"/|^\(?\d")
+    words = {word for word in wide if not exempt.search(word)}
+    assert words <= set(narrow.split())

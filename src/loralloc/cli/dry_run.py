@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import TrainerState
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 
-from loralloc.allocation.config import SCORES, AllocationConfig
+from loralloc.allocation.config import SCORE_OPTIONS, SCORES, AllocationConfig
 from loralloc.allocation.importance.unexplained import ITERATIONS
 from loralloc.allocation.presets import read_by
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
-from loralloc.runs.arguments import OPTIONS
+from loralloc.runs.arguments import BLOCK, OPTIONS, RunArguments
+from loralloc.runs.estimate import estimate
 from loralloc.runs.flags import left_to_us
+from loralloc.runs.options import acts
 from loralloc.runs.permissions import SECRETS
 from loralloc.runs.run import Run
+from loralloc.runs.settings import DEFAULT
 from loralloc.training.way_of_running import planned_length
+
+DATA, METHOD, TRAINING, ALLOCATION = "data", "model and method", "training", "allocation"
+NAMED = {
+    **dict.fromkeys(("method", "budget", "paper"), METHOD),
+    **dict.fromkeys(("protocol", "early_stopping_patience"), TRAINING),
+}
+"""Where a setting of the command's own is shown, if not with the data."""
+
+GROUP_OF: dict[type, str] = {
+    ScriptArguments: DATA,
+    DatasetMixtureConfig: DATA,
+    ModelConfig: METHOD,
+    RunArguments: DATA,
+    SFTConfig: TRAINING,
+}
+"""Where the others are, by the class that has them."""
+
+GIVEN = ("flag", "file", "Python")
+"""What the source of a value begins with that somebody gave now."""
 
 
 def show(run: Run) -> None:
@@ -47,6 +73,7 @@ def show(run: Run) -> None:
         rows.add_row(
             "search", f"{search} steps on top, before the {total} that train what was found"
         )
+    rows.add_row("takes", _takes(run, total))
     for name, words in {**_rounds(run), **_evaluation(run, total)}.items():
         rows.add_row(name, words)
     out.print(rows)
@@ -81,37 +108,105 @@ def _rounds(run: Run) -> dict[str, str]:
 
 
 def _settings_table(run: Run) -> Table:
-    settings = run.settings
+    """Every setting that acts, under what it belongs to; a star marks what somebody gave."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("setting", style="bold")
+    table.add_column("setting", no_wrap=True)
     table.add_column("value", overflow="fold")
-    table.add_column("source", style="dim")
-    options = run.method.options()
+    table.add_column("source (* given)", style="dim")
+    for group, rows in _groups(run).items():
+        if rows:
+            table.add_row(f"[bold]{group}[/]")
+        for name, value, source in rows:
+            given = source.split(" ")[0] in GIVEN
+            shown = Text(f"{'*' if given else ' '} {name}", style="bold" if given else "")
+            table.add_row(shown, value, source)
+    return table
+
+
+def _groups(run: Run) -> dict[str, list[tuple[str, str, str]]]:
+    """Name, value and source of the settings, by group."""
+    groups: dict[str, list[tuple[str, str, str]]] = {
+        group: [] for group in (DATA, METHOD, TRAINING, ALLOCATION)
+    }
+    for name, value in _given_settings(run):
+        groups[_group_of(name)].append((name, value, run.settings.sources[name]))
+    groups[METHOD] += _method_options(run)
+    groups[ALLOCATION] += _allocation_options(run)
+    return groups
+
+
+def _group_of(name: str) -> str:
+    if name in NAMED:
+        return NAMED[name]
+    if name.startswith((BLOCK + ".", OPTIONS + ".")):
+        return ALLOCATION if name.startswith(BLOCK) else METHOD
+    owners = (group for group in GROUP_OF if name in {f.name for f in dataclasses.fields(group)})
+    return GROUP_OF[next(owners)]
+
+
+def _given_settings(run: Run) -> Iterator[tuple[str, str]]:
+    """Those of the command's flags, without what cannot act in this run."""
+    settings, options = run.settings, run.method.options()
     for name, value in settings.given.items():
         if name in LORA_FLAGS and LORA_FLAGS[name] not in options:
             continue
-        shown = "(not shown)" if name in SECRETS and value else value
+        if not settings.gives(name) and not acts(settings, name):
+            continue
+        shown = "(not shown)" if name in SECRETS and value else str(value)
         if name == "dtype" and value is None:
             shown = f"{str(next(run.model.parameters()).dtype).removeprefix('torch.')} (detected)"
-        if name == "lora_target_modules" or value is not None or name == "dtype":
-            table.add_row(name, str(shown), settings.sources[name])
+        elif value is None and name != "lora_target_modules":
+            continue
+        yield name, shown
+
+
+def _method_options(run: Run) -> list[tuple[str, str, str]]:
+    """Options of the method that nobody gave."""
+    settings, options, rows = run.settings, run.method.options(), []
     for name, value in options.items():
-        if name not in LORA_FLAGS.values() and f"{OPTIONS}.{name}" not in settings.given:
-            source = "the budget" if name == run.method.size else "loralloc default"
-            table.add_row(f"{OPTIONS}.{name}", str(value), source)
+        if name in LORA_FLAGS.values() or f"{OPTIONS}.{name}" in settings.given or value is None:
+            continue
+        source = "the budget" if name == run.method.size else DEFAULT
+        rows.append((f"{OPTIONS}.{name}", str(value), source))
     is_pefts = hasattr(run.model, "peft_config")
     if "lora_target_modules" not in settings.given and "targets" in options and is_pefts:
         targets = run.model.peft_config["default"].target_modules
-        table.add_row("lora_target_modules", ", ".join(sorted(targets)), "every linear of a block")
+        names = ", ".join(sorted(targets))
+        rows.append(("lora_target_modules", names, "every linear of a block"))
+    return rows
+
+
+def _allocation_options(run: Run) -> list[tuple[str, str, str]]:
+    """Options of the allocation that nobody gave and that act with its score and places."""
     if not run.allocation:
-        return table
+        return []
+    config, rows = run.allocation.config, []
+    of_others = {option for options in SCORE_OPTIONS.values() for option in options.values()}
+    idle = of_others - set(SCORE_OPTIONS.get(str(config.score), {}).values()) - {"policy", "seed"}
+    if config.rounds_at is not None:
+        idle |= {"num_rounds", "warmup_epochs", "recovery_epochs"}
     for option in read_by(run.allocation.allocation):
-        name = f"allocation.{option}"
-        if name not in settings.given:
-            value = getattr(run.allocation.config, option)
-            shown = f"{settings.training.seed} (the run's)" if option == "seed" else value
-            table.add_row(name, str(shown), "loralloc default")
-    return table
+        name, value = f"{BLOCK}.{option}", getattr(config, option)
+        if name in run.settings.given or option in idle or value is None:
+            continue
+        shown = f"{run.settings.training.seed} (the run's)" if option == "seed" else str(value)
+        rows.append((name, shown, DEFAULT))
+    return rows
+
+
+def _takes(run: Run, total: int) -> str:
+    """How long the steps take, and how much memory, measured on a few batches."""
+    found = estimate(run)
+    seconds = total * found.step_s
+    shown = f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    memory = ""
+    if found.peak_bytes is not None:
+        where = "on the device" if torch.cuda.is_available() else "by the process"
+        memory = f"; {found.peak_bytes / 2**30:.1f} GiB {where}, the optimiser's state not counted"
+    return (
+        f"about {shown} for the steps ({found.step_s:.2g} s each, from {found.num_timed} batches), "
+        f"with rounds and evaluations on top{memory}"
+    )
 
 
 def _evaluation(run: Run, total: int) -> dict[str, str]:

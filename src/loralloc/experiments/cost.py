@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from loralloc.experiments.files import read_json, write_json
+from loralloc.runs.machine import process_peak_bytes
 
 NAME = "seconds.json"
 """In a checkpoint: the seconds trained before it."""
@@ -72,9 +72,4 @@ def peak_bytes(*, alone: bool) -> int | None:
 
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    if not alone or sys.platform == "win32":
-        return None
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return process_peak_bytes() if alone else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -97,3 +98,13 @@ def cpu_entries() -> list[dict[str, str]]:
     blocks = CPUINFO.read_text(encoding="utf-8", errors="replace").strip().split("\n\n")
     lines = [[line.partition(":") for line in block.splitlines()] for block in blocks]
     return [{key.strip(): value.strip() for key, _, value in block} for block in lines]
+
+
+def process_peak_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

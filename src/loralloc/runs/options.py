@@ -267,6 +267,15 @@ UNCHANGED = {
 """What an option is where nobody gives it, in TRL and Transformers: so much changes nothing."""
 
 
+def acts(settings: Settings, name: str) -> bool:
+    """Whether a run reads an option, with the others as they are."""
+    reading = READ_BY.get(name)
+    if reading is None:
+        return True
+    where = reading.where
+    return not reading.inert and (not where or any(_holds(settings, *one) for one in where))
+
+
 def check_options(settings: Settings) -> None:
     """Refuse what no run reads, or none that is given its data in this way.
 
