@@ -1,11 +1,12 @@
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from loralloc.allocation.record import Round
-from loralloc.cli.progress import Progress
+from loralloc.cli.progress import Progress, in_time
 
 MODULES = {f"model.layers.{n}.self_attn.{k}_proj": 2 for n in range(2) for k in "qv"}
 FIRST, *_, LAST = MODULES
@@ -72,8 +73,8 @@ def test_the_first_round_has_no_ranks_given_before(progress):
     assert "churn" not in shown(progress)
 
 
-@pytest.mark.parametrize(("is_terminal", "num_lines"), [(True, 3), (False, 1)])
-def test_a_round_is_broken_between_words_where_a_person_reads_it(is_terminal, num_lines):
+@pytest.mark.parametrize("width", (80, 120))
+def test_a_round_is_two_aligned_lines_where_a_person_reads_it(width):
     kinds = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     modules = {f"model.layers.0.{kind}": 8 for kind in kinds}
     crowded = entry(
@@ -81,17 +82,63 @@ def test_a_round_is_broken_between_words_where_a_person_reads_it(is_terminal, nu
         pruned={name: [0, 1, 2, 3] for name in modules},
         added={name: 4 for name in modules},
     )
-    wide = Progress(Console(file=io.StringIO(), width=400))
-    wide.show_round(crowded)
-    screen = Console(
-        file=io.StringIO(), width=80, force_terminal=is_terminal, color_system=None, _environ={}
-    )
-    progress = Progress(screen)
+    file = io.StringIO()
+    plain = dict(force_terminal=True, color_system=None, _environ={})
+    progress = Progress(Console(file=file, width=width, **plain))
     progress.show_round(crowded)
-    lines = shown(progress).splitlines()
-    assert len(lines) == num_lines
-    assert max(map(len, lines)) <= 80 or not is_terminal
-    assert shown(progress).split() == shown(wide).split()
+    explained, *lines = file.getvalue().splitlines()
+    assert explained.startswith("churn: the share of the ranks given last")
+    assert not any(re.match(r"\s*\d", line) for line in lines)  # a count stays with its module
+    (given,) = (line for line in lines if "given to" in line)
+    assert lines[0].index("pruned") == given.index("given to")
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    for told in ("round 2, step 50", "churn 25%, 1.2 s"):
+        assert told in " ".join(lines)
+    assert words.count("4") + words.count("4,") == 2 * len(kinds)
+    assert all(words.count(kind) == 2 for kind in kinds)
+    progress.show_round(crowded)
+    assert file.getvalue().count("churn: the share") == 1
+    # A log file keeps a round in one line.
+    file = io.StringIO()
+    Progress(Console(file=file, width=width)).show_round(crowded)
+    assert len(file.getvalue().splitlines()) == 1
+
+
+def test_a_first_round_without_receivers_is_told_in_two_lines():
+    file = io.StringIO()
+    plain = dict(force_terminal=True, color_system=None, _environ={})
+    entered = entry(added={}, lost=2, churn=None, settled=False)
+    Progress(Console(file=file, width=80, **plain)).show_round(entered)
+    first, second = file.getvalue().splitlines()
+    assert "given to  no receiver: 2 lost" in second and "first order" in second
+    assert "churn" not in first + second
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0:00"), (40, "0:40"), (3723.2, "1:02:03"), (59.6, "1:00")]
+)
+def test_times(seconds, words):
+    assert in_time(seconds) == words
+
+
+def test_the_bar_fits_80_columns_and_labels_what_it_shows():
+    from transformers import TrainerState
+
+    added, file = [], io.StringIO()
+    plain = dict(force_terminal=True, color_system=None, _environ={})
+    progress = Progress(Console(file=file, width=80, **plain))
+    trainer = SimpleNamespace(add_callback=added.append, remove_callback=lambda callback: None)
+    progress.take_over(trainer)
+    (callback,) = added
+    state = TrainerState(global_step=0, max_steps=12_000)
+    callback.on_train_begin(None, state, None)
+    state.global_step = 900
+    callback.on_step_end(None, state, None)
+    callback.on_log(None, state, None, logs={"loss": 10.25})
+    progress.bar.refresh()
+    callback.on_train_end(None, state, None)
+    assert re.search(r"900/12000 steps \S+ steps/s \S+ left loss 10.250", file.getvalue())
 
 
 def test_losses_are_lines_where_there_is_no_bar(progress):
@@ -103,10 +150,13 @@ def test_losses_are_lines_where_there_is_no_bar(progress):
     (callback,) = added
     state = TrainerState(global_step=3, max_steps=10)
     callback.on_train_begin(None, state, None)
+    state.global_step = 5
     callback.on_log(None, state, None, logs={"loss": 1.25})
     callback.on_log(None, state, None, logs={"eval_loss": 1.5, "eval_accuracy": 0.75})
     callback.on_train_end(None, state, None)
+    callback.on_log(None, state, None, logs={"eval_loss": 1.5, "eval_mean_token_accuracy": 0.5})
     lines = shown(progress).splitlines()
-    assert "step 3  loss 1.250" in lines
-    assert "step 3  development loss 1.5000  accuracy 0.750" in lines
-    assert any(line.startswith("3 steps in ") for line in lines)
+    assert any(re.match(r"step 5  loss 1.250  \S+ steps/s  \d+:\d\d left$", x) for x in lines)
+    assert "step 5  development loss 1.5000  accuracy 0.750" in lines
+    assert "step 5  development loss 1.5000  token accuracy 0.500" in lines
+    assert any(line.startswith("5 steps in ") for line in lines)

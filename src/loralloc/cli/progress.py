@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,8 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -33,19 +36,27 @@ if TYPE_CHECKING:
     from loralloc.runs.run import Run
 
 
+GLUE = "\N{NO-BREAK SPACE}"
+FEWER, MORE = "red", "blue"
+"""Colours of modules that lose ranks and of those that gain, as in the table of ranks."""
+
+
 class Progress:
     """A bar with the loss, and a line for every evaluation and every round above it."""
 
     def __init__(self, console: Console) -> None:
         """Draw on `console`."""
         self.console = console
+        self._has_explained_churn = False
         self.bar = Bar(
             TextColumn("training"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=14),
             MofNCompleteColumn(),
             TextColumn("steps"),
-            TextColumn("{task.fields[loss]}"),
+            TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
+            TextColumn("{task.fields[loss]}"),
             console=console,
             transient=True,
         )
@@ -104,9 +115,15 @@ class Progress:
             self.bar.stop()
 
     def show_round(self, entry: Round) -> None:
-        """One line a round: pruned from, given to, the share of the last given that went, time."""
+        """A round: pruned from, given to, the share of the last given that went, time.
+
+        Two aligned lines where a person reads them, and one in a log file.
+        """
         lost = {name: len(indices) for name, indices in entry.pruned.items()}
         modules = entry.ranks_before
+        if self.console.is_terminal:
+            self._show_two_lines(entry, _by_kind(lost, modules), _by_kind(entry.added, modules))
+            return
         parts = [
             f"[bold]round {entry.round}[/]",
             f"step {entry.step}",
@@ -121,8 +138,29 @@ class Progress:
         if entry.score == "screened" and not entry.settled:
             parts.append("first order")
         line = " | ".join([*parts, f"{entry.seconds:.1f} s"])
-        # A terminal would break it within words; a log file is to keep it one line.
-        self.console.print(line, highlight=False, soft_wrap=not self.console.is_terminal)
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def _show_two_lines(self, entry: Round, pruned: str, given: str) -> None:
+        if entry.churn is not None and not self._has_explained_churn:
+            self._say("[dim]churn: the share of the ranks given last that is pruned again[/]")
+            self._has_explained_churn = True
+        notes = [f"{entry.seconds:.1f} s"]
+        if entry.churn is not None:
+            notes.insert(0, f"churn {entry.churn:.0%}")
+        if entry.score == "screened" and not entry.settled:
+            notes.append("first order")
+        if entry.lost:
+            given += f"{', ' if given else ''}no receiver: {entry.lost} lost"
+        lines = Table.grid(padding=(0, 2, 0, 0))
+        lines.add_column(no_wrap=True)
+        lines.add_column(no_wrap=True)
+        lines.add_column()
+        heads = (f"round {entry.round}, step {entry.step}", ", ".join(notes))
+        room = self.console.width - max(map(len, heads)) - len("given to") - 6
+        told = (("pruned", pruned or "none", FEWER), ("given to", given or "none", MORE))
+        for head, (verb, words, style) in zip(heads, told, strict=True):
+            lines.add_row(head, verb, Text(_filled(words, room), style=style))
+        self.console.print(lines, highlight=False)
 
 
 class _BarCallback(TrainerCallback):
@@ -132,20 +170,27 @@ class _BarCallback(TrainerCallback):
         self._progress = progress
         self._task: Any = None
         self._begin = 0.0
+        self._first = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._begin = time.perf_counter()
+        self._begin, self._first = time.perf_counter(), state.global_step
         self._progress.bar.start()
         self._task = self._progress.bar.add_task(
-            "train", total=state.max_steps, completed=state.global_step, loss=""
+            "train", total=state.max_steps, completed=state.global_step, loss="", rate=""
         )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._progress.bar.update(self._task, completed=state.global_step)
+        rate = f"{self._rate(state):.2g} steps/s"
+        self._progress.bar.update(self._task, completed=state.global_step, rate=rate)
+
+    def _rate(self, state: TrainerState) -> float:
+        """Optimiser steps a second since training began, all else that it does included."""
+        seconds = time.perf_counter() - self._begin
+        return float((state.global_step - self._first) / seconds)
 
     def on_log(
         self,
@@ -160,7 +205,12 @@ class _BarCallback(TrainerCallback):
             loss = f"loss {float(logs['loss']):.3f}"
             self._progress.bar.update(self._task, loss=loss)
             if not self._progress.console.is_terminal:  # a log file shows no bar
-                self._progress.console.print(f"step {state.global_step}  {loss}", highlight=False)
+                rate = self._rate(state)
+                left = (state.max_steps - state.global_step) / rate if rate else 0.0
+                self._progress.console.print(
+                    f"step {state.global_step}  {loss}  {rate:.2g} steps/s  {in_time(left)} left",
+                    highlight=False,
+                )
         if "held_out_loss" in logs:
             worse = logs["held_out_worse_by"]
             self._progress.console.print(
@@ -169,8 +219,9 @@ class _BarCallback(TrainerCallback):
                 highlight=False,
             )
         if "eval_loss" in logs:
-            accuracy = logs.get("eval_accuracy", logs.get("eval_mean_token_accuracy"))
-            shown = "" if accuracy is None else f"  accuracy {accuracy:.3f}"
+            kinds = {"eval_accuracy": "accuracy", "eval_mean_token_accuracy": "token accuracy"}
+            found = (f"  {name} {logs[key]:.3f}" for key, name in kinds.items() if key in logs)
+            shown = next(found, "")
             self._progress.console.print(
                 f"step {state.global_step}  development loss {logs['eval_loss']:.4f}{shown}",
                 highlight=False,
@@ -186,10 +237,23 @@ class _BarCallback(TrainerCallback):
         )
 
 
+def in_time(seconds: float) -> str:
+    """Such as "0:40" or "1:02:03"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def sized(method: Method) -> str:
     """A method with its size: "houlsby with bottleneck 12"."""
     name, size = method.about.name, method.size.replace("_", " ")
     return f"{name} with {size} {method.chosen_size()}" if size else name
+
+
+def _filled(words: str, width: int) -> str:
+    """Lines that end behind a comma: a module and its count stay together."""
+    joined = ",".join(part.replace(" ", GLUE) for part in words.split(","))
+    return textwrap.fill(joined.replace("," + GLUE, ", "), max(width, 20)).replace(GLUE, " ")
 
 
 def _by_kind(counts: Mapping[str, int], modules: Iterable[str]) -> str:

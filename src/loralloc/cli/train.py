@@ -73,9 +73,11 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Train, or show what would be trained."""
-    from loralloc.cli.progress import Progress, prepare_process
+    out = Console()
+    with out.status("loading PyTorch, Transformers and TRL"):
+        from loralloc.cli.progress import Progress, prepare_process
 
-    prepare_process()
+        prepare_process()
     if args.help_all:
         _print_all_flags()
         return 0
@@ -92,8 +94,10 @@ def run(args: argparse.Namespace) -> int:
         # Nothing is overwritten before training begins.
         show(runs.prepare(settings, resume=args.resume, overwrite=not args.resume))
         return 0
-    progress = Progress(Console())
-    with Console().status("loading model and data"):
+    progress = Progress(out)
+    model = settings.model.model_name_or_path
+    source = settings.script.dataset_name or settings.run.task or "the mixture"
+    with out.status(f"loading {model}, and {source} to train on"):
         prepared = runs.prepare(
             settings,
             resume=args.resume,
