@@ -30,6 +30,13 @@ def test_target_modules_that_match_nothing(targets, nearest, refused):
     assert "did you mean" in sentence and nearest in sentence
 
 
+@pytest.mark.parametrize("targets", (["q_proj,v_proj"], ["q_proj,", "v_proj"], ["q_proj, v_proj"]))
+def test_target_modules_with_commas(targets, refused):
+    sentence = refused("--lora_target_modules", *targets)
+    assert f"names {targets[0]!r}, and commas separate nothing there" in sentence
+    assert sentence.endswith(": q_proj v_proj." if len(targets) == 1 else ": q_proj.")
+
+
 def test_a_budget_smaller_than_min_rank_allows(refused):
     sentence = refused(min_rank=3)
     assert "The budget is 28 ranks" in sentence
@@ -210,7 +217,7 @@ def test_a_column_of_labels_that_is_missing(refused, bert_folder):
     "words",
     [
         ["fly"],
-        [],
+        ["--what"],
         ["train", "--resume", "--overwrite"],
         ["generate", "run"],
         ["demo", "--what"],

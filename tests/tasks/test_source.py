@@ -204,6 +204,32 @@ def test_two_files_for_one_split_are_refused(write, tmp_path, second):
     assert second in message
 
 
+def test_parts_of_a_split_are_joined_in_order(write, tmp_path):
+    for number in (1, 0):
+        write(f"train-0000{number}-of-00002.jsonl", [{"text": f"{number}{n}"} for n in range(2)])
+    write("test.jsonl", [ROW])
+    splits = load_splits(tmp_path)
+    assert list(splits) == ["train", "test"]
+    assert splits["train"].dataset["text"][:] == ["00", "01", "10", "11"]
+    assert splits["train"].source == f"{tmp_path} (train-00000-of-00002.jsonl and 1 more)"
+
+
+def test_parts_that_are_missing_or_differ_are_refused(write, tmp_path):
+    write("train-00000-of-00002.jsonl", [ROW])
+    with pytest.raises(ValueError, match="has 1 of the 2 files of which train-00000-of-00002"):
+        load_splits(tmp_path)
+    write("train-00001-of-00002.jsonl", [{"other": "a"}])
+    with pytest.raises(ValueError, match="has the columns other, and train-00000-of"):
+        load_splits(tmp_path)
+
+
+def test_a_split_in_one_file_and_in_parts_is_refused(write, tmp_path):
+    write("train.jsonl", [ROW])
+    write("train-00000-of-00001.jsonl", [ROW])
+    with pytest.raises(ValueError, match="several train splits"):
+        load_splits(tmp_path)
+
+
 def test_two_spellings_of_one_split_are_refused_unless_one_is_named(write, tmp_path):
     write("set/dev.jsonl", [ROW])
     write("set/val.jsonl", [{"text": "v"}])

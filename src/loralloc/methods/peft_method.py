@@ -224,6 +224,12 @@ def _as_peft_reads(model: nn.Module, targets: Sequence[str] | str) -> LoraConfig
 
 
 def _checked(model: nn.Module, wanted: Sequence[str] | str) -> list[str] | str:
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        if "," in target and re.fullmatch(r"[\w.,\s]+", target):
+            raise ValueError(
+                f"`lora_target_modules` names {target!r}, and commas separate nothing there; put "
+                f"blanks between the names: {' '.join(target.replace(',', ' ').split())}."
+            )
     if isinstance(wanted, str) and re.fullmatch(r"[\w.]+", wanted):
         wanted = [wanted]  # TRL's ModelConfig makes a string of a list of one
     if isinstance(wanted, str) or list(wanted) == ["all-linear"]:

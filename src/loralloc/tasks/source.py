@@ -37,6 +37,9 @@ SPELLINGS = {
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
+_SHARD = re.compile(r"(?P<name>.+)-\d+-of-(?P<count>\d+)")
+"""The stem of a file that holds a part of a split, as the Hub names it."""
+
 _PARQUET_MAGIC = b"PAR1"
 
 
@@ -64,7 +67,8 @@ def load_splits(
 
     Args:
         data: "demo", the embedded set; a file (.json, .jsonl, .csv or .parquet), which becomes
-            the train split; a folder with one such file a split; or the name of a data set on
+            the train split; a folder with one such file a split, or several
+            named NAME-00000-of-00002 and so on; or the name of a data set on
             the Hub. A local path comes before a Hub name. A folder called demo is "./demo".
         config: The configuration of a Hub data set that has several.
         split_names: The splits to load, as this package's name -> the source's own name, for
@@ -150,7 +154,41 @@ def _demo_offers() -> list[_Offer]:
 
 def _folder_offers(folder: Path) -> list[_Offer]:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    return [_file_offer(file.stem, file) for file in files]
+    offers = []
+    shards: dict[tuple[str, str], list[Path]] = {}
+    for file in files:
+        if shard := _SHARD.fullmatch(file.stem):
+            shards.setdefault((shard["name"], shard["count"]), []).append(file)
+        else:
+            offers.append(_file_offer(file.stem, file))
+    for (name, count), parts in shards.items():
+        source = f"{folder} ({parts[0].name} and {len(parts) - 1} more)"
+        load = partial(_join, parts, int(count))
+        offers.append(_Offer(own_name=name, source=source, load=load))
+    return sorted(offers, key=lambda offer: offer.own_name)
+
+
+def _join(parts: Sequence[Path], count: int) -> Dataset:
+    """All rows of a split in several files, in the order of their names.
+
+    Raises:
+        ValueError: Some of the files are missing, or their columns differ.
+    """
+    from datasets import concatenate_datasets
+
+    if len(parts) != count:
+        raise ValueError(
+            f"{parts[0].parent} has {len(parts)} of the {count} files of which {parts[0].name} is "
+            "one; add the others."
+        )
+    tables = [read_table(part) for part in parts]
+    for part, table in zip(parts, tables, strict=True):
+        if table.column_names != tables[0].column_names:
+            raise ValueError(
+                f"{part} has the columns {', '.join(table.column_names)}, and {parts[0].name} "
+                f"{', '.join(tables[0].column_names)}; parts of one split need the same."
+            )
+    return concatenate_datasets(tables)
 
 
 def _file_offer(own_name: str, path: Path) -> _Offer:
