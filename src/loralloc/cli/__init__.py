@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from loralloc import __version__
 from loralloc.cli import (
+    completion,
     demo,
     env,
     eval,
@@ -32,7 +33,7 @@ from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
     *(demo, tasks, methods, preview, train, sweep, search, ranks, report),
-    *(generate, eval, predict, export, lint, resize, judge, reproduce, env),
+    *(generate, eval, predict, export, lint, resize, judge, reproduce, env, completion),
 )
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
