@@ -45,8 +45,9 @@ bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and w
 docs: $(STAMP) ## check that commands, examples and tables in the docs are true
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-reliability: $(STAMP) ## run only the tests that kill, resume and repeat runs
+reliability: $(STAMP) ## kill, fill, flip and resume runs, and docs/reliability.md from what came out
 	$(BIN)/python -m pytest -q -n auto -m "reliability or slow"
+	$(BIN)/python experiments/reliability.py
 
 clean: ## remove caches and build products; .venv and runs/ stay
 	rm -rf build dist docs/site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

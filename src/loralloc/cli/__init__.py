@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from safetensors import SafetensorError
+
 from loralloc import __version__
 from loralloc.cli import (
     completion,
@@ -40,7 +42,7 @@ EXIT_INTERRUPTED = 130
 
 USER_ERRORS = (
     *(ValueError, TypeError, OSError, RuntimeError, ArithmeticError),
-    *(ImportError, MemoryError),  # a package or a machine that lacks something
+    *(ImportError, MemoryError, SafetensorError),  # a package, a machine or a disk lacks something
 )
 """What is told in one sentence; anything else is our own bug and shows its traceback."""
 

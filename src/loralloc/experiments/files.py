@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from loralloc.allocation import files
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Named by the process: two that write the same file do not write into one another's.
-    scratch = path.with_name(f"{path.name}.{os.getpid()}.part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    files.write_text(path, text)
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -27,10 +25,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """What a file of JSON holds; None where there is none."""
-    if not path.is_file():
-        return None
-    data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return data
+    return files.read_json(path) if path.is_file() else None
 
 
 def locked(folder: Path) -> FileLock:
