@@ -229,3 +229,9 @@ def test_wrong_usage(words, capfd):
     assert end.value.code == 2
     err = capfd.readouterr().err
     assert "error: " in err and "Traceback" not in err
+
+
+def test_what_a_terminal_would_obey_is_shown_and_not_sent(call, tmp_path):
+    answer = call("ranks", tmp_path / "a\x1b[2Jb")
+    assert answer.code == 2 and r"a\x1b[2Jb is not a folder" in answer.sentence
+    assert "\x1b" not in answer.err

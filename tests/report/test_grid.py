@@ -93,6 +93,7 @@ def test_a_round_that_is_not_held_is_refused(shown: int) -> None:
     [
         ({}, "the record holds no `initial_ranks`"),
         ({"initial_ranks": {}, "rounds": []}, "the record holds no `initial_ranks`"),
+        ({"initial_ranks": {"\x1b[2Jq": 8}, "rounds": []}, r"has a module '\x1b[2Jq', which is"),
         ({"initial_ranks": {"q": -1}, "rounds": []}, "gives q the rank -1"),
         ({"initial_ranks": {"q": 1.5}, "rounds": []}, "gives q the rank 1.5"),
         ({"initial_ranks": {"q": True}, "rounds": []}, "gives q the rank True"),

@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         sentence = " ".join(str(error).split()) or type(error).__name__
+        # Names of a stranger's files may hold what a terminal would obey.
+        sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
         sys.stderr.write(f"loralloc: error: {sentence}\n")
         return EXIT_BAD_INPUT
 

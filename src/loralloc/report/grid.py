@@ -200,6 +200,8 @@ def _ranks_of(entry: Mapping[str, Any], key: str, *, where: str) -> dict[str, in
     if not isinstance(ranks, dict) or not ranks:
         raise _unreadable(f"{where} holds no `{key}`")
     for module, rank in ranks.items():
+        if not module.isprintable():  # a terminal would do what it says
+            raise _unreadable(f"{where} has a module {module!r}, which is no name")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
             raise _unreadable(f"`{key}` of {where} gives {module} the rank {rank!r}")
     return dict(ranks)
