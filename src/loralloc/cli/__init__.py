@@ -47,6 +47,10 @@ USER_ERRORS = (
 """What is told in one sentence; anything else is our own bug and shows its traceback."""
 
 
+EXTRAS = {"matplotlib": "report", "openai": "judge", "ray": "ray"}
+"""Packages that a plain installation does not bring, and the extra that does."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -76,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sentence = " ".join(str(error).split()) or type(error).__name__
         # Names of a stranger's files may hold what a terminal would obey.
         sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+            sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'
         sys.stderr.write(f"loralloc: error: {sentence}\n")
         return EXIT_BAD_INPUT
 

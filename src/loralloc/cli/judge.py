@@ -134,6 +134,8 @@ def _judge(args: argparse.Namespace, out: Console) -> Judge | None:
             f"A judge compares two and only {args.contestants[0]} is given; name another run or a "
             "file of answers, or leave out `--base_url` and `--model`."
         )
+    import openai  # noqa: F401 - where it is missing, that is told before anything is answered
+
     from loralloc.evaluation.judge.endpoint import Endpoint
     from loralloc.evaluation.judge.replies import ReplyCache
     from loralloc.evaluation.judge.review import Judge

@@ -96,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.runs.quiet import prepare_process
 
     prepare_process()
+    import matplotlib  # noqa: F401 - where it is missing, that is told before anything is trained
+
     from loralloc.experiments.executors.executor import Resources, get_executor
     from loralloc.experiments.experiment import load_experiment, load_scale
     from loralloc.experiments.grid import make_grid
