@@ -29,6 +29,7 @@ LONG = (
     *("evaluation/judge/test_judge_served.py", "cli/test_demo.py", "cli/test_env.py"),
     *("experiments/test_ray.py", "experiments/test_work.py"),
     *("cli/test_eval.py", "cli/test_generate.py", "cli/test_judge.py", "cli/test_train.py"),
+    *("cli/test_predict.py", "cli/test_eval_held_out.py", "cli/test_extras.py"),
     "cli/test_report.py",
     "cli/test_reproduce.py",
 )
