@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 
 EPILOG = """\
-With data, named by flags of `loralloc train` (--task, --dataset_name, --max_length, ...), ranks of
-the lowest AB-LoRA importance go, and the loss on other held-out examples is told before and after;
-without, the smallest singular values go. New ranks have a column of zeros in B, so that nothing
-changes until they are trained."""
+With data, named by flags of `loralloc train` (--task, --dataset_name, --max_length, ...), singular
+directions of the lowest AB-LoRA importance go, and the loss on other held-out examples is told
+before and after; without, those of the smallest singular values go. New ranks have a column of
+zeros in B, so that nothing changes until they are trained."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

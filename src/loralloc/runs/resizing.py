@@ -110,12 +110,14 @@ def resize_folder(
     base: str | None = None,
     trust_remote_code: bool = False,
     seed: int = 0,
+    judging_examples: int = JUDGING_EXAMPLES,
 ) -> Resized:
     """Write an adapter with other ranks; more of them train on from zero.
 
-    Ranks that go are those of the lowest AB-LoRA importance (Liu et al. 2024) where there is data,
-    and the smallest singular values of scaling * B A where there is none. New ranks have a drawn
-    row of A and a column of B that is zero, so that they add nothing until they are trained.
+    Modules that lose ranks take their singular form first, in which B A is the same. Where there is
+    data, the ranks of the lowest AB-LoRA importance (Liu et al. 2024) go, and where there is none
+    those of the smallest singular values of scaling * B A. New ranks have a drawn row of A and a
+    column of B that is zero, so that they add nothing until they are trained.
 
     Args:
         folder: A run folder, or any folder with a LoRA adapter of PEFT's.
@@ -127,6 +129,7 @@ def resize_folder(
         base: Another name or place of the backbone than the folder says.
         trust_remote_code: Whether code that comes with the backbone may run.
         seed: Of the examples and of new rows of A.
+        judging_examples: About how many held-out examples the loss is told on.
 
     Raises:
         ValueError: The target cannot be met, or does not go with the way or the data.
@@ -145,7 +148,9 @@ def resize_folder(
     adapter.check_plain()
     model = open_on(backbone, folder).eval()
     before = ranks(lora_layers(model))
-    scoring, judging = _objectives(model, source, data, seed) if data else (None, None)
+    scoring, judging = (
+        _objectives(model, source, data, seed, judging_examples) if data else (None, None)
+    )
     loss_before = judging.mean_loss() if judging else None
     plan = _plan(model, target, scoring if way == "scores" else None)
     resize(model, plan, generator=torch.Generator().manual_seed(seed))
@@ -207,10 +212,11 @@ def _plan(model: Any, target: Target, scoring: Objective | None) -> Plan:
         raise ValueError(f"Every module has rank {wanted} already; `--rank` changes nothing.")
     loses = wanted is None or max(now.values()) > wanted
     importance = dict[str, Tensor]()
-    if loses and scoring is not None:
-        importance = _scores(model, scoring, costs, now)
-    elif loses:
+    if loses:
         importance = _singular_values(model, above=wanted or 0)
+    if loses and scoring is not None:
+        # Of singular directions: ranks as they were trained share what they do.
+        importance = _scores(model, scoring, costs, now)
     if wanted is not None:
         kept = {
             name: _largest(importance[name], wanted) if n > wanted else tuple(range(n))
@@ -302,7 +308,7 @@ def _fitting(
 
 
 def _objectives(
-    model: Any, source: Source, data: Sequence[str], seed: int
+    model: Any, source: Source, data: Sequence[str], seed: int, judging_examples: int
 ) -> tuple[Objective, Objective]:
     """The loss on held-out examples to measure importance on, and on others to tell it.
 
@@ -320,7 +326,7 @@ def _objectives(
                 f"The data makes a {run.head.name} head, and the adapter in {source.folder} is for "
                 f"{source.head.name}; name data of its own kind."
             )
-        number = SCORING_EXAMPLES + JUDGING_EXAMPLES
+        number = SCORING_EXAMPLES + judging_examples
         rows, _ = held_out(run.trainer, run.trainer.eval_dataset, num_examples=number, seed=seed)
     return divide(Objective(model, rows), SCORING_EXAMPLES)
 
