@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 
 # The same examples in every run, and no limit of time for one: machines differ.
-settings.register_profile("loralloc", deadline=None, derandomize=True)
+settings.register_profile("loralloc", deadline=None, derandomize=True, max_examples=50)
 settings.register_profile("quick", settings.get_profile("loralloc"), max_examples=20)
 settings.load_profile("loralloc")
 

@@ -23,11 +23,20 @@ VARIANTS = (
 tests; on the others than Llama's these are in `make reliability`."""
 
 
-def cases(shapes, without=()):
+def cases(shapes, without=(), *, alike=False):
+    """Every method on every shape; some of them `slow`, which `make reliability` runs.
+
+    Args:
+        shapes: Of backbones.
+        without: Methods that are left out.
+        alike: Whether what is checked does not depend on the shape, nor differ between variants.
+    """
     return [
         pytest.param(
             *(name, shape),
-            marks=[pytest.mark.slow] if name in VARIANTS and shape != "llama" else [],
+            marks=[pytest.mark.slow]
+            if (name in VARIANTS and (alike or shape != "llama")) or (alike and shape != "llama")
+            else [],
             id=f"{name}-{shape}",
         )
         for name in METHODS
@@ -37,7 +46,8 @@ def cases(shapes, without=()):
 
 
 CASES = cases(BUILDS)
-DECODERS = cases([shape for shape in BUILDS if shape != "roberta"])
+ALIKE = cases(BUILDS, alike=True)
+DECODERS = cases([shape for shape in BUILDS if shape != "roberta"], alike=True)
 
 ALLOCATION = AllocationConfig(num_rounds=4, warmup_epochs=0.8, budget="parameters")
 """Of methods that have rounds: after steps 8, 10, 12 and 15 of 40."""
@@ -124,8 +134,12 @@ def test_merged_it_computes_the_same_or_says_that_it_cannot_merge(name, shape):
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("at", [6, 15, 33], ids="step {}".format)
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(
+    "at",
+    [pytest.param(6, marks=pytest.mark.slow), 15, pytest.param(33, marks=pytest.mark.slow)],
+    ids="step {}".format,
+)
+@pytest.mark.parametrize(("name", "shape"), ALIKE)
 def test_resumed_it_trains_as_if_it_had_not_stopped(name, shape, at, tmp_path):
     with tiny.seeded(11):
         whole = Drive(made(name, shape)).begin()
@@ -145,7 +159,7 @@ def test_resumed_it_trains_as_if_it_had_not_stopped(name, shape, at, tmp_path):
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape"), ALIKE)
 def test_the_same_seed_trains_the_same(name, shape):
     losses = []
     for _ in range(2):

@@ -77,7 +77,7 @@ def assert_same(expected, found):
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
 
 
-@pytest.mark.parametrize("step", (3, 4, 6, 11))
+@pytest.mark.parametrize("step", (3, pytest.param(4, marks=pytest.mark.slow), 6, 11))
 def test_a_killed_and_resumed_run_ends_as_one_never_stopped(step, build, never_stopped, tmp_path):
     saving = dict(save_strategy="steps", save_steps=step)
     killed(build(tmp_path, callbacks=[KillAt(step)], **saving))

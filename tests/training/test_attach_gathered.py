@@ -27,6 +27,7 @@ from loralloc.allocation.importance.architecture import Gates
 from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.allocation.record import Record
 from loralloc.training.drive import STATE_NAME
+from loralloc.training.seal import seal
 
 STATE_FILE = f"{STATE_NAME}.safetensors"
 
@@ -306,6 +307,7 @@ def checkpoint_of(trainer_of, tmp_path):
 def test_a_checkpoint_without_what_was_gathered_is_refused(score, checkpoint_of, trainer_of):
     checkpoint = checkpoint_of(score)
     (checkpoint / STATE_FILE).unlink()
+    seal(checkpoint)
     with pytest.raises(ValueError, match=f"lacks {STATE_FILE}, so training cannot go on"):
         run(trainer_of(), score, resume=checkpoint)
 

@@ -231,8 +231,14 @@ ONCE = {
 }
 """Methods without a search, for which one kill in the midst of what they do is enough."""
 
+IN_EVERY_RUN = {("alora", 9), ("sora", 9), ("ssp", 9), ("lst", 9), ("shrink", 9)}
+"""Kills that every run of the tests makes: rounds, gates, a search, a method not of PEFT, sizes."""
+
 KILLS = [
-    (name, at) for name in METHODS if name not in ALIKE for at in ((9,) if name in ONCE else (3, 9))
+    pytest.param(name, at, marks=[] if (name, at) in IN_EVERY_RUN else [pytest.mark.slow])
+    for name in METHODS
+    if name not in ALIKE
+    for at in ((9,) if name in ONCE else (3, 9))
 ]
 
 

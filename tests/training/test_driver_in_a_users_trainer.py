@@ -32,11 +32,27 @@ def own_attributes(trainer):
     return {name for name, value in vars(trainer).items() if callable(value)}
 
 
-@pytest.mark.parametrize("name", METHODS)
+SHRINKING = AllocationConfig(rounds_at=(3, 5, 7), scoring_examples=4, judging_examples=4)
+
+IN_EVERY_RUN = {
+    *("lora", "alora", "shrink", "adalora", "sora", "salora", "ssp", "p-tuning-v2", "spt"),
+    *("houlsby", "lst", "learned-adapter", "full"),
+}
+"""Methods that differ in how they drive a trainer; `make reliability` has the others too."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in IN_EVERY_RUN else [pytest.mark.slow])
+        for name in METHODS
+    ],
+)
 def test_every_method_drives_a_trainer_of_a_bare_backbone_in_one_line(name, tmp_path):
     trainer = causal_trainer(tmp_path, model=tiny.llama(), num_train_epochs=4)
     if get_method(name).allocates:
-        method = get_method(name)(allocation=options(ranks_per_round=4))
+        allocation = SHRINKING if name == "shrink" else options(ranks_per_round=4)
+        method = get_method(name)(allocation=allocation)
     else:
         method = get_method(name)(**given.options(name))
     drive(trainer, method)
