@@ -89,6 +89,7 @@ def test_five_minutes_are_filled_and_what_takes_longer_is_told(step_s, steps, mi
     assert demo.how_long(steps, step_s).startswith(f"about {minutes} if this machine")
 
 
+@pytest.mark.slow
 def test_timing_two_steps_changes_nothing_of_the_training(short_demo, call, output, monkeypatch):
     def losses(folder):
         lines = (folder / "metrics.jsonl").read_text().splitlines()

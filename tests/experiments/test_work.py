@@ -70,6 +70,7 @@ class KillAt(TrainerCallback):
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("step", (1, 3))
 def test_a_cell_that_was_killed_ends_as_one_that_was_not(

@@ -140,6 +140,7 @@ def common(data, llama_folder):
     return {"dataset_name": data(rows), "model_name_or_path": llama_folder, "max_steps": 4}
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 def test_a_killed_fleet_goes_on_from_each_runs_checkpoint(common, tmp_path):
     common |= {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}

@@ -219,6 +219,7 @@ def assert_same(run, whole):
     torch.testing.assert_close(*map(load_file, files), rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize(("kind", "step"), [("lm", 5), ("lm", 8), ("classification", 8)])
 def test_a_killed_run_keeps_its_best_checkpoint_and_its_patience(

@@ -77,7 +77,10 @@ def assert_same(expected, found):
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
 
 
-@pytest.mark.parametrize("step", (3, pytest.param(4, marks=pytest.mark.slow), 6, 11))
+@pytest.mark.parametrize(
+    "step",
+    (3, 6, pytest.param(4, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)),
+)
 def test_a_killed_and_resumed_run_ends_as_one_never_stopped(step, build, never_stopped, tmp_path):
     saving = dict(save_strategy="steps", save_steps=step)
     killed(build(tmp_path, callbacks=[KillAt(step)], **saving))
@@ -104,6 +107,7 @@ def test_the_newest_whole_checkpoint_is_gone_on_from(build, never_stopped, tmp_p
     assert_same(never_stopped, (resumed, run(resumed, resume=True)))
 
 
+@pytest.mark.slow
 def test_a_run_may_be_killed_twice(build, never_stopped, tmp_path):
     saving = dict(save_strategy="steps", save_steps=2)  # the first is before any round
     killed(build(tmp_path, callbacks=[KillAt(3)], **saving))

@@ -270,6 +270,7 @@ def run(trainer, score, resume=None, **changes):
     return allocation
 
 
+@pytest.mark.slow
 @every_score
 @pytest.mark.parametrize("step", [2, 3, 7])
 @pytest.mark.reliability

@@ -70,6 +70,7 @@ def test_what_is_saved_after_a_step_back_opens_in_stock_peft(tmp_path, monkeypat
         torch.testing.assert_close(opened.eval()(**batch).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.reliability
 @pytest.mark.parametrize("kill_at", [4, 6, 8])
 def test_a_run_that_is_killed_goes_on_and_steps_back_alike(kill_at, tmp_path, monkeypatch):

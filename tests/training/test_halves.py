@@ -97,6 +97,7 @@ def test_with_accumulation_a_step_has_as_many_batches_of_either_half(tmp_path):
     assert together(weights, [4, 5, 6]) == list(range(24))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6, 7])
 def test_resumed_it_goes_on_as_if_it_had_not_stopped(step, tmp_path):
     expected = train(causal_trainer(tmp_path / "whole"), until_step=8)
