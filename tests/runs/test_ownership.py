@@ -141,6 +141,14 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     assert isinstance(locked(tmp_path), FileLock)
 
 
+def test_what_a_kill_left_of_a_file_goes_and_nothing_like_it(tmp_path):
+    claim(tmp_path)
+    left = put(tmp_path, "settings.json.17.partial", "{")
+    theirs = [put(tmp_path, name, "") for name in ("notes.17.partial", "settings.json.a.partial")]
+    end(tmp_path)
+    assert not left.exists() and all(path.exists() for path in theirs)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"ended": 1', '"ended"', "null"])
 def test_a_claim_that_is_broken_is_of_a_run_that_has_not_ended(text, tmp_path):
     (tmp_path / CLAIM).write_text(text)

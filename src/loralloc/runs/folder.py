@@ -12,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loralloc.allocation.files import read_json, write_text
+from loralloc.allocation.files import PARTIAL, read_json, write_text
 from loralloc.allocation.record import FILE_NAME as RECORD
 from loralloc.methods.in_place import CONFIG_NAME as METHOD_CONFIG
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
@@ -138,6 +138,7 @@ def end(folder: Path) -> None:
     for path in _entries(folder):
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)  # safetensors' files are for their owner alone
+    _forget_unfinished(folder)
     _write_claim(folder, ended=True, inputs=claimed_inputs(folder))
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
@@ -155,6 +156,7 @@ def set_aside(folder: Path) -> None:
         return
     if not (folder / CLAIM).is_file():
         check_free(folder)
+    _forget_unfinished(folder)
     keeps = has_ended(folder)
     aside = folder / REPLACED
     if keeps:
@@ -178,6 +180,14 @@ def _entries(folder: Path) -> list[Path]:
         found.append(folder / EVALUATIONS)
     numbered = [p for p in folder.glob(CHECKPOINTS) if p.name.rpartition("-")[2].isdigit()]
     return found + numbered
+
+
+def _forget_unfinished(folder: Path) -> None:
+    """Remove what kills left of files that were being written."""
+    for path in folder.glob(f"*{PARTIAL}"):
+        name, _, process = path.name.removesuffix(PARTIAL).rpartition(".")
+        if name in (*FILES, CLAIM) and process.isdigit():
+            path.unlink()
 
 
 def _write_claim(folder: Path, *, ended: bool, inputs: Mapping[str, str]) -> None:
