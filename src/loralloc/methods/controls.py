@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from loralloc.allocation.config import AllocationConfig
 from loralloc.methods.alora import Alora
+from loralloc.methods.lora import CONTROL
 from loralloc.methods.method import About
 
 
@@ -38,18 +39,13 @@ class _Control(Alora):
 class RandomRounds(_Control):
     """As many ranks move as in ALoRA, at the same steps, but which ones is drawn."""
 
-    about: ClassVar[About] = About(
+    about: ClassVar[About] = dataclasses.replace(
+        CONTROL,
         name="random",
         title="ALoRA, drawn",
-        paper="no paper: a control",
-        status="control",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
         rate_from="LoRA's, which it is between rounds",
         differs="ALoRA whose importance is drawn at every round: what is better than it is not the "
         "rounds' own doing.",
-        merges=True,
     )
     fixed: ClassVar[tuple[str, str]] = ("score", "random")
 
@@ -58,17 +54,12 @@ class RandomRounds(_Control):
 class InverseRounds(_Control):
     """The ranks of the highest importance are pruned, the modules of the lowest receive."""
 
-    about: ClassVar[About] = About(
+    about: ClassVar[About] = dataclasses.replace(
+        CONTROL,
         name="inverse",
         title="ALoRA, inverted",
-        paper="no paper: a control",
-        status="control",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
         rate_from="LoRA's, which it is between rounds",
         differs="ALoRA with minus its scores: were it as good as ALoRA, the score would say "
         "nothing.",
-        merges=True,
     )
     fixed: ClassVar[tuple[str, str]] = ("policy", "inverse")

@@ -10,6 +10,19 @@ from typing import Any, ClassVar
 from loralloc.methods.method import About
 from loralloc.methods.peft_method import LoraShaped, PeftMethod
 
+CONTROL = About(
+    name="",
+    title="",
+    paper="no paper: a control",
+    status="control",
+    initialisation="published",
+    settings="published",
+    learning_rate=5e-4,
+    rate_from="LoRA's, which it is",
+    merges=True,
+)
+"""What controls that train as LoRA does have in common; each adds its own name."""
+
 
 @dataclass(kw_only=True)
 class Lora(LoraShaped):

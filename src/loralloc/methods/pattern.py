@@ -6,6 +6,7 @@ it; where it does not, the ranks did, and a static pattern serves as well.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from torch import nn
 
 from loralloc.allocation import record
 from loralloc.allocation.resize import resize
+from loralloc.methods.lora import CONTROL
 from loralloc.methods.method import About
 from loralloc.methods.peft_method import LoraShaped, resolve_targets, targeted_shapes
 
@@ -41,17 +43,11 @@ class Pattern(LoraShaped):
     PEFT's (or a file like its `adapter_config.json`), or a JSON file with ranks by module names or
     regular expressions, as `rank_pattern` has them. Modules without a rank are not adapted."""
 
-    about: ClassVar[About] = About(
+    about: ClassVar[About] = dataclasses.replace(
+        CONTROL,
         name="pattern",
         title="LoRA, ranks given",
-        paper="no paper: a control",
-        status="control",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
-        rate_from="LoRA's, which it is",
         differs="LoRA whose ranks are read from a file (`--method.file`), which is its size too.",
-        merges=True,
     )
     size: ClassVar[str] = ""
 

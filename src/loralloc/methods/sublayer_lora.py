@@ -5,6 +5,7 @@ An allocation that does no better than the better of the two has found nothing b
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from typing import ClassVar
 from torch import nn
 
 from loralloc.allocation.blocks import Kind, sublayer_linears
+from loralloc.methods.lora import CONTROL
 from loralloc.methods.method import About
 from loralloc.methods.peft_method import LoraShaped, resolve_targets
 
@@ -60,17 +62,11 @@ class SublayerLora(LoraShaped):
 class MlpOnly(SublayerLora):
     """LoRA on the linear layers of feed-forward sublayers."""
 
-    about: ClassVar[About] = About(
+    about: ClassVar[About] = dataclasses.replace(
+        CONTROL,
         name="mlp-only",
         title="LoRA, feed-forward only",
-        paper="no paper: a control",
-        status="control",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
-        rate_from="LoRA's, which it is",
         differs="LoRA whose rank is that at which the feed-forward layers alone have the budget.",
-        merges=True,
     )
     kind: ClassVar[Kind] = "feed_forward"
 
@@ -79,16 +75,10 @@ class MlpOnly(SublayerLora):
 class AttentionOnly(SublayerLora):
     """LoRA on the linear layers of attention sublayers."""
 
-    about: ClassVar[About] = About(
+    about: ClassVar[About] = dataclasses.replace(
+        CONTROL,
         name="attention-only",
         title="LoRA, attention only",
-        paper="no paper: a control",
-        status="control",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
-        rate_from="LoRA's, which it is",
         differs="LoRA whose rank is that at which the attention layers alone have the budget.",
-        merges=True,
     )
     kind: ClassVar[Kind] = "attention"
