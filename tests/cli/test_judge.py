@@ -97,7 +97,7 @@ def test_every_pair_of_three(judge, answers, tmp_path):
 def test_what_is_missing_is_told(judge, answers, server, tmp_path):
     server.script = [scores(11, 12)] * 2
     done = judge(answers("a", "so"), answers("b", "so"))
-    assert "1 judged, 1 missing (no scores in a reply, or cut off)" in done.out
+    assert "1 judged, 1 missing (no reply, no scores in it, or cut off)" in done.out
     lost = results(tmp_path)["pairs"][0]["comparisons"][0]
     assert (lost["scores"], lost["verdict"]) == (None, None)
     assert lost["first_shown_first"]["missing"] == "no two scores in the reply"

@@ -69,7 +69,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     judge = parser.add_argument_group("how the judge replies")
     judge.add_argument("--temperature", type=float, default=0.0, help="default 0")
     judge.add_argument("--max_tokens", type=int, default=1024, help="a reply (default 1024)")
-    judge.add_argument("--timeout", type=float, default=120.0, help="seconds (default 120)")
+    judge.add_argument(
+        "--timeout", type=float, default=120.0, help="seconds for a whole reply (default 120)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -251,12 +253,20 @@ def _pair_table(pair: PairResult, *, judge: str) -> Group:
         table.add_row(Text(name), _shown(score, ".2f"), str(won), str(tied), str(lost))
     num_judged, missing = len(pair.judged), f"{pair.num_missing} missing"
     if pair.num_missing:
-        missing += " (no scores in a reply, or cut off)"
+        missing += " (no reply, no scores in it, or cut off)"
     lines: list[RenderableType] = [
         Text(f"Scores out of 10, mean of both orders, by {judge}", style="bold"),
         table,
         Text.assemble(f"{num_judged} judged, ", (missing, "yellow" if pair.num_missing else "")),
     ]
+    if pair.without_reply:
+        lines.append(
+            Text(
+                f"no reply to {len(pair.without_reply)} requests, which the same command makes "
+                f"again; the first: {pair.without_reply[0].missing}",
+                "yellow",
+            )
+        )
     if pair.mean_gain_of_place is not None:
         changed = f"order alone changes {pair.num_changed_by_order} of {num_judged} verdicts"
         gain = f"being shown first is worth {pair.mean_gain_of_place:+.2f} points"

@@ -1,4 +1,9 @@
+import re
+import time
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from loralloc.evaluation.judge.prompt import read_scores, review_request
 from loralloc.evaluation.judge.questions import Question
@@ -83,3 +88,47 @@ def test_anything_else_is_no_score(reply):
 @pytest.mark.parametrize("score", (0, 10))
 def test_the_ends_of_the_scale(score):
     assert read_scores(f"Score of A: {score}\nScore of B: 5") == (score, 5)
+
+
+# All of a line's form at once, as `read_scores` was first written; it takes the square of a line's
+# length in steps.
+PATTERN = re.compile(
+    r"^[^\w\n]*score\W+(?:of\W+|for\W+)?(?:assistant\W+|response\W+)?(?P<letter>[AB])\b"
+    r"[^\w\n]*(?<!-)(?P<score>\d+(?:\.\d+)?)[^\w\n]*?(?:(?:/|\bout of\b)[^\w\n]*10)?[^\w\n/]*$",
+    re.IGNORECASE,
+)
+PARTS = st.sampled_from(
+    [
+        *("score", "Score", "of", "for", "assistant", "response", "A", "b", "out of", "out  of"),
+        *("8", "3.5", "10", "100", "9", "or", "_", "/", " / ", " ", " ", ":", "**", "-", ".", "["),
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(PARTS, max_size=9).map("".join), st.booleans())
+def test_lines_are_read_as_the_pattern_says(line, begins):
+    line = f"Score of A{line}" if begins else line
+    found = PATTERN.match(line)
+    expected = None if found is None else float(found["score"])
+    assert read_scores(f"{line}\nScore of {other(found)}: 1") == both(found, expected)
+
+
+def other(found) -> str:
+    return "A" if found and found["letter"].upper() == "B" else "B"
+
+
+def both(found, score):
+    if found is None or score > 10:
+        return None
+    return (1, score) if found["letter"].upper() == "B" else (score, 1)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ("Score of A: 8" + "/" * 10**6, "/" * 10**6, "Score " * 10**5, "8" * 10**6, "*/" * 10**6),
+)
+def test_a_long_line_is_read_in_one_go(line):
+    begin = time.monotonic()
+    read_scores(f"{line}\nScore of B: 1")
+    assert time.monotonic() - begin < 5

@@ -162,3 +162,39 @@ def test_a_spoilt_file_is_named(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match=f"{path.name} holds no reply of the judge; remove it"):
         cache.get({})
+
+
+def test_what_has_no_reply_is_missing_and_the_next_is_asked(server, judge, tmp_path):
+    server.script = [error(400, "too long"), scores(4, 7), scores(7, 4), Say(body=b"[]")]
+    result = judge().compare(LEFT, RIGHT, QUESTIONS)
+    assert len(server.requests) == 4
+    assert (result.num_missing, len(result.without_reply)) == (2, 2)
+    assert "answered 400 (too long)" in result.comparisons[0].first_shown_first.missing
+    assert "not with a chat completion" in result.comparisons[1].second_shown_first.missing
+    assert len(list((tmp_path / "replies").iterdir())) == 2  # no failure is kept
+    server.script = [scores(7, 4), scores(4, 7)]
+    again = judge().compare(LEFT, RIGHT, QUESTIONS)
+    assert (again.num_missing, again.without_reply) == (0, [])
+
+
+def test_a_judge_that_never_replies_is_not_asked_hundreds_of_times(server, judge):
+    many = [Question(number=i, turns=("a", "b")) for i in range(100)]
+    one, other = (
+        Contestant(name=n, source=Path(n), answers={q.number: (n, n) for q in many}) for n in "ab"
+    )
+    server.otherwise = lambda request: error(400, "no such option")
+    with pytest.raises(EndpointError, match=r"no such option.*with 3 requests one after the oth"):
+        judge().compare(one, other, many)
+    assert len(server.requests) == 3
+
+
+@pytest.mark.parametrize(
+    "reply", ('{"text": 5, "finish_reason": "stop"}', '{"text": "a", "finish_reason": null}')
+)
+def test_a_kept_reply_has_words(reply, tmp_path):
+    cache = ReplyCache(tmp_path)
+    cache.put({}, Reply(text="a", finish_reason="stop"))
+    (path,) = tmp_path.iterdir()
+    path.write_text(f'{{"reply": {reply}}}')
+    with pytest.raises(ValueError, match="holds no reply of the judge"):
+        cache.get({})

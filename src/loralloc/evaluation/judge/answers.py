@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from loralloc.allocation.files import write_text
 from loralloc.evaluation.generation import generate
 from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
 from loralloc.evaluation.judge.questions import Answers, Question, read_answers
@@ -137,8 +138,5 @@ def answer_questions(
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed when whole, so that a kill leaves no half-written row.
-    scratch = path.with_suffix(".partial")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-    scratch.write_text("".join(lines), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, "".join(lines))

@@ -1,11 +1,16 @@
-"""Asking a model behind an OpenAI-compatible endpoint, patiently but not for ever."""
+"""Asking a model behind an OpenAI-compatible endpoint, patiently but not for ever.
+
+What is at the address is not trusted: a reply may be endless, slow, elsewhere, or about the key.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+import re
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -28,9 +33,25 @@ LONGEST_WAIT_S = 300.0
 RETRIED = (408, 409, 429)
 """Refusals that pass; so do all of 500 and above."""
 
+MOST_BYTES = 2**22
+"""A reply with its envelope that is longer is none; 1,024 tokens are some 5 KB."""
+
+LONGEST_REASON = 40
+"""Characters of a finish_reason; the protocol's own have at most 14."""
+
+NOT_REACHED = ("ConnectError", "ProxyError", "UnsupportedProtocol")
+"""The errors of httpx, by name since the library has two of it, before anything was sent."""
+
+_HALF_SIGN = re.compile("[\ud800-\udfff]")
+"""Half of a sign of UTF-16, which JSON can name and no file can hold."""
+
 
 class EndpointError(RuntimeError):
-    """The endpoint gave no reply, in a sentence; replies so far are kept."""
+    """The endpoint gives no replies, in a sentence; replies so far are kept."""
+
+
+class NoReply(EndpointError):
+    """There is no reply to this request, in a sentence; there may be to another."""
 
 
 class Endpoint:
@@ -54,7 +75,7 @@ class Endpoint:
             model: The model's name there.
             temperature: 0 for the likeliest reply.
             max_tokens: Most tokens of a reply.
-            timeout_s: Longest wait for one reply.
+            timeout_s: Longest time of one request, from its first byte to the reply's last.
             on_wait: Called before each wait with what happened and how long it will take.
             sleep: What waits.
 
@@ -72,7 +93,7 @@ class Endpoint:
                 f"`base_url` must hold no password and no '?': it is written down with the "
                 f"results; give the key in the environment variable {KEY_VARIABLE}."
             )
-        if max_tokens < 1 or timeout_s <= 0 or temperature < 0:
+        if max_tokens < 1 or not timeout_s > 0 or not temperature >= 0:
             raise ValueError(
                 f"`max_tokens` is {max_tokens}, `timeout` {timeout_s} and `temperature` "
                 f"{temperature}; the first must be at least 1, the second above 0 and the third "
@@ -93,7 +114,8 @@ class Endpoint:
 
     def request(self, messages: Sequence[dict[str, str]]) -> dict[str, object]:
         """All that a reply depends on."""
-        return {**self.as_data(), "messages": list(messages)}
+        written = [{name: _whole(text) for name, text in m.items()} for m in messages]
+        return {**self.as_data(), "messages": written}
 
     def ask(self, messages: Sequence[dict[str, str]]) -> Reply:
         """Send the messages; try again where that can help.
@@ -102,14 +124,15 @@ class Endpoint:
         of 1, 2, 4, ... seconds or what the server's Retry-After says.
 
         Raises:
-            EndpointError: There is no reply to be had; one sentence.
+            NoReply: There is none to these messages; one sentence.
+            EndpointError: There is no reply to be had to any.
         """
         for num_waits in range(MAX_TRIES):
             try:
                 return self._send(messages)
             except _Passing as passing:
                 problem = f"The judge at {self.base_url} {passing.problem}"
-                wait_s = passing.wait_s
+                wait_s, reached = passing.wait_s, passing.reached
             if wait_s is None:
                 wait_s = FIRST_WAIT_S * 2**num_waits
             if wait_s > LONGEST_WAIT_S:
@@ -121,7 +144,7 @@ class Endpoint:
                 if self._on_wait:
                     self._on_wait(f"{problem}; next try in {wait_s:.0f} s")
                 self._sleep(wait_s)
-        raise EndpointError(
+        raise (NoReply if reached else EndpointError)(
             f"{problem}, {MAX_TRIES} times; run the same command again when it answers, what was "
             "judged so far is kept."
         )
@@ -129,36 +152,60 @@ class Endpoint:
     def _send(self, messages: Sequence[dict[str, str]]) -> Reply:
         import openai
 
+        # The client's own retries cannot be told how to wait, nor explain why they gave up. A
+        # redirect would take the conversation, and the key, to wherever it says. What is packed
+        # could be unpacked into any size.
+        http = openai.DefaultHttpxClient(
+            follow_redirects=False,
+            timeout=self._timeout_s,
+            headers={"Accept-Encoding": "identity"},
+            event_hooks={"response": [_bounded]},
+        )
+        client = openai.OpenAI(
+            api_key=self._key, base_url=self.base_url, max_retries=0, http_client=http
+        )
+        chat: Any = client.chat.completions
+        asked = {k: v for k, v in self.request(messages).items() if k != "base_url"}
         try:
-            # The client's own retries cannot be told how to wait, nor explain why they gave up.
-            with openai.OpenAI(
-                api_key=self._key,
-                base_url=self.base_url,
-                timeout=self._timeout_s,
-                max_retries=0,
-            ) as client:
-                chat: Any = client.chat.completions
-                completion = chat.create(model=self.model, messages=list(messages), **self._options)
+            completion = _within(self._timeout_s, lambda: chat.create(**asked))
             choice = completion.choices[0]
-            text, reason = choice.message.content or "", choice.finish_reason or "stop"
+            text, reason = choice.message.content or "", str(choice.finish_reason or "stop")
+            if not isinstance(text, str):
+                raise TypeError
         # The library's errors may quote the key: none is passed on, not even as a cause.
-        except openai.APITimeoutError:
+        except (TimeoutError, openai.APITimeoutError):
             raise _Passing(f"gave no reply within {self._timeout_s:g} s (`--timeout`)") from None
-        except openai.APIConnectionError:
-            raise _Passing("cannot be reached") from None
+        except (_NotRead, openai.APIConnectionError) as error:
+            cause = error if isinstance(error, _NotRead) else error.__cause__
+            if isinstance(cause, _NotRead):
+                raise NoReply(f"The judge at {self.base_url} {cause}.") from None
+            reached = type(cause).__name__ not in NOT_REACHED
+            what = "ended the connection before its reply" if reached else "cannot be reached"
+            raise _Passing(what, reached=reached) from None
         except openai.APIStatusError as error:
             raise self._refusal(error) from None
-        except (AttributeError, TypeError, IndexError, ValueError):
-            raise EndpointError(
+        except (AttributeError, TypeError, IndexError, KeyError, ValueError, RecursionError):
+            raise NoReply(
                 f"{self.base_url} answered, but not with a chat completion; does an "
                 "OpenAI-compatible server listen there, and does the address end in /v1?"
             ) from None
-        return Reply(text=self._without_key(text), finish_reason=str(reason))
+        finally:
+            client.close()
+        reason = _shortened(self._safe(reason))[:LONGEST_REASON]
+        return Reply(text=self._safe(text), finish_reason=reason)
 
     def _refusal(self, error: Any) -> Exception:
-        status, said = error.status_code, _shortened(self._without_key(_message(error)))
+        status, said = error.status_code, _shortened(self._safe(_message(error)))
+        at = f"The judge at {self.base_url} answered {status}"
+        if 300 <= status < 400:
+            place = _shortened(self._safe(error.response.headers.get("location", "")))
+            return EndpointError(
+                f"{at} and sends on to {place}, where neither the key nor the answers were sent; "
+                "give that address as `--base_url` if it is meant."
+            )
         # A spent budget comes as 429, which elsewhere means "later".
-        if (status in RETRIED or status >= 500) and error.code != "insufficient_quota":
+        spent = error.code == "insufficient_quota"
+        if (status in RETRIED or status >= 500) and not spent:
             header = error.response.headers.get("retry-after")
             return _Passing(f"answered {status} ({said})", wait_s=_seconds(header))
         if status in (401, 403):
@@ -167,19 +214,72 @@ class Endpoint:
             how = f"is {self.model!r} a model there, and does the address end in /v1?"
         else:
             how = "the request will not be repeated."
-        return EndpointError(f"The judge at {self.base_url} answered {status} ({said}); {how}")
+        every = spent or status in (401, 403, 404)
+        return (EndpointError if every else NoReply)(f"{at} ({said}); {how}")
 
-    def _without_key(self, text: str) -> str:
-        is_secret = len(self._key) >= SHORTEST_SECRET
-        return text.replace(self._key, f"[{KEY_VARIABLE}]") if is_secret else text
+    def _safe(self, text: str) -> str:
+        """What a server said, as it may be stored and shown."""
+        if len(self._key) >= SHORTEST_SECRET:
+            text = re.sub(re.escape(self._key), f"[{KEY_VARIABLE}]", text, flags=re.IGNORECASE)
+        return _whole(text)
 
 
 class _Passing(Exception):
     """A failure that another try may mend."""
 
-    def __init__(self, problem: str, *, wait_s: float | None = None) -> None:
+    def __init__(self, problem: str, *, wait_s: float | None = None, reached: bool = True) -> None:
         super().__init__(problem)
-        self.problem, self.wait_s = problem, wait_s
+        self.problem, self.wait_s, self.reached = problem, wait_s, reached
+
+
+class _NotRead(Exception):
+    """A reply too long, or packed: no more of it is read."""
+
+
+def _bounded(response: Any) -> None:
+    """Let no more of a response be read than a reply can have."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _NotRead("sent a packed reply, which was not asked for")
+    read = response.iter_raw
+
+    def iter_raw(chunk_size: int | None = None) -> Iterator[bytes]:
+        size = 0
+        for part in read(chunk_size):
+            size += len(part)
+            if size > MOST_BYTES:
+                raise _NotRead(f"sent more than {MOST_BYTES:,} bytes, which no reply has")
+            yield part
+
+    response.iter_raw = iter_raw
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What a call gives, if it does so in time: libraries bound each read, which may be a byte.
+
+    Raises:
+        TimeoutError: It has not ended; its thread goes with its connection.
+    """
+    came: list[tuple[Any, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            came.append((call(), None))
+        except BaseException as error:
+            came.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not came:
+        raise TimeoutError
+    value, error = came[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def _whole(text: str) -> str:
+    return _HALF_SIGN.sub("\ufffd", text)
 
 
 def _message(error: Any) -> str:
@@ -189,7 +289,9 @@ def _message(error: Any) -> str:
 
 
 def _shortened(text: str) -> str:
-    return " ".join(text.split()).rstrip(".")[:200] or "without a word"
+    """A server's words in a sentence of ours, without what a terminal would obey."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(line.split()).rstrip(".")[:200] or "without a word"
 
 
 def _seconds(header: str | None) -> float | None:

@@ -27,13 +27,10 @@ REMINDER = """\
 Keep it short: a reply that is cut off, or that does not end with the two lines of scores, cannot \
 be used."""
 
-# The line of a score: "Score of A: 8", with or without emphasis, "/10" and "out of 10". Anything
-# else on the line ("8/100", "8 or 9") makes it no score: a wrong one would be worse than none.
-_SCORE_LINE = re.compile(
-    r"^[^\w\n]*score\W+(?:of\W+|for\W+)?(?:assistant\W+|response\W+)?(?P<letter>[AB])\b"
-    r"[^\w\n]*(?<!-)(?P<score>\d+(?:\.\d+)?)[^\w\n]*?(?:(?:/|\bout of\b)[^\w\n]*10)?[^\w\n/]*$",
-    re.IGNORECASE | re.MULTILINE,
-)
+_WORDS = re.compile(r"(\w+)")
+
+# What stands between "score" and the letter, one of each at most.
+_FILLERS = (("of", "for"), ("assistant", "response"))
 
 
 def review_request(
@@ -75,12 +72,48 @@ def read_scores(reply: str) -> tuple[float, float] | None:
     # What a model thinks aloud before its reply may hold scores that it then thinks better of.
     said = reply.rpartition("</think>")[2]
     found: dict[str, set[float]] = {"A": set(), "B": set()}
-    for line in _SCORE_LINE.finditer(said):
-        found[line["letter"].upper()].add(float(line["score"]))
+    for line in said.split("\n"):
+        read = _score_in(line)
+        if read is not None:
+            letter, score = read
+            found[letter].add(score)
     if any(len(scores) != 1 or max(scores) > HIGHEST_SCORE for scores in found.values()):
         return None
     (a,), (b,) = found["A"], found["B"]
     return a, b
+
+
+def _score_in(line: str) -> tuple[str, float] | None:
+    """The letter and score of such a line: "Score of A: 8", with emphasis, "/10" or "out of 10".
+
+    Anything else on the line ("8/100", "8 or 9") makes it no score: a wrong one would be worse than
+    none. It is read word by word: a pattern for all of it takes the square of a long line's length.
+    """
+    # What is between words, and before and after them, stands at even places.
+    parts = _WORDS.split(line)
+    gaps, words = parts[::2], [word.lower() for word in parts[1::2]]
+    if words[:1] != ["score"]:
+        return None
+    at = 1
+    for fillers in _FILLERS:
+        if words[at : at + 1] and words[at] in fillers:
+            at += 1
+    if len(words) < at + 2 or words[at] not in ("a", "b") or gaps[at + 1].endswith("-"):
+        return None
+    letter, number = words[at].upper(), words[at + 1]
+    end = at + 2
+    if gaps[end] == "." and end < len(words) and words[end].isdecimal():
+        number, end = f"{number}.{words[end]}", end + 1
+    if not number.replace(".", "", 1).isdecimal():
+        return None
+    after, rest = gaps[end:], words[end:]
+    if rest == ["10"]:
+        plain = "/" in after[0]
+    else:
+        plain = not rest or (rest == ["out", "of", "10"] and after[1] == " ")
+    if not plain or (rest and "/" in after[-1]):
+        return None
+    return letter, float(number)
 
 
 def _section(title: str, text: str) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from loralloc.allocation.files import read_json, write_text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reply:
@@ -37,7 +39,10 @@ class ReplyCache:
         if not path.is_file():
             return None
         try:
-            return Reply(**json.loads(path.read_text(encoding="utf-8"))["reply"])
+            reply = Reply(**read_json(path)["reply"])
+            if not (isinstance(reply.text, str) and isinstance(reply.finish_reason, str)):
+                raise TypeError
+            return reply
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no reply of the judge; remove it.") from error
 
@@ -46,10 +51,7 @@ class ReplyCache:
         path = self._path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
         data = {"request": request, "reply": asdict(reply)}
-        # Renamed when whole, so that a kill leaves no half-written reply.
-        scratch = path.with_suffix(".partial")
-        scratch.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        scratch.replace(path)
+        write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
 
     def _path(self, request: Mapping[str, object]) -> Path:
         content = json.dumps(request, sort_keys=True).encode()

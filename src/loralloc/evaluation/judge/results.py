@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc import __version__
+from loralloc.allocation.files import write_text
 from loralloc.evaluation.figure import Figure
 from loralloc.evaluation.judge.contestants import Contestant
 from loralloc.evaluation.judge.questions import Answers, Question
@@ -67,10 +68,7 @@ def save_results(
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE_NAME
-    # Renamed when whole, so that a kill leaves no half-written results.
-    scratch = path.with_suffix(".partial")
-    scratch.write_text(json.dumps(data, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(data, ensure_ascii=False, indent=1) + "\n")
     return path
 
 
@@ -84,6 +82,7 @@ def _pair_data(pair: PairResult) -> dict[str, Any]:
         "second_wins": pair.count("second"),
         "num_judged": len(pair.judged),
         "num_missing": pair.num_missing,
+        "num_without_reply": len(pair.without_reply),
         "num_changed_by_order": pair.num_changed_by_order,
         "mean_gain_of_place": pair.mean_gain_of_place,
         "comparisons": [_comparison_data(comparison) for comparison in pair.comparisons],

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Literal
 
 from loralloc.evaluation.judge.contestants import Contestant
-from loralloc.evaluation.judge.endpoint import Endpoint
+from loralloc.evaluation.judge.endpoint import Endpoint, EndpointError, NoReply
 from loralloc.evaluation.judge.prompt import read_scores, review_request
 from loralloc.evaluation.judge.questions import Question
 from loralloc.evaluation.judge.replies import Reply, ReplyCache
@@ -17,6 +17,9 @@ Verdict = Literal["first", "second", "tie"]
 
 CUT_OFF = ("length", "content_filter")
 """Ends of a reply that is not whole, whatever can be read in it."""
+
+MOST_FAILED = 3
+"""Requests one after the other without a reply; more are not made, since none may come."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,9 @@ class Review:
 
     missing: str | None = None
     """Why there are no scores."""
+
+    replied: bool = True
+    """Whether there was a reply at all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,12 @@ class PairResult:
         return len(self.comparisons) - len(self.judged)
 
     @property
+    def without_reply(self) -> list[Review]:
+        """The reviews that the endpoint gave no reply to; the same command asks for them again."""
+        both = [r for c in self.comparisons for r in (c.first_shown_first, c.second_shown_first)]
+        return [review for review in both if not review.replied]
+
+    @property
     def mean_scores(self) -> tuple[float, float] | None:
         """Out of 10, over the questions that have scores; None where none has."""
         scores = [c.scores for c in self.comparisons if c.scores is not None]
@@ -123,6 +135,7 @@ class Judge:
         self.num_cached = 0
         """Replies that were there from before."""
         self._cache = cache
+        self._num_failed = 0
 
     def compare(
         self,
@@ -134,8 +147,11 @@ class Judge:
     ) -> PairResult:
         """Have two contestants reviewed on every question, in both orders.
 
+        A request without a reply leaves its question missing, and the next one is asked.
+
         Raises:
-            EndpointError: The endpoint gives no replies; those so far are kept.
+            EndpointError: The endpoint gives no replies, for which `MOST_FAILED` in a row count;
+                those so far are kept.
         """
         comparisons = []
         for question in questions:
@@ -146,9 +162,7 @@ class Judge:
                 Comparison(
                     question=question,
                     first_shown_first=one,
-                    second_shown_first=Review(
-                        text=other.text, scores=swapped, missing=other.missing
-                    ),
+                    second_shown_first=replace(other, scores=swapped),
                 )
             )
             if on_question:
@@ -159,7 +173,10 @@ class Judge:
         """One order, with scores of A and B; a reply that cannot be used is asked for once more."""
         answers = a.answers[question.number], b.answers[question.number]
         for again in (False, True):
-            reply = self._reply(review_request(question, *answers, again=again))
+            try:
+                reply = self._reply(review_request(question, *answers, again=again))
+            except NoReply as error:
+                return Review(text="", scores=None, missing=str(error), replied=False)
             scores = read_scores(reply.text)
             cut = reply.finish_reason in CUT_OFF
             if scores and not cut:
@@ -173,7 +190,17 @@ class Judge:
         if reply:
             self.num_cached += 1
             return reply
-        reply = self.endpoint.ask(messages)
+        try:
+            reply = self.endpoint.ask(messages)
+        except NoReply as error:
+            self._num_failed += 1
+            if self._num_failed < MOST_FAILED:
+                raise
+            raise EndpointError(
+                f"{error} So it was with {MOST_FAILED} requests one after the other; what was "
+                "judged so far is kept."
+            ) from None
+        self._num_failed = 0
         self._cache.put(request, reply)
         self.num_asked += 1
         return reply
