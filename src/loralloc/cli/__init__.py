@@ -31,6 +31,7 @@ from loralloc.cli import (
     tasks,
     train,
 )
+from loralloc.cli.console import visible
 from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
@@ -78,8 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         sentence = " ".join(str(error).split()) or type(error).__name__
-        # Names of a stranger's files may hold what a terminal would obey.
-        sentence = "".join(c if c.isprintable() else repr(c)[1:-1] for c in sentence)
+        sentence = visible(sentence)
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'
         sys.stderr.write(f"loralloc: error: {sentence}\n")

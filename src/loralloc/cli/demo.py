@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     out.print(_kept(record), highlight=False)
     result = {"before": before.figures(), "after": after.figures()}
     (args.output_dir / run_folder.DEMO).write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    out.print(f"\nadapter: [bold]{args.output_dir}/[/] (opens with stock PEFT)")
+    out.print(f"\nadapter: {args.output_dir}/ (opens with stock PEFT)")
     return 0
 
 

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import TrainerState
@@ -16,6 +15,7 @@ from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig
 from loralloc.allocation.config import SCORE_OPTIONS, SCORES, AllocationConfig
 from loralloc.allocation.importance.unexplained import ITERATIONS
 from loralloc.allocation.presets import read_by
+from loralloc.cli.console import Console
 from loralloc.cli.progress import sized
 from loralloc.methods.method import Method
 from loralloc.runs.adaptation import LORA_FLAGS
@@ -115,7 +115,7 @@ def _settings_table(run: Run) -> Table:
     table.add_column("source (* given)", style="dim")
     for group, rows in _groups(run).items():
         if rows:
-            table.add_row(f"[bold]{group}[/]")
+            table.add_row(Text(group, style="bold"))
         for name, value, source in rows:
             given = source.split(" ")[0] in GIVEN
             shown = Text(f"{'*' if given else ' '} {name}", style="bold" if given else "")

@@ -9,9 +9,8 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from rich.console import Console
-
 from loralloc import __version__
+from loralloc.cli.console import Console
 from loralloc.runs import machine
 
 PACKAGES = (

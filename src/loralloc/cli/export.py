@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 DESCRIPTION = """\
 Write the adapter of a run, or any LoRA adapter of PEFT's, in another form:

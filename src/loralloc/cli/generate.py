@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from loralloc.tasks.conversations import Prompt

@@ -7,10 +7,10 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
-    from rich.console import Console, Group, RenderableType
+    from rich.console import Group, RenderableType
     from rich.progress import Progress
 
     from loralloc.evaluation.figure import Figure

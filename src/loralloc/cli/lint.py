@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 EXIT_FOUND = 1
 

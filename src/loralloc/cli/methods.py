@@ -6,7 +6,7 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from loralloc.methods.method import Method
@@ -47,6 +47,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from rich.table import Table
+    from rich.text import Text
 
     from loralloc.cli.progress import prepare_process
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     for row in rows:
         rate = f"Rate: {row['rate_from']}. " if row["rate_from"] else ""
         words = f"{row['paper']}. {rate}{row['differs']}".strip()
-        out.print(f"[bold]{row['name']}[/]: [dim]{words}[/]", highlight=False)
+        out.print(Text.assemble((row["name"], "bold"), ": ", (words, "dim")))
     out.print(textwrap.dedent(NOTE), highlight=False, soft_wrap=True)
     return 0
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from pathlib import Path
 
-from rich.console import Console
+from loralloc.cli.console import Console, visible
 
 DESCRIPTION = """\
 Give every row of a file the label of a run's classifier and the probability of each label. The
@@ -57,7 +58,11 @@ def run(args: argparse.Namespace) -> int:
             on_batch=lambda done: status.update(f"{done:,} rows predicted"),
         )
     if args.output is None:
-        write_csv(sys.stdout, rows, labels)
+        if sys.stdout.isatty():
+            write_csv(shown := io.StringIO(), rows, labels)
+            sys.stdout.write(visible(shown.getvalue()))
+        else:
+            write_csv(sys.stdout, rows, labels)
         return 0
     with args.output.open("w", encoding="utf-8", newline="") as file:
         write_csv(file, rows, labels)

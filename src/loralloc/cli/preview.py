@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import unicodedata
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from loralloc.cli.console import Console, visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -90,13 +89,6 @@ def _lines(example: Example, task: Task, place: str) -> list[Text]:
 
 
 def _text(value: str, style: str = "") -> Text:
-    """Text as it is: no markup is read in it, and what would command a terminal is spelt out."""
     from rich.text import Text
 
-    shown = "".join(
-        repr(character)[1:-1]
-        if unicodedata.category(character) in {"Cc", "Cs"} and character != "\t"
-        else character
-        for character in value
-    )
-    return Text(shown, style=style)
+    return Text(visible(value), style=style)

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
@@ -27,6 +26,7 @@ from transformers import (
 
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
+from loralloc.cli.console import Console
 from loralloc.methods.method import Method
 from loralloc.runs.flags import left_to_us
 from loralloc.runs.quiet import prepare_process as prepare_process
@@ -97,8 +97,8 @@ class Progress:
             named = (f"{name.replace('_', ' ')} {value:.3f}" for name, value in found.items())
             self._say(f"{method.about.name}: {', '.join(named)}")
 
-    def _say(self, line: str) -> None:
-        self.console.print(line, highlight=False)
+    def _say(self, line: str, *, style: str | None = None) -> None:
+        self.console.print(line, highlight=False, style=style)
 
     def take_over(self, trainer: Trainer) -> None:
         """Show this trainer's progress, in place of its own display."""
@@ -125,14 +125,14 @@ class Progress:
             self._show_two_lines(entry, _by_kind(lost, modules), _by_kind(entry.added, modules))
             return
         parts = [
-            f"[bold]round {entry.round}[/]",
+            f"round {entry.round}",
             f"step {entry.step}",
             f"pruned {_by_kind(lost, modules) or 'none'}",
         ]
         if entry.added:
             parts.append(f"given to {_by_kind(entry.added, modules)}")
         if entry.lost:
-            parts += ["[yellow]no receiver[/]", f"[yellow]{entry.lost} lost[/]"]
+            parts += ["no receiver", f"{entry.lost} lost"]
         if entry.churn is not None:
             parts.append(f"churn {entry.churn:.0%}")
         if entry.score == "screened" and not entry.settled:
@@ -142,7 +142,7 @@ class Progress:
 
     def _show_two_lines(self, entry: Round, pruned: str, given: str) -> None:
         if entry.churn is not None and not self._has_explained_churn:
-            self._say("[dim]churn: the share of the ranks given last that is pruned again[/]")
+            self._say("churn: the share of the ranks given last that is pruned again", style="dim")
             self._has_explained_churn = True
         notes = [f"{entry.seconds:.1f} s"]
         if entry.churn is not None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
@@ -225,7 +225,7 @@ class Progress:
         self.bar.update(self._task, advance=1, left=f"about {_duration(left)} left")
         if outcome.failure:
             self._out.print(
-                f"[red]failed[/] {outcome.cell.name}: {outcome.failure}", highlight=False
+                f"failed {outcome.cell.name}: {outcome.failure}", style="red", highlight=False
             )
         elif not self._out.is_terminal and outcome.ran:  # a log file shows no bar
             self._out.print(

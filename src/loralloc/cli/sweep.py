@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.text import Text
+
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
@@ -186,15 +188,15 @@ def _show(found: Found) -> None:
         _say("no edge of what was tried was hit")
 
 
-def _value(point: Any, *, is_best: bool) -> str:
+def _value(point: Any, *, is_best: bool) -> Text:
     if not point.losses:
-        return "failed"
+        return Text("failed")
     text = f"{point.mean:.4f}"
     if point.error is not None:
         text += f" ± {point.error:.4f}"
     if not point.is_whole:
         text += f" ({len(point.failures)} failed)"
-    return f"[bold]{text}[/]" if is_best else text
+    return Text(text, style="bold" if is_best else "")
 
 
 def _say(line: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from loralloc.cli.console import Console
 
 if TYPE_CHECKING:
     from loralloc.tasks.task import Task
@@ -33,6 +33,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
     from rich.table import Table
+    from rich.text import Text
 
     from loralloc.tasks.catalog import TASKS, split_sizes
 
@@ -41,17 +42,17 @@ def run(args: argparse.Namespace) -> int:
         return 0
     table = Table(box=None, pad_edge=False)
     table.add_column("task", style="bold", no_wrap=True)
-    table.add_column("data set\n[dim]licence[/]", overflow="fold")
+    table.add_column(Text.assemble("data set\n", ("licence", "dim")), overflow="fold")
     for name in ("train", "dev", "test"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("heads\n[dim]metrics[/]")
+    table.add_column(Text.assemble("heads\n", ("metrics", "dim")))
     for task in TASKS.values():
         sizes = split_sizes(task)
         table.add_row(
             task.name,
-            f"{data_set(task) or '-'}\n[dim]{task.licence}[/]",
+            Text.assemble(data_set(task) or "-", "\n", (task.licence, "dim")),
             *(f"{sizes[name]:,}" if name in sizes else "-" for name in SPLITS),
-            f"{', '.join(heads(task))}\n[dim]{', '.join(task.metrics) or '-'}[/]",
+            Text.assemble(", ".join(heads(task)), "\n", (", ".join(task.metrics) or "-", "dim")),
         )
     out = Console()
     out.print(table)

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.text import Text
+
+from loralloc.cli.console import Console
 
 FLAGS = """\
 the flags used most (defaults in brackets):
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress(out)
     model = settings.model.model_name_or_path
     source = settings.script.dataset_name or settings.run.task or "the mixture"
-    with out.status(f"loading {model}, and {source} to train on"):
+    with out.status(Text(f"loading {model}, and {source} to train on")):
         prepared = runs.prepare(
             settings,
             resume=args.resume,
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
             sys.stderr.write(f"\nThe run that was in {folder} before lies in {folder / REPLACED}.")
         raise
     progress.conclude(prepared)
-    Console().print(f"\nadapter: [bold]{folder}[/]")
+    Console().print(f"\nadapter: {folder}")
     if prepared.allocation:
         from loralloc.allocation.shrinking import in_words
 
@@ -154,13 +156,13 @@ def _print_all_flags() -> None:
 
     out = Console()
     for group, members in flags().items():
-        out.print(f"\n[bold]{group}[/]")
+        out.print(f"\n{group}", style="bold")
         for flag in members:
             default = "" if flag.default is None else f"  [{_shown(flag.default)}]"
             out.print(Text(f"  --{flag.name}{default}"), highlight=False, soft_wrap=True)
             if flag.help:
                 out.print(Padding(Text(flag.help, style="dim"), (0, 0, 0, 8)))
-    out.print("\n[bold]No run reads[/]")
+    out.print("\nNo run reads", style="bold")
     for name, why in unread().items():
         out.print(Padding(Text(f"{name}: {why}"), (0, 0, 0, 2)))
 
