@@ -47,7 +47,7 @@ def test_the_papers_scale_is_its_protocol_with_five_seeds():
     ("text", "words"),
     [
         ("title: [", "is not valid YAML"),
-        ("title: a\nkind: scores\nrows: 3", "has the unknown key 'rows'"),
+        ("title: a\nkind: scores\nrow: 3", "has the unknown key 'row'"),
         ("title: a\nkind: scores", "has no 'backbones'"),
     ],
 )

@@ -62,6 +62,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument("--seeds", type=int, metavar="N", help="seeds 0 to N - 1")
     parser.add_argument(
+        "--only", nargs="+", metavar="METHOD", help="some of the experiment's methods"
+    )
+    parser.add_argument(
         "--output_dir", type=Path, metavar="DIR", help="default: runs/reproduce/SCALE"
     )
     parser.add_argument("--plan", action="store_true", help="show cells and hours, run nothing")
@@ -72,7 +75,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         metavar="NAME",
         help=(
             "process (this one), fleet (this one, like runs at once), pool (several on this "
-            "machine) or ray (default process)"
+            "machine), ray, or none, which tells what is finished (default process)"
         ),
     )
     who.add_argument("--workers", type=int, default=2, metavar="N", help="of a pool (default 2)")
@@ -106,6 +109,8 @@ def run(args: argparse.Namespace) -> int:
 
     out = Console()
     experiment, scale = load_experiment(args.experiment), load_scale(args.scale)
+    if args.only:
+        experiment = experiment.only(args.only)
     executor, judge = get_executor(args.executor), _judge(args)
     resources = Resources(
         workers=args.workers,

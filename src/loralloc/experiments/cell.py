@@ -25,7 +25,7 @@ class Cell:
     """What is trained on, by the task's name."""
 
     method: str
-    """How the backbone is adapted."""
+    """How the backbone is adapted, by the name under which it is compared."""
 
     rank: int
     """The LoRA rank whose parameters are the budget."""
@@ -42,6 +42,9 @@ class Cell:
     root: str
     """The folder of all cells."""
 
+    rows: str = ""
+    """What tells the rows that it trains on from others, wherever they lie."""
+
     test: Mapping[str, Any] | None = None
     """How it is tested, by the names of `evaluation.request.Request`; None for a run that is
     only compared on development loss. Of a run that answers MT-Bench: its `questions`."""
@@ -52,16 +55,19 @@ class Cell:
     @property
     def folder(self) -> Path:
         """The run folder."""
-        name = f"{self.method}-r{self.rank}-lr{self.learning_rate:g}-seed{self.seed}"
+        method = "".join(c if c.isalnum() or c in "-." else "_" for c in self.method)
+        name = f"{method}-r{self.rank}-lr{self.learning_rate:g}-seed{self.seed}"
         return (
             Path(self.root) / Path(self.backbone).name / self.task / f"{name}-{self.digest[:8]}"
         ).absolute()
 
     @property
     def digest(self) -> str:
-        """What tells this run from one with any other option."""
+        """What tells this run from one with any other option or other rows."""
         # Measured beside other runs, memory would be theirs too: such a run is another one.
         told = {**self.options, **({"alone": True} if self.alone else {})}
+        if self.rows:
+            told["dataset_name"] = self.rows  # the same rows in another folder are the same run
         text = json.dumps(told, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -85,6 +91,11 @@ class Cell:
     def as_data(self) -> dict[str, Any]:
         """The cell as JSON has it."""
         return asdict(self)
+
+    def anywhere(self) -> dict[str, Any]:
+        """The cell as JSON has it, without what is of this machine."""
+        options = {name: v for name, v in self.options.items() if name != "dataset_name"}
+        return {**asdict(replace(self, options=options)), "root": ""}
 
     @staticmethod
     def from_data(data: Mapping[str, Any]) -> Cell:

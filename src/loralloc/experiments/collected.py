@@ -7,15 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from loralloc.experiments.experiment import Terms
+from loralloc.experiments.experiment import BASELINE, Terms
 from loralloc.experiments.fairness import Key, Search, off_budget
 from loralloc.experiments.grid import Grid
 from loralloc.experiments.statistics import Comparison, Spread, compare, equivalent_rank, spread
 from loralloc.experiments.work import Outcome, Result
 from loralloc.tasks.catalog import TASKS
-
-BASELINE = "lora"
-"""What every method is compared with."""
 
 CROSS_ENTROPY = "cross-entropy"
 

@@ -83,7 +83,7 @@ class Estimator:
         rows = self._rows[cell.task]
         batch, steps = planned_steps(cell.options, rows.num_train)
         one = self._grid.num_parameters * rows.tokens
-        training = 4 * one * batch * steps * PASSES.get(cell.method, 1.0)
+        training = 4 * one * batch * steps * PASSES.get(cell.options["method"], 1.0)
         testing = 0.0
         if cell.test is not None:
             task = get_task(cell.task)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
@@ -21,8 +21,22 @@ learning rate searched for each and one budget of parameters."""
 
 SCALES = ("paper", "small", "smoke")
 
+BASELINE = "lora"
+"""What every method is compared with."""
+
 DEFAULT_RANK = 8
 """The LoRA rank whose parameters are the budget of the paper's tables."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method as one experiment has it: with options of its own."""
+
+    method: str
+    """By the name that `--method` takes."""
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of `loralloc train`, over those of every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,11 +58,26 @@ class Experiment:
 
     tasks: tuple[str, ...]
     methods: tuple[str, ...]
+    """What is compared, by name: methods, and variants of them."""
+
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    """Those of `methods` that are not a method as it is."""
+
     ranks: tuple[int, ...] = (DEFAULT_RANK,)
     """Budgets, each as the LoRA rank whose parameters it is."""
 
+    ladder: bool = True
+    """Whether LoRA stands beside the methods at half, twice and four times the rank, where scores
+    are compared on fair terms: what no more rank of LoRA gains, no allocation can."""
+
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Options of every run, over those of the scale."""
+
+    trials: int | None = None
+    """Learning rates that a search begins with; None for the usual number."""
+
+    rows: Mapping[str, int] | None = None
+    """The first so many of each split; None for the scale's, the shortest."""
 
     printed: Mapping[str, Any] = field(default_factory=dict)
     """What the paper printed: measure -> method -> value, or method -> task -> value."""
@@ -61,8 +90,8 @@ class Experiment:
         from loralloc.methods.catalog import get_method
         from loralloc.tasks.catalog import get_task
 
-        for method in self.methods:
-            get_method(method)
+        for name in self.methods:
+            get_method(self.variant(name).method)
         for task in self.tasks:
             get_task(task)
         for what in ("tasks", "methods", "ranks"):
@@ -72,6 +101,24 @@ class Experiment:
                     f"The experiment {self.name} has {what} {list(values)}; it needs at least one, "
                     "and each once."
                 )
+
+    def variant(self, name: str) -> Variant:
+        """What a name of `methods` stands for."""
+        return self.variants.get(name) or Variant(method=name)
+
+    def only(self, names: Sequence[str]) -> Experiment:
+        """The same experiment with some of its methods, LoRA's other ranks only beside LoRA.
+
+        Raises:
+            ValueError: It has none of that name.
+        """
+        unknown = [name for name in names if name not in self.methods]
+        if unknown:
+            raise ValueError(
+                f"The experiment {self.name} compares no {unknown[0]!r}; it has "
+                f"{', '.join(map(repr, self.methods))}."
+            )
+        return replace(self, methods=tuple(names), ladder=self.ladder and BASELINE in names)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +205,7 @@ def _build(name: str, text: str, *, source: str) -> Experiment:
         data = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {' '.join(str(error).split())}.") from error
-    known = {f.name for f in fields(Experiment)} - {"name"}
+    known = {f.name for f in fields(Experiment)} - {"name", "variants"}
     unknown = sorted(set(data) - known) if isinstance(data, dict) else []
     if not isinstance(data, dict) or unknown:
         what = f"the unknown key {unknown[0]!r}" if unknown else "no mapping"
@@ -169,5 +216,21 @@ def _build(name: str, text: str, *, source: str) -> Experiment:
         raise ValueError(
             f"{source} has no {missing[0]!r}; an experiment needs {', '.join(needed)}."
         )
+    variants = {}
+    for at, entry in enumerate(data["methods"]):
+        if isinstance(entry, dict):
+            own = _variant(entry, source=source)
+            data["methods"][at] = own[0]
+            variants[own[0]] = own[1]
     lists = {key: tuple(data[key]) for key in ("tasks", "methods", "ranks") if key in data}
-    return Experiment(**{"name": name, "source": "", **data, **lists})
+    return Experiment(**{"name": name, "source": "", **data, **lists, "variants": variants})
+
+
+def _variant(entry: Mapping[str, Any], *, source: str) -> tuple[str, Variant]:
+    """A variant and its name, from an entry such as {name: ..., method: ..., options: {...}}."""
+    if not {"name", "method"} <= set(entry) <= {"name", "method", "options"}:
+        raise ValueError(
+            f"{source} has a method with the keys {', '.join(map(str, entry))}; give its name, or "
+            "`name`, `method` and `options`."
+        )
+    return entry["name"], Variant(method=entry["method"], options=entry.get("options") or {})

@@ -71,7 +71,7 @@ def search_rates(grid: Grid, carry_out: CarryOut) -> dict[Key, Search]:
         carry_out: Carries out cells.
     """
     searches = {key: Search() for key in grid.rows("fair")}
-    wanted = {key: learning_rates(get_method(key[1]).about, NUM_TRIALS) for key in searches}
+    wanted = {key: _first_rates(grid, key) for key in searches}
     while wanted:
         tried = [(key, rate) for key, rates in wanted.items() for rate in rates]
         cells = [_trial(grid, key, rate) for key, rate in tried]
@@ -89,10 +89,13 @@ def search_rates(grid: Grid, carry_out: CarryOut) -> dict[Key, Search]:
 def first_trials(grid: Grid) -> list[Cell]:
     """The runs that a search begins with."""
     return [
-        _trial(grid, key, rate)
-        for key in grid.rows("fair")
-        for rate in learning_rates(get_method(key[1]).about, NUM_TRIALS)
+        _trial(grid, key, rate) for key in grid.rows("fair") for rate in _first_rates(grid, key)
     ]
+
+
+def _first_rates(grid: Grid, key: Key) -> list[float]:
+    method = get_method(grid.experiment.variant(key[1]).method)
+    return learning_rates(method.about, grid.experiment.trials or NUM_TRIALS)
 
 
 def off_budget(result: Result) -> float | None:

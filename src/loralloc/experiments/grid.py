@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.experiments.cell import Cell
-from loralloc.experiments.experiment import DEFAULT_RANK, Experiment, Scale, Terms
-from loralloc.experiments.rows import QUESTIONS, rows_of
+from loralloc.experiments.experiment import BASELINE, DEFAULT_RANK, Experiment, Scale, Terms
+from loralloc.experiments.rows import QUESTIONS, hash_of, rows_of
 from loralloc.experiments.tiny_backbones import NAMES, build
 from loralloc.methods.catalog import get_method
 from loralloc.methods.lora import Lora
@@ -37,6 +37,9 @@ class Grid:
 
     sources: Mapping[str, str | None]
     """The rows of each task, as runs take them; None for the task's own on the Hub."""
+
+    hashes: Mapping[str, str]
+    """What tells the rows of each task from others."""
 
     budgets: Mapping[int, int]
     """Parameters by the LoRA rank that they are."""
@@ -78,6 +81,7 @@ class Grid:
             seed=seed,
             learning_rate=learning_rate,
             options=self._options(task, method, rank, seed, learning_rate, terms),
+            rows=self.hashes[task],
             root=str(self.root / "cells"),
             test=self._test() if tested else None,
             alone=self.experiment.kind == "cost",
@@ -106,31 +110,32 @@ class Grid:
     def rows(self, terms: Terms) -> Iterator[tuple[str, str, int]]:
         """Task, method and rank of everything that is compared.
 
-        On fair terms LoRA is there at half, twice and four times the rank as well: what no more
-        rank of LoRA gains, no allocation can.
+        On fair terms LoRA is there at half, twice and four times the rank as well, where the
+        experiment has this ladder.
         """
-        methods = self.experiment.methods
-        for task in self.experiment.tasks:
+        experiment = self.experiment
+        methods = experiment.methods
+        for task in experiment.tasks:
             for method in methods:
                 for rank in self.ranks:
                     yield task, method, rank
-            if terms == "fair" and self.experiment.kind in ("scores", "judged"):
+            if terms == "fair" and experiment.ladder and experiment.kind in ("scores", "judged"):
                 (rank,) = self.ranks
-                others = [rank // 2, 2 * rank, 4 * rank]
-                ladder = others if "lora" in methods else [*others, rank]
-                for other in ladder:
-                    yield task, "lora", other
+                others = [other for other in (rank // 2, 2 * rank, 4 * rank) if other]
+                for other in others if BASELINE in methods else [*others, rank]:
+                    yield task, BASELINE, other
 
     def _options(
         self, task: str, method: str, rank: int, seed: int, learning_rate: float, terms: Terms
     ) -> dict[str, Any]:
-        kind = get_method(method)
+        variant = self.experiment.variant(method)
+        kind = get_method(variant.method)
         source = self.sources[task]
         options: dict[str, Any] = {
             "task": task,
             **({} if source is None else {"dataset_name": source}),
             "model_name_or_path": self.backbone,
-            "method": method,
+            "method": variant.method,
             "seed": seed,
             "learning_rate": learning_rate,
             "disable_tqdm": True,
@@ -150,7 +155,7 @@ class Grid:
             options |= {f"allocation.{name}": v for name, v in self.scale.allocation.items()}
             if terms == "fair":
                 options["allocation.budget"] = "parameters"
-        return options
+        return {**options, **variant.options}
 
     def budget(self, rank: int) -> int:
         """Parameters of LoRA with this rank."""
@@ -201,28 +206,39 @@ def make_grid(
         name = build(name, root / "backbones")
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
-    made = scale.name == "smoke"
+    is_smoke = scale.name == "smoke"
     sources = {
-        task: rows_of(task, data=data, limits=scale.rows, made=made, folder=root / "data")
+        task: rows_of(
+            task,
+            data=data,
+            limits=experiment.rows or scale.rows,
+            folder=root / "data",
+            made=is_smoke,
+            shortest=experiment.rows is None,
+        )
         for task in experiment.tasks
     }
     questions = None
     if experiment.kind == "judged":
-        limits = {"test": scale.rows["test"]} if made and scale.rows else None
-        questions = rows_of(QUESTIONS, data=data, limits=limits, made=made, folder=root / "data")
+        limits = {"test": scale.rows["test"]} if is_smoke and scale.rows else None
+        questions = rows_of(
+            QUESTIONS, data=data, limits=limits, folder=root / "data", made=is_smoke, shortest=True
+        )
         if questions is None:
             raise ValueError(
                 f"The experiment {experiment.name} asks the questions of MT-Bench, which no data "
                 f"set on the Hub has; put them into a folder {QUESTIONS} of `--data`."
             )
     model = empty_model(name)
-    ranks = experiment.ranks if len(experiment.ranks) == 1 or not scale.ranks else scale.ranks
+    is_papers_sweep = experiment.source and len(experiment.ranks) > 1
+    ranks = scale.ranks if is_papers_sweep and scale.ranks else experiment.ranks
     return Grid(
         experiment=experiment,
         scale=scale,
         backbone=name,
         root=root,
         sources=sources,
+        hashes={task: hash_of(source) for task, source in sources.items()},
         budgets={rank: Lora().count(model, rank) for rank in ranks},
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         is_encoder=is_encoder(name),

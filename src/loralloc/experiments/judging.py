@@ -17,7 +17,8 @@ from loralloc.evaluation.judge.results import save_results
 from loralloc.evaluation.judge.review import Judge, PairResult
 from loralloc.experiments import scripted_judge
 from loralloc.experiments.cell import Cell
-from loralloc.experiments.collected import BASELINE, Entry, Section
+from loralloc.experiments.collected import Entry, Section
+from loralloc.experiments.experiment import BASELINE
 from loralloc.experiments.tables import Table
 
 

@@ -13,7 +13,14 @@ from loralloc.experiments.collected import Section, as_data, collect
 from loralloc.experiments.estimate import Estimator
 from loralloc.experiments.executors.executor import Executor, Resources
 from loralloc.experiments.experiment import Terms
-from loralloc.experiments.fairness import Key, Search, first_trials, search_rates, unequal_steps
+from loralloc.experiments.fairness import (
+    CarryOut,
+    Key,
+    Search,
+    first_trials,
+    search_rates,
+    unequal_steps,
+)
 from loralloc.experiments.files import write_json, write_text
 from loralloc.experiments.grid import Grid
 from loralloc.experiments.judging import JudgeAt, judge_or_scripted, judged_tables
@@ -156,12 +163,7 @@ def reproduce(
                 on_outcome(outcome)
             yield outcome
 
-    sections = []
-    for term in terms:
-        searches: dict[Key, Search] = search_rates(grid, carry_out) if term == "fair" else {}
-        rates = {key: search.best for key, search in searches.items()}
-        outcomes = list(carry_out(grid.at_one_rate(term, rates)))
-        sections.append(collect(grid, term, outcomes, searches))
+    sections = [carry_out_all(grid, term, carry_out) for term in terms]
     found = tables(grid.experiment, sections)
     scripted = judge is None and grid.scale.name == "smoke"
     folder = grid.root / grid.experiment.name
@@ -175,6 +177,13 @@ def reproduce(
     report = Report(grid=grid, sections=sections, tables=found, remarks=_remarks(sections))
     report.write()
     return report
+
+
+def carry_out_all(grid: Grid, term: Terms, carry_out: CarryOut) -> Section:
+    """Everything on the same terms: the search of learning rates first, where there is one."""
+    searches: dict[Key, Search] = search_rates(grid, carry_out) if term == "fair" else {}
+    rates = {key: search.best for key, search in searches.items()}
+    return collect(grid, term, list(carry_out(grid.at_one_rate(term, rates))), searches)
 
 
 def _remarks(sections: Sequence[Section]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,16 +32,23 @@ def source_of(task: Task, data: Path | None) -> str | None:
 
 
 def rows_of(
-    name: str, *, data: Path | None, limits: Mapping[str, int] | None, made: bool, folder: Path
+    name: str,
+    *,
+    data: Path | None,
+    limits: Mapping[str, int] | None,
+    folder: Path,
+    made: bool = False,
+    shortest: bool = False,
 ) -> str | None:
     """Where a task's rows are for the runs of an experiment.
 
     Args:
         name: The task's.
         data: A folder with a folder for each data set.
-        limits: Rows of each split at most, of which the shortest are taken; None for all rows.
-        made: Whether rows are made up where the data has none of this task.
+        limits: Rows of each split at most; None for all rows.
         folder: Where slices are written.
+        made: Whether rows are made up where the data has none of this task.
+        shortest: Whether the shortest rows are taken, not the first.
 
     Returns:
         What a run takes as `dataset_name`; None for the task's own data set on the Hub.
@@ -52,15 +60,33 @@ def rows_of(
     source = source_of(task, data)
     if limits is None:
         return source
-    target = folder / f"{name}-{'made' if source is None and made else 'slice'}"
     wanted = {split: limits[split] for split in limits if split in _splits(task)}
+    are_made = source is None and made
+    kind = "made" if are_made else "shortest" if shortest else "first"
+    parts = [name, kind, *map(str, wanted.values()), hash_of(source)[:8]]
+    target = folder / "-".join(filter(None, parts))
     if all((target / f"{split}.jsonl").is_file() for split in wanted):
         return str(target.absolute())
-    rows = made_rows(name, wanted) if source is None and made else _slices(task, source, wanted)
+    rows = made_rows(name, wanted) if are_made else _slices(task, source, wanted, shortest=shortest)
     for split, chosen in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in chosen]
         write_text(target / f"{split}.jsonl", "".join(lines))
     return str(target.absolute())
+
+
+def hash_of(source: str | None) -> str:
+    """What tells these rows from others; empty for a data set on the Hub.
+
+    Args:
+        source: As `rows_of` gives it.
+    """
+    if source is None:
+        return ""
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.jsonl")):
+        digest.update(path.name.encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _splits(task: Task) -> tuple[str, ...]:
@@ -69,15 +95,18 @@ def _splits(task: Task) -> tuple[str, ...]:
     return ("train", "validation", "test") if task.metrics else ("train", "validation")
 
 
-def _slices(task: Task, source: str | None, limits: Mapping[str, int]) -> dict[str, list[Any]]:
-    """The shortest rows of every split, in their order."""
+def _slices(
+    task: Task, source: str | None, limits: Mapping[str, int], *, shortest: bool
+) -> dict[str, list[Any]]:
+    """The first or the shortest rows of every split, in their order."""
     splits = load_task(task, source)
     found = {}
     for split, limit in limits.items():
         if split not in splits:
             continue
         rows: list[Any] = splits[split].dataset.to_list()
-        lengths = [len(json.dumps(row, default=str)) for row in rows]
-        shortest = sorted(sorted(range(len(rows)), key=lambda i: lengths[i])[:limit])
-        found[split] = [rows[i] for i in shortest]
+        chosen = list(range(len(rows)))
+        if shortest:
+            chosen.sort(key=lambda i: len(json.dumps(rows[i], default=str)))
+        found[split] = [rows[i] for i in sorted(chosen[:limit])]
     return found

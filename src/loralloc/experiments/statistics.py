@@ -14,6 +14,9 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 9_999
 """Of a bootstrap and of a permutation test; 9,999 resolve a p-value of 0.0001."""
 
+ROUNDING = 1e-12
+"""A spread below this share of a difference is that of its arithmetic."""
+
 SIGNIFICANT = 0.05
 """The p-value below which a difference is more than noise."""
 
@@ -128,7 +131,7 @@ def paired_t(differences: np.ndarray) -> float | None:
     """The two-sided p-value of Student's paired t-test; None for fewer than two differences."""
     if len(differences) < 2:
         return None
-    if np.ptp(differences) == 0:
+    if np.ptp(differences) <= ROUNDING * np.abs(differences).max():
         # Without a spread the statistic is 0 / 0, or beyond all bounds.
         return 1.0 if differences[0] == 0 else 0.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)

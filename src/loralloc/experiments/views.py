@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from loralloc.experiments.collected import BASELINE, CROSS_ENTROPY, Entry, Section
-from loralloc.experiments.experiment import Experiment, Kind
+from loralloc.experiments.collected import CROSS_ENTROPY, Entry, Section
+from loralloc.experiments.experiment import BASELINE, Experiment, Kind
 from loralloc.experiments.fairness import TOLERANCE
 from loralloc.experiments.rank_grid import rank_tables
 from loralloc.experiments.tables import Table

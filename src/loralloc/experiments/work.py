@@ -32,6 +32,9 @@ LORA_A, PEFT_PREFIX = ".lora_A.weight", "base_model.model."
 
 RESULT, TRAINED, FAILURE = "result.json", "trained.json", "failure.json"
 TEST_FOLDER = "eval/test"
+DIGITS = 5
+"""Of the loss of an example, which float32 does not hold much better."""
+
 PACKAGES = ("torch", "transformers", "peft", "trl")
 
 Result = Mapping[str, Any]
@@ -58,7 +61,7 @@ def finished(cell: Cell) -> Result | None:
     found = read_json(cell.folder / RESULT)
     if found is None or (cell.test is not None and found["test"] is None):
         return None
-    return found
+    return {**found, "cell": cell.as_data()}
 
 
 def attempt(cell: Cell) -> Outcome:
@@ -96,13 +99,12 @@ def run_cell(cell: Cell) -> Result:
             trained = train_cell(cell)
             write_json(cell.folder / TRAINED, trained)
         result = {
-            "cell": cell.as_data(),
             **trained,
             "test": None if cell.test is None else test_cell(cell),
             "versions": {name: version(name) for name in PACKAGES},
         }
-        write_json(cell.folder / RESULT, result)
-        return result
+        write_json(cell.folder / RESULT, {"cell": cell.anywhere(), **result})
+        return {"cell": cell.as_data(), **result}
 
 
 def train_cell(cell: Cell) -> dict[str, Any]:
@@ -223,7 +225,10 @@ def test_cell(cell: Cell) -> dict[str, Any]:
         "num_examples": len(evaluation.examples),
         "num_in_split": evaluation.num_in_split,
         "cross_entropy": losses.mean,
-        "examples": {"scores": _scores(request.output_dir), "losses": losses.by_example},
+        "examples": {
+            "scores": _scores(request.output_dir),
+            "losses": [round(loss, DIGITS) for loss in losses.by_example],
+        },
         "seconds": time.perf_counter() - begin,
     }
 

@@ -58,6 +58,7 @@ class Executor(Protocol):
 EXECUTORS = {
     "process": "process:run",
     "fleet": "fleet:run",
+    "none": "nobody:run",
     "pool": "pool:run",
     "ray": "cluster:run",
 }

@@ -1,0 +1,167 @@
+"""docs/study.md: what the experiments of `study.py` have given so far."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from loralloc.experiments.collected import CROSS_ENTROPY, Entry, Section
+from loralloc.experiments.experiment import BASELINE, Experiment
+from loralloc.experiments.statistics import compare
+from loralloc.experiments.tables import Table
+
+DIGITS = ".4f"
+
+
+def study_page(found: Sequence[tuple[Experiment, Section]]) -> str:
+    """The page.
+
+    Args:
+        found: Every experiment, with what has been run of it.
+    """
+    lines = [*INTRODUCTION]
+    for experiment, section in found:
+        run = replace_entries(section)
+        tables = _ceilings(experiment, run) if experiment.kind == "sweep" else _shares(run)
+        command = f"`python experiments/study.py --data DATA {experiment.name}`"
+        lines += [f"## {experiment.title}", ""]
+        missing = _missing(section)
+        if missing:
+            lines += [f"Of its {len(section.entries)} rows {missing} are not whole yet.", ""]
+        for table in tables:
+            lines += [table.markdown().replace("## ", "### ", 1)]
+        lines += [f"Command: {command}.", ""]
+    return "\n".join(lines)
+
+
+def replace_entries(section: Section) -> Section:
+    """The section with the entries that are whole."""
+    return replace(section, entries=[entry for entry in section.entries if _is_whole(entry)])
+
+
+def _is_whole(entry: Entry) -> bool:
+    is_searched = entry.search is not None and not entry.search.failures
+    return bool(entry.results) and not entry.failures and is_searched
+
+
+def _missing(section: Section) -> int:
+    return sum(not _is_whole(entry) for entry in section.entries)
+
+
+def _ceilings(experiment: Experiment, section: Section) -> list[Table]:
+    """LoRA by rank on every task: its best rate, and what the rank gains over the smallest."""
+    found = []
+    for task in experiment.tasks:
+        entries = [entry for entry in section.entries if entry.task == task]
+        if not entries:
+            continue
+        first = entries[0]
+        rows = []
+        for entry in entries:
+            spread = entry.spread(CROSS_ENTROPY)
+            assert spread is not None, "the entry is whole"
+            rows.append(
+                [
+                    f"{entry.rank}",
+                    _rates(entry),
+                    _each(entry),
+                    f"{spread.mean:{DIGITS}}",
+                    _against(entry, first),
+                ]
+            )
+        columns = [
+            "rank of LoRA", "development loss by learning rate", "test cross-entropy, every seed",
+            "mean", f"less that of rank {first.rank}",
+        ]  # fmt: skip
+        found.append(Table(title=task, columns=columns, rows=rows, notes=[NOISE]))
+    return found
+
+
+def _shares(section: Section) -> list[Table]:
+    """Methods beside LoRA of the same parameters, and what share of the ceiling they win back."""
+    found = []
+    for task in dict.fromkeys(entry.task for entry in section.entries):
+        entries = [entry for entry in section.entries if entry.task == task]
+        budget = min(e.rank for e in entries if e.method != BASELINE or len(entries) == 1)
+        lora, more = (section.find(task, BASELINE, rank) for rank in (budget, 4 * budget))
+        rows = []
+        for entry in entries:
+            spread = entry.spread(CROSS_ENTROPY)
+            assert spread is not None, "the entry is whole"
+            row = [
+                f"{entry.method} r={entry.rank}",
+                f"{entry.learning_rate:g}",
+                f"{entry.parameters('stored'):,}",
+                _each(entry),
+                f"{spread.mean:{DIGITS}}",
+                _against(entry, lora) if lora else "-",
+                _share(entry, lora, more),
+            ]
+            rows.append(row)
+        columns = [
+            "method", "learning rate", "parameters", "test cross-entropy, every seed", "mean",
+            f"less LoRA's at r={budget}", f"share of what r={4 * budget} gains",
+        ]  # fmt: skip
+        found.append(Table(title=task, columns=columns, rows=rows, notes=[NOISE]))
+    return found
+
+
+def _rates(entry: Entry) -> str:
+    """Development losses of the search; the best in bold."""
+    assert entry.search is not None, "the entry is whole"
+    losses = entry.search.losses
+    told = [
+        f"**{rate:g}: {loss:{DIGITS}}**"
+        if rate == entry.search.best
+        else f"{rate:g}: {loss:{DIGITS}}"
+        for rate, loss in sorted(losses.items())
+    ]
+    return ", ".join(told) + (" (edge)" if entry.search.is_at_edge else "")
+
+
+def _each(entry: Entry) -> str:
+    return " ".join(f"{value:{DIGITS}}" for value in entry.values(CROSS_ENTROPY).values())
+
+
+def _against(entry: Entry, other: Entry) -> str:
+    """The difference, marked where it is inside the noise."""
+    if entry is other:
+        return "-"
+    ours, theirs = entry.examples(CROSS_ENTROPY), other.examples(CROSS_ENTROPY)
+    told = compare(
+        entry.values(CROSS_ENTROPY),
+        other.values(CROSS_ENTROPY),
+        examples=None if ours is None or theirs is None else (ours, theirs),
+    )
+    if told is None:
+        return "-"
+    return f"{told.difference:+{DIGITS}}{' ~' if told.is_noise else ''}"
+
+
+def _share(entry: Entry, lora: Entry | None, more: Entry | None) -> str:
+    """What part of the gain of four times the rank a method has; none where there is no gain."""
+    if lora is None or more is None or entry is lora or entry is more:
+        return "-"
+    means = [one.spread(CROSS_ENTROPY) for one in (entry, lora, more)]
+    ours, base, best = (spread.mean for spread in means if spread is not None)
+    if base <= best or _against(more, lora).endswith("~"):
+        return "no ceiling"
+    return f"{(base - ours) / (base - best):.0%}"
+
+
+NOISE = (
+    "~: inside the noise, by paired tests over seeds and over examples. Learning rates: three by "
+    "half powers of ten around LoRA's 5e-4, widened while the best is at an edge, by development "
+    "loss of seed 0; then seeds 0, 1, 2."
+)
+
+INTRODUCTION = (
+    "# The study: when does allocation help, and how small may an adapter be?",
+    "",
+    "What more rank of LoRA does not gain, no allocation of it can: so the ceiling is measured",
+    "first, LoRA at every rank with a learning rate searched for each, and allocation where there",
+    "is one. Everything is test cross-entropy of the right answers, which tells methods apart long",
+    "before accuracy does. Runs are kept in `experiments/results/study/cells`, a JSON each; the",
+    "command below each table runs what is missing of it and writes this page again.",
+    "",
+)

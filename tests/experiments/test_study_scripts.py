@@ -1,0 +1,192 @@
+"""The scripts behind docs/methods.md and docs/study.md: what they run, and what they write."""
+
+import importlib
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from experiments.outcomes import outcome
+
+from loralloc.experiments.executors.executor import Resources, get_executor
+from loralloc.experiments.experiment import Variant, load_experiment
+from loralloc.experiments.fairness import search_rates
+from loralloc.experiments.reproduce import carry_out_all
+from loralloc.experiments.work import RESULT
+from loralloc.methods.catalog import METHODS
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.fixture(scope="module")
+def study():
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module("study")
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def grid(make):
+    return make(
+        tasks=("sst2",),
+        methods=("lora", "alora", "late"),
+        variants={"late": Variant(method="alora", options={"allocation.grace_rounds": 1})},
+        ranks=(2,),
+        trials=3,
+        seeds=(0, 1, 2),
+    )
+
+
+def every(of):
+    """An executor of outcomes that `of` makes of a cell."""
+    return lambda cells: (outcome(cell, findings={}, **of(cell)) for cell in cells)
+
+
+def losses(cell):
+    """Those of a task with a ceiling, of which the variant wins half back."""
+    loss = {"lora": {1: 1.2, 2: 1.0, 4: 0.9, 8: 0.8}[cell.rank], "alora": 1.0}.get(cell.method, 0.9)
+    noise = [0.001 * (cell.seed + n) for n in range(6)]
+    examples = {"scores": [0.0] * 6, "losses": [loss + each for each in noise]}
+    made = {"dev_loss": abs(cell.learning_rate - 1e-3)}
+    return made if cell.test is None else {**made, "loss": loss + 0.001 * cell.seed, "of": examples}
+
+
+def told(grid):
+    def made(cell):
+        made = losses(cell)
+        examples = made.pop("of", None)
+        one = outcome(cell, findings={}, **made)
+        if examples:
+            one.result["test"]["examples"] = examples
+        return one
+
+    return carry_out_all(grid, "fair", lambda cells: map(made, cells))
+
+
+def test_a_variant_is_its_method_with_options_of_its_own(grid):
+    plain, own = (
+        grid.cell(task="sst2", method=name, rank=2, seed=0, learning_rate=1e-3, terms="fair")
+        for name in ("alora", "late")
+    )
+    assert own.options == {**plain.options, "allocation.grace_rounds": 1}
+    assert (own.method, own.options["method"]) == ("late", "alora")
+    assert own.folder != plain.folder
+
+
+def test_a_search_begins_with_as_many_rates_as_the_experiment_says(grid):
+    tried = search_rates(grid, every(lambda cell: {"dev_loss": abs(cell.learning_rate - 5e-4)}))
+    assert {len(search.losses) for search in tried.values()} == {3}
+
+
+def test_the_same_rows_in_another_folder_are_the_same_run(make, write_rows, tmp_path):
+    folders = []
+    for name, words in (("one", "fine"), ("two", "fine"), ("three", "bad")):
+        for split in ("train", "validation", "test"):
+            rows = [{"sentence": f"a {words} film {n}", "label": n % 2} for n in range(9)]
+            write_rows(tmp_path / name / "sst2" / f"{split}.jsonl", rows)
+        data, root = tmp_path / name, tmp_path / "root"
+        grid = make(tasks=("sst2",), methods=("lora",), seeds=(0,), data=data, root=root)
+        (cell,) = grid.at_one_rate("paper", {})
+        folders.append(cell.folder.name)
+    assert folders[0] == folders[1] != folders[2]
+
+
+def test_rows_of_two_experiments_in_one_folder_are_apart(make, write_rows, tmp_path):
+    rows = [{"sentence": "a" * (9 - n) + " film", "label": n % 2} for n in range(9)]
+    for split in ("train", "validation", "test"):
+        write_rows(tmp_path / "data" / "sst2" / f"{split}.jsonl", rows)
+    made = [
+        make(tasks=("sst2",), data=tmp_path / "data", root=tmp_path / "root", rows=limits)
+        for limits in ({"train": 3, "test": 2}, {"train": 5, "test": 2})
+    ]
+    texts = [Path(grid.sources["sst2"], "train.jsonl").read_text() for grid in made]
+    assert [text.count("\n") for text in texts] == [3, 5]
+    assert texts[0].startswith('{"sentence": "aaaaaaaaa film"')  # the first, not the shortest
+
+
+def test_nobody_tells_what_is_finished_and_runs_nothing(lora_cells):
+    done, left = lora_cells
+    done.folder.mkdir(parents=True)
+    (done.folder / RESULT).write_text('{"test": {}, "dev_loss": 1.0}')
+    found = list(get_executor("none")([done, left], Resources()))
+    assert [one.failure for one in found] == ["", "it has not been run yet"]
+    assert found[0].result["cell"] == done.as_data()
+    assert not left.folder.exists()
+    (done.folder / RESULT).unlink()
+
+
+def test_some_methods_of_an_experiment(grid):
+    whole = grid.experiment
+    assert whole.only(["alora"]).ladder is False
+    assert whole.only(["lora"]).ladder is True
+    with pytest.raises(ValueError, match="compares no 'sora'; it has 'lora', 'alora', 'late'"):
+        whole.only(["sora"])
+
+
+@pytest.mark.parametrize("kind", ["name: b", "method: lora", "{name: b, method: lora, more: 1}"])
+def test_a_method_that_is_half_described_is_refused(kind, tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "title: a\nkind: scores\nbackbones: {}\ntasks: [sst2]\nmethods:\n  - " + kind
+    )
+    with pytest.raises(ValueError, match="has a method with the keys"):
+        load_experiment(str(tmp_path / "mine.yaml"))
+
+
+def test_every_experiment_of_the_scripts_can_be_run(study):
+    for name in study.NAMES:
+        experiment = study.experiment(name)
+        assert experiment.backbones["small"] in ("minilm-l6", "smollm2-135m")
+    compared = study.experiment(study.METHODS)
+    methods = {compared.variant(name).method for name in compared.methods}
+    assert methods == set(METHODS) - {"pattern"}
+
+
+def test_rows_come_one_after_another(study):
+    parts = list(study.parts(study.experiment("ceiling-minilm-few"), only=None, tasks=["rte"]))
+    assert [(part.tasks, part.ranks) for part in parts] == [
+        (("rte",), (r,)) for r in (1, 2, 4, 8, 16)
+    ]
+    (part,) = study.parts(study.experiment("methods"), only=["sora"], tasks=["sst2"])
+    assert (part.methods, part.ladder) == (("sora",), False)
+
+
+def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid):
+    page = study.study_page([(grid.experiment, told(grid))])
+    rows = {
+        line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
+    }
+    assert rows["late r=2"][-2].strip() == "50%"
+    assert rows["alora r=2"][-2].strip() == "0%"
+    assert rows["alora r=2"][-3].strip() == "+0.0000 ~"
+    assert rows["late r=2"][-3].strip() == "-0.1000"
+
+
+def test_without_a_ceiling_there_is_no_share(study, grid):
+    flat = carry_out_all(grid, "fair", every(lambda cell: {"dev_loss": 1.0}))
+    page = study.study_page([(grid.experiment, flat)])
+    assert "no ceiling" in page and "%" not in page.partition("| method")[2]
+
+
+def test_the_page_of_methods_has_means_spreads_and_what_gates_did(study, grid):
+    findings = {"overlap_with_draw": 0.6}
+    section = carry_out_all(
+        grid,
+        "fair",
+        lambda cells: (
+            outcome(
+                cell,
+                score=80.0 + 2 * cell.seed,
+                loss=0.5,
+                dev_loss=-cell.learning_rate,
+                findings=findings,
+            )
+            for cell in cells
+        ),
+    )
+    told = replace(grid.experiment, backbones={"small": "m"}, settings={"max_steps": 16})
+    lines = study.method_page(told, section)
+    (row,) = [line for line in lines.splitlines() if line.startswith("| late |")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1].endswith("(edge)")
+    assert cells[2:5] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000"]
+    assert cells[8:] == ["overlap with draw 0.600", "1.00"]
