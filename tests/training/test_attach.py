@@ -402,15 +402,29 @@ def test_an_eval_dataset_without_a_supervised_position(trainer_of):
 def test_sharded_training_is_refused(way, trainer_of):
     trainer = trainer_of("causal")
     setattr(trainer, f"is_{way}_enabled", True)
-    with pytest.raises(TypeError, match="shards the parameters that alora replaces or reads"):
+    words = "keeps a part of the parameters in each process.*start the processes with `torchrun`"
+    with pytest.raises(TypeError, match=words):
         attach(trainer, options())
 
 
-@pytest.mark.parametrize("what", ("world_size", "n_gpu"))
-def test_several_processes_or_gpus_are_refused(what, trainer_of, monkeypatch):
+def test_a_model_that_is_loaded_in_parts_is_refused(trainer_of):
     trainer = trainer_of("causal")
-    monkeypatch.setattr(type(trainer.args), what, property(lambda self: 2))
-    with pytest.raises(TypeError, match="The run has 2 processes or GPUs"):
+    trainer.is_distributed_loading_by_transformers = True
+    with pytest.raises(TypeError, match="A model that is loaded in parts keeps a part of"):
+        attach(trainer, options())
+
+
+def test_several_gpus_in_one_process_are_refused(trainer_of, monkeypatch):
+    trainer = trainer_of("causal")
+    monkeypatch.setattr(type(trainer.args), "n_gpu", property(lambda self: 2))
+    with pytest.raises(TypeError, match=r"There are 2 GPUs and one process.*torchrun --nproc"):
+        attach(trainer, options())
+
+
+def test_processes_that_would_train_alone_are_refused(trainer_of, monkeypatch):
+    trainer = trainer_of("causal")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TypeError, match=r"one of 2, but its trainer trains alone.*`use_cpu=True`"):
         attach(trainer, options())
 
 

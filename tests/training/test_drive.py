@@ -151,11 +151,11 @@ def test_a_method_that_did_not_do_what_it_is_for_says_so(tmp_path):
         trainer.train()
 
 
-def test_a_method_that_acts_between_steps_is_refused_in_several_processes(tmp_path, monkeypatch):
+def test_a_method_that_acts_between_steps_is_refused_on_several_gpus(tmp_path, monkeypatch):
     method = prepared(Probe())
     trainer = causal_trainer(tmp_path, model=method.model)
-    monkeypatch.setattr(type(trainer.args), "world_size", 2)
-    with pytest.raises(TypeError, match="2 processes or GPUs, and lora acts between steps"):
+    monkeypatch.setattr(type(trainer.args), "n_gpu", 2)
+    with pytest.raises(TypeError, match=r"2 GPUs and one process.*lora acts on it between steps"):
         drive(trainer, method)
     drive(trainer, prepared(Lora()))
 

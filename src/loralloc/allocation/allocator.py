@@ -257,7 +257,8 @@ class Allocator:
             new_state=self.config.new_state,
             new_rows=new_rows,
         )
-        replicas.check_equal(self._weights(), bare_optimizer(optimizer))
+        self._share_new(decided)
+        replicas.check_equal(replicas.by_part(self._weights()), bare_optimizer(optimizer))
         if self._tracker:
             self._tracker.follow(decided, optimizer=optimizer)
         after = {name: decided.rank_after(name) if name in decided.kept else 0 for name in before}
@@ -293,6 +294,14 @@ class Allocator:
     def _weights(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         layers = lora_layers(self.model, self.adapter_name)
         return weights_ab(layers, self.adapter_name)
+
+    def _share_new(self, plan: Plan) -> None:
+        """Give the rows of A that were drawn for new ranks the first process's values."""
+        weights = self._weights()
+        for name, count in plan.added.items():
+            if count:
+                a, _ = weights[name]
+                replicas.share([a.data[len(a) - count :]])
 
     def _scores(self, limits: Limits) -> Scores:
         """Importance of every rank now, of this process alone."""

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.objective import Batch, Objective, count_examples
 from loralloc.allocation.record import Size
@@ -42,7 +43,7 @@ class Comparison:
         Raises:
             ArithmeticError: A loss is not finite.
         """
-        now = example_losses(self._objective)
+        now = replicas.agreed(example_losses(self._objective))
         if not bool(now.sums.isfinite().all()):
             raise ArithmeticError(
                 f"The held-out loss at step {step} is not finite, so that sizes of the adapter "

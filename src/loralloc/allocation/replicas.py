@@ -1,16 +1,19 @@
-"""The only place that knows of several processes: they score each, and decide as one.
+"""The only place that knows of several processes: they measure alike, and decide as one.
 
-Between score, plan and resize of a round every process takes the same step: scores are averaged,
-the first process's plan is everyone's, and afterwards all adapters must be the same. In one process
-nothing happens.
+Every process holds the same adapter, and whatever decides over it comes from the first process or
+is averaged over all: scores, plans, new rows, gradients of what trains beside the model. Afterwards
+all adapters must be the same, to the last bit. In one process nothing happens.
+
+All functions but `count`, `index` and `is_first` are for all processes to call, in the same order.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,12 +21,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from loralloc.allocation.optimizer_state import Weights
-from loralloc.allocation.policy import Plan, Scores
+from loralloc.allocation.policy import Scores
+
+T = TypeVar("T")
 
 
 def count() -> int:
     """Processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this process is the one that decides, and speaks for all."""
+    return index() == 0
 
 
 def mean(scores: Scores) -> Scores:
@@ -33,7 +48,8 @@ def mean(scores: Scores) -> Scores:
     for all.
 
     Args:
-        scores: Of this process, on its part of the scoring batch.
+        scores: Of this process. Processes measure on the same scoring batch, all of it, so that
+            they take equally many passes through a model that may be spread over them.
     """
     if count() == 1:
         return scores
@@ -73,79 +89,174 @@ def averaged(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     if count() == 1:
         return dict(tensors)
-    together = _gathered({name: value.detach().cpu() for name, value in tensors.items()})
+    flat = [value.detach().double().flatten().cpu() for value in tensors.values()]
+    parts = torch.split(_sum(torch.cat(flat)) / count(), list(map(len, flat)))
     return {
-        name: torch.stack([each[name] for each in together]).mean(dim=0).to(value)
-        for name, value in tensors.items()
+        name: part.view(value.shape).to(value)
+        for (name, value), part in zip(tensors.items(), parts, strict=True)
     }
 
 
-def agreed(plan: Plan) -> Plan:
-    """The first process's plan.
+def total(number: float) -> float:
+    """The sum of a number over the processes."""
+    if count() == 1:
+        return number
+    return float(_sum(torch.tensor([number], dtype=torch.float64)))
+
+
+def weight(number: float) -> float:
+    """What a mean over so many things is to be multiplied by before the processes' are averaged.
+
+    The average is then the mean over the things of all processes, however they lie.
+    """
+    return 1.0 if count() == 1 else number * count() / max(total(number), 1)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    return flag if count() == 1 else total(flag) > 0
+
+
+def together(action: Callable[[], T]) -> T:
+    """Carry out an action in every process; what one raises, all raise.
 
     Args:
-        plan: Of this process.
+        action: May do nothing in some of them.
     """
     if count() == 1:
-        return plan
-    plans: list[Any] = [plan]
-    dist.broadcast_object_list(plans, src=0)
-    first: Plan = plans[0]
+        return action()
+    value, error = None, None
+    try:
+        value = action()
+    except Exception as raised:
+        error = raised
+    errors = [each for each in _gathered(error and _sendable(error)) if each is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]
+    return cast("T", value)
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gives, in their order."""
+    return [value] if count() == 1 else _gathered(value)
+
+
+def agreed(value: T) -> T:
+    """The first process's value: a plan, or anything else that can be pickled.
+
+    Args:
+        value: Of this process.
+    """
+    if count() == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0)
+    first: T = values[0]
     return first
 
 
-def check_equal(weights: Weights, optimizer: Optimizer | None) -> None:
+@torch.no_grad()
+def share(tensors: Iterable[Tensor]) -> None:
+    """Give tensors that were drawn in every process the first one's values, in place."""
+    if count() == 1:
+        return
+    for tensor in tensors:
+        there = tensor.detach().to(_device(), copy=True).contiguous()
+        dist.broadcast(there, src=0)
+        tensor.copy_(there)
+
+
+@torch.no_grad()
+def average_gradients(tensors: Sequence[Tensor]) -> None:
+    """Average the gradients of tensors that no wrapper of the model knows, in place.
+
+    One that has a gradient in no process is left without; where it has one in some, it is zero in
+    the others.
+    """
+    if count() == 1 or not tensors:
+        return
+    given = torch.tensor([tensor.grad is not None for tensor in tensors], dtype=torch.float64)
+    flat = [
+        (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad).double().flatten().cpu()
+        for tensor in tensors
+    ]
+    found = _sum(torch.cat([given, *flat]))
+    have, *parts = torch.split(found, [len(given), *map(len, flat)])
+    for tensor, has, part in zip(tensors, have.tolist(), parts, strict=True):
+        if has:
+            tensor.grad = (part / count()).view(tensor.shape).to(tensor)
+
+
+def check_equal(
+    tensors: Mapping[str, Tensor],
+    optimizer: Optimizer | None,
+    *,
+    when: str = "After a round of allocation",
+) -> None:
     """Stop the run where the adapters of two processes differ, or what their optimisers keep.
 
     Processes whose adapters have grown apart go on without an error, each training another model.
 
     Args:
-        weights: The adapter's A and B by module, which are compared to the last bit.
-        optimizer: What trains them; the places of the weights in its groups and the shapes of its
-            state are compared.
+        tensors: What trains, by name; compared to the last bit.
+        optimizer: What trains them; the places of the tensors in its groups and its state of them
+            are compared too.
+        when: Begins the message.
 
     Raises:
         RuntimeError: They differ; the first such tensor is named.
     """
     if count() == 1:
         return
-    together = _gathered(dict(_described(weights, optimizer)))
+    together = _gathered(dict(_described(tensors, optimizer)))
     first = together[0]
     for process, other in enumerate(together):
         for name in {**first, **other}:
             if first.get(name) != other.get(name):
                 raise RuntimeError(
-                    f"After a round of allocation {name} is not the same in processes 0 and "
-                    f"{process}, so that each would train another model; seed all processes alike "
-                    "and give them the same adapter, and resume from the last checkpoint."
+                    f"{when} {name} is not the same in processes 0 and {process}, so that each "
+                    "would train another model; seed all processes alike and give them the same "
+                    "adapter, and resume from the last checkpoint."
                 )
 
 
-def _described(weights: Weights, optimizer: Optimizer | None) -> Iterator[tuple[str, Any]]:
+def by_part(weights: Weights) -> dict[str, Tensor]:
+    """The A and B of modules by the names under which `check_equal` tells of them."""
+    return {
+        f"lora_{part} of {name}": weight
+        for name, pair in weights.items()
+        for part, weight in zip("AB", pair, strict=True)
+    }
+
+
+def _described(
+    tensors: Mapping[str, Tensor], optimizer: Optimizer | None
+) -> Iterator[tuple[str, Any]]:
     """A name and a description of everything that is to be equal."""
-    for name, pair in weights.items():
-        for part, weight in zip("AB", pair, strict=True):
-            yield f"lora_{part} of {name}", (tuple(weight.shape), str(weight.dtype), _hash(weight))
-            if optimizer is not None:
-                yield f"the optimiser's state of lora_{part} of {name}", _kept(optimizer, weight)
+    places = _places(optimizer)
+    for name, tensor in tensors.items():
+        yield name, _description(tensor)
+        if optimizer is not None:
+            state: Mapping[str, Any] = optimizer.state.get(tensor, {})
+            kept = {key: _description(x) for key, x in state.items() if isinstance(x, Tensor)}
+            yield f"the optimiser's state of {name}", (places.get(id(tensor), []), kept)
 
 
-def _kept(optimizer: Optimizer, weight: Tensor) -> tuple[Any, ...]:
-    """Where a weight stands in an optimiser, and the shapes of what is kept of it."""
-    places = [
-        (number, slot)
-        for number, group in enumerate(optimizer.param_groups)
-        for slot, param in enumerate(group["params"])
-        if param is weight
-    ]
-    state: Mapping[str, Any] = optimizer.state.get(weight, {})
-    shapes = {key: tuple(x.shape) for key, x in state.items() if isinstance(x, Tensor)}
-    return (places, shapes)
+def _places(optimizer: Optimizer | None) -> dict[int, list[tuple[int, int]]]:
+    """Where each parameter stands in an optimiser: its groups and places in them."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for number, group in enumerate(optimizer.param_groups if optimizer is not None else ()):
+        for slot, param in enumerate(group["params"]):
+            places.setdefault(id(param), []).append((number, slot))
+    return places
 
 
-def _hash(tensor: Tensor) -> str:
+def _description(tensor: Tensor) -> tuple[Any, ...]:
     values = tensor.detach().contiguous().cpu().view(-1).view(torch.uint8)
-    return hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+    hashed = hashlib.blake2b(values.numpy().data, digest_size=16).hexdigest()
+    return (tuple(tensor.shape), str(tensor.dtype), hashed)
 
 
 def _gathered(value: Any) -> list[Any]:
@@ -153,3 +264,26 @@ def _gathered(value: Any) -> list[Any]:
     together: list[Any] = [None] * count()
     dist.all_gather_object(together, value)
     return together
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error that other processes can raise."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # a class may refuse to be pickled with anything
+        return RuntimeError(str(error))
+    return error
+
+
+def _sum(numbers: Tensor) -> Tensor:
+    """Numbers on the CPU, added up over the processes."""
+    there = numbers.to(_device(), copy=True)
+    dist.all_reduce(there)
+    return there.cpu()
+
+
+def _device() -> torch.device:
+    """Where tensors have to lie to be sent."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")

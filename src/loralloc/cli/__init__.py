@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 
 from safetensors import SafetensorError
 
@@ -32,6 +33,7 @@ from loralloc.cli import (
     train,
 )
 from loralloc.cli.console import visible
+from loralloc.runs import launched
 from loralloc.runs.machine import let_idle_threads_sleep
 
 VERBS = (
@@ -56,26 +58,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0, 1 where `lint` finds something, 2 for bad input (one sentence on the error stream), 130
-        when interrupted.
+        0, 1 where `lint` finds something, 2 for bad input (one sentence on the error stream, of one
+        process where there are several), 130 when interrupted.
     """
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if not hasattr(args, "run") and not rest:
-        parser.print_help()
-        return 0
-    if rest and not getattr(args, "takes_more_flags", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    with nullcontext() if launched.is_main() else _silence():
+        parser = _parser()
+        args, rest = parser.parse_known_args(argv)
+        if not hasattr(args, "run") and not rest:
+            parser.print_help()
+            return 0
+        if rest and not getattr(args, "takes_more_flags", False):
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.rest = rest
+    if launched.count() > 1:  # PyTorch's own voice, of sockets and of gradients it looks for
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     args.wait_policy = let_idle_threads_sleep()
     # Nothing here may wait for a network that is not asked for.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
+        _check_processes(args)
         return int(args.run(args))
     except KeyboardInterrupt:
-        sys.stderr.write("\nloralloc: interrupted\n")
+        if launched.is_first_to_fail():
+            sys.stderr.write("\nloralloc: interrupted\n")
         return EXIT_INTERRUPTED
     except USER_ERRORS as error:
+        if not launched.is_first_to_fail():
+            return EXIT_BAD_INPUT
         if args.debug:
             raise
         sentence = " ".join(str(error).split()) or type(error).__name__
@@ -84,6 +93,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'
         sys.stderr.write(f"loralloc: error: {sentence}\n")
         return EXIT_BAD_INPUT
+    except Exception:
+        launched.is_first_to_fail()  # whose traceback this is, and not the others'
+        raise
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing is said inside: another process says it."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    """Refuse a launcher of several processes for a verb that each of them would do alone.
+
+    Raises:
+        ValueError: Naming the verb.
+    """
+    if launched.count() > 1 and not getattr(args, "takes_processes", False):
+        raise ValueError(
+            f"`loralloc {args.verb}` runs in one process, and {launched.count()} were started, "
+            "each of which would do the same; start it without torchrun or accelerate, which are "
+            "for `loralloc train`."
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"loralloc {__version__}")
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", dest="verb")
     for verb in VERBS:
         verb.add_parser(verbs)
     return parser

@@ -48,9 +48,8 @@ GIVEN = ("flag", "file", "Python")
 """What the source of a value begins with that somebody gave now."""
 
 
-def show(run: Run) -> None:
+def show(run: Run, out: Console) -> None:
     """Print the plan of a run."""
-    out = Console()
     out.print(_settings_table(run))
     if note := left_to_us(run.settings):
         out.print(note, highlight=False)

@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.allocation import replicas
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.cli.console import Console
@@ -69,6 +70,8 @@ class Progress:
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         device = model.device.type
         where = f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else device
+        if replicas.count() > 1:
+            where += f", in {replicas.count()} processes"
         self._say(
             f"{run.settings.model.model_name_or_path} in {dtype} on {where}, {sized(method)}: "
             f"{method.num_trained():,} parameters train"

@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from loralloc.cli.console import Console
+from loralloc.runs import launched
 
 FLAGS = """\
 the flags used most (defaults in brackets):
@@ -70,15 +71,16 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "--force", action="store_true", help="resume although data or backbone have changed"
     )
     parser.add_argument("--help-all", action="store_true", help="list every flag and its default")
-    parser.set_defaults(run=run, takes_more_flags=True)
+    parser.set_defaults(run=run, takes_more_flags=True, takes_processes=True)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, or show what would be trained."""
-    out = Console()
+    out = Console(quiet=not launched.is_main())
     with out.status("loading PyTorch, Transformers and TRL"):
         from loralloc.cli.progress import Progress, prepare_process
 
+        launched.find_each_other()
         prepare_process()
     if args.help_all:
         _print_all_flags()
@@ -94,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
         from loralloc.cli.dry_run import show
 
         # Nothing is overwritten before training begins.
-        show(runs.prepare(settings, resume=args.resume, overwrite=not args.resume))
+        show(runs.prepare(settings, resume=args.resume, overwrite=not args.resume), out)
         return 0
     progress = Progress(out)
     model = settings.model.model_name_or_path
@@ -116,24 +118,26 @@ def run(args: argparse.Namespace) -> int:
         with progress.shown(), stopping:
             runs.train(prepared)
     except Stopped as stopped:
-        Console().print(f"\nStopped at step {stopped.step}, as asked. {_go_on(folder)}")
+        launched.part()
+        out.print(f"\nStopped at step {stopped.step}, as asked. {_go_on(folder)}")
         return 0
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, KeyboardInterrupt) and launched.is_main():
             sys.stderr.write(f"\n{_go_on(folder)}")
-        if (folder / REPLACED).is_dir():
+        if launched.is_main() and (folder / REPLACED).is_dir():
             sys.stderr.write(f"\nThe run that was in {folder} before lies in {folder / REPLACED}.")
         raise
+    launched.part()
     progress.conclude(prepared)
-    Console().print(f"\nadapter: {folder}")
+    out.print(f"\nadapter: {folder}")
     if prepared.allocation:
         from loralloc.allocation.shrinking import in_words
 
         if found := in_words(prepared.allocation.record):
-            Console().print(found, highlight=False)
-        Console().print(f"its ranks: loralloc ranks {folder}")
+            out.print(found, highlight=False)
+        out.print(f"its ranks: loralloc ranks {folder}")
     if prepared.head.generates:
-        Console().print(f"try it: loralloc generate {folder} --prompt ...")
+        out.print(f"try it: loralloc generate {folder} --prompt ...")
     return 0
 
 

@@ -54,6 +54,7 @@ class AdapterDrop(Houlsby):
         "After training the adapters of the first 5 are left out (`dropped_at_test`).",
     )
     paper: ClassVar[Mapping[str, Any]] = {"bottleneck": 40}
+    leaves_out: ClassVar[bool] = True
 
     def insert(self, model: Any) -> None:
         """See `InPlaceMethod.insert`.

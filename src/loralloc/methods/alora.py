@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from loralloc.allocation import replicas
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
 from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
@@ -190,7 +191,8 @@ class Alora(Lora):
                 f"allocation at step {self.steps[0]}: the adapter is plain LoRA; train longer or "
                 "lower `warmup_epochs`."
             )
-        if note := self.record.churn_note:
+        note = self.record.churn_note
+        if note and replicas.is_first():
             logger.warning("loralloc: %s.", note)
 
     def unfinished(self) -> str:

@@ -11,6 +11,7 @@ import torch
 from peft import EvaConfig, get_eva_state_dict
 from torch import Tensor
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, weight_a
 from loralloc.allocation.objective import Batch
 from loralloc.allocation.resize import resize
@@ -96,9 +97,14 @@ class Eva(LoraFromData):
             model(**inputs)
 
         found = get_eva_state_dict(
-            self.model, usable, config, forward_fn=forward, show_progress_bar=False
+            self.model,
+            usable,
+            config,
+            forward_fn=forward,
+            gather_distributed_inputs=False,  # the batches are the same in all processes
+            show_progress_bar=False,
         )
-        return {name.removeprefix(KEY_PREFIX): rows for name, rows in found.items()}
+        return replicas.agreed({name.removeprefix(KEY_PREFIX): x for name, x in found.items()})
 
 
 def _num_tokens(batch: Batch, *, by_label: bool) -> int:

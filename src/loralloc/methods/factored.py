@@ -87,6 +87,12 @@ class FactoredLora(LoraShaped):
         """Parameters of one rank of every module."""
         return {name: rank_cost(layer) for name, layer in lora_layers(self.model).items()}
 
+    def beside(self) -> dict[str, Tensor]:
+        """See `Method.beside`."""
+        if not self.is_factored:
+            return {}
+        return {f"the factors of {name}": factor for name, factor in self.factors.items()}
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 

@@ -125,6 +125,12 @@ class GatedLora(LoraShaped):
         """The ranks that the gates of every module began with, in the model's order."""
         return {name: where.stop - where.start for name, where in self.where.items()}
 
+    def beside(self) -> dict[str, Tensor]:
+        """See `Method.beside`."""
+        if not self.is_gated:
+            return {}
+        return {f"gates {i}": tensor for i, tensor in enumerate(self.learned)}
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 

@@ -11,11 +11,12 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, rank_cost, weight_a, weight_b
 from loralloc.allocation.objective import Batch
 from loralloc.allocation.resize import resize
 from loralloc.methods.from_data import LoraFromData
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About, Session, trainable
 from loralloc.methods.weight_gradients import WeightGradients
 
 
@@ -101,11 +102,12 @@ class Gora(LoraFromData):
             there = gradient.cpu()
             sums[name] = sums[name] + there if name in sums else there
 
+        weights = list(trainable(self.model).values())
         with WeightGradients(lora_layers(self.model), see):
             for batch in batches:
-                session.loss(batch).backward()  # type: ignore[no-untyped-call]
-        self.model.zero_grad(set_to_none=True)
-        return {name: total / len(batches) for name, total in sums.items()}
+                # Asked for, and not left in `.grad`: that would wake a wrapper of the model.
+                torch.autograd.grad(session.loss(batch), weights, allow_unused=True)
+        return replicas.averaged({name: x / len(batches) for name, x in sums.items()})
 
 
 def importance(weight: Tensor, gradient: Tensor) -> float:

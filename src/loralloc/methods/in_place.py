@@ -65,6 +65,8 @@ class InPlaceMethod(Method):
 
     def save(self, folder: Path, **options: Any) -> None:
         """See `Method.save`."""
+        if not options.get("is_main_process", True):
+            return
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(self.model).items()}
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})

@@ -12,6 +12,7 @@ import torch
 from peft import PeftConfig, TaskType
 from torch import Tensor
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, weight_a, weight_b
 from loralloc.allocation.policy import Limits, Plan, share_out
 from loralloc.methods.factored import STD, TripletLora
@@ -138,8 +139,11 @@ class IncreLora(TripletLora):
         """See `FactoredLora.observe`."""
         if self.is_grown:
             return
-        for name in self._mean:
-            value = self._sums[name] / max(1, self._seen[name])
+        names = list(self._mean)
+        seen = [self._sums[name] / max(1, self._seen[name]) for name in names]
+        # Batches of other processes count as those that are accumulated do.
+        values = replicas.averaged({"I": torch.tensor(seen, dtype=torch.float64)})["I"].tolist()
+        for name, value in zip(names, values, strict=True):
             self._mean[name] = BETA * self._mean[name] + (1 - BETA) * value
             distance = abs(value - self._mean[name])
             self._deviation[name] = BETA * self._deviation[name] + (1 - BETA) * distance

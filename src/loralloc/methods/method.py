@@ -122,6 +122,9 @@ class Method(ABC):
     bears_scaled_loss: ClassVar[bool] = False
     """Whether what it does between steps is right in fp16 too, whose loss is scaled."""
 
+    leaves_out: ClassVar[bool] = False
+    """Whether a step may leave out some of what trains."""
+
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
     """The adapted model, once it is prepared."""
 
@@ -207,6 +210,10 @@ class Method(ABC):
 
     def join(self, session: Session) -> None:
         """Be taken up by a run, before it begins; what cannot be done is refused here."""
+
+    def beside(self) -> Mapping[str, Tensor]:
+        """What trains beside the model now, by name: processes are kept alike in it too."""
+        return {}
 
     def arrange(self, optimizer: Optimizer) -> None:
         """Give an optimiser that was just made the groups to train in, before its schedule is."""
@@ -373,7 +380,8 @@ class Session:
     """Batches whose gradients an optimiser step adds up."""
 
     loss: Callable[[Batch], Tensor]
-    """Mean loss of the model on a batch, with its graph, in the mode the model is in."""
+    """Mean loss of the model on a batch, with its graph, in the mode the model is in. Of processes
+    with a batch each it is weighted, so that the average of their gradients is the mean's."""
 
     training: Callable[[int], Sequence[Batch]] = lambda num_examples: ()
     """So many training examples, drawn by the seed, in micro-batches; the order in which the run

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch.optim import Optimizer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.choices import check_scores, is_gathered, measured_by
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_b
@@ -82,8 +83,10 @@ class Prune(CutLora):
         limits = Limits(num_pruned=sum(now.values()) // 2, cost=costs)
         measure = measured_by(self._config, fitting)
         assert self.session.objective is not None, "a run gives held-out examples"
-        scores = check_scores(
-            measure(self.session.objective, weights_b(layers), limits), now, self._config
+        scores = replicas.mean(
+            check_scores(
+                measure(self.session.objective, weights_b(layers), limits), now, self._config
+            )
         )
         if not scores.is_finite():
             raise ScoringError(

@@ -12,6 +12,7 @@ from peft import TaskType
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, weight_a, weight_b
 from loralloc.allocation.objective import Batch
 from loralloc.methods.gated import START, GatedLora
@@ -126,6 +127,7 @@ class SaLora(GatedLora):
         if self.is_gated and self.model.training and self.noise is None:
             uniform = EPSILON + (1 - 2 * EPSILON) * torch.rand(len(self.gates), device="cpu")
             self.noise = uniform.logit().to(self.gates)
+            replicas.share([self.noise])
 
     def extra_loss(self) -> Tensor | None:
         """See `Method.extra_loss`."""

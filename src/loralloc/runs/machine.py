@@ -74,7 +74,7 @@ def physical_cores() -> int | None:
 
 
 def use_physical_cores() -> int:
-    """Let PyTorch have one thread a physical core that this process may use.
+    """Let PyTorch have one thread a physical core that this process may use, or its share of them.
 
     Two threads on one core share its arithmetic units, and matrix products gain nothing from the
     second. `OMP_NUM_THREADS`, where it is set, decides instead.
@@ -87,7 +87,8 @@ def use_physical_cores() -> int:
     cores = physical_cores()
     if cores is not None and not os.environ.get("OMP_NUM_THREADS"):
         allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else cores
-        torch.set_num_threads(min(cores, allowed))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or "1")  # processes that a launcher started
+        torch.set_num_threads(max(1, min(cores, allowed) // here))
     return torch.get_num_threads()
 
 

@@ -162,6 +162,7 @@ def _batch(settings: Settings, num_examples: int) -> dict[str, int]:
             "joins; leave out `packing` or `protocol`."
         )
     batch = LARGE_BATCH if num_examples >= MANY_EXAMPLES else SMALL_BATCH
+    batch = _of_each_process(batch, settings.training.world_size)
     size, accumulation = "per_device_train_batch_size", "gradient_accumulation_steps"
     if settings.gives(size) == settings.gives(accumulation):
         return {size: batch, accumulation: 1}
@@ -173,6 +174,16 @@ def _batch(settings: Settings, num_examples: int) -> dict[str, int]:
             f"{num_examples:,} training examples; give `{other}` too for a batch of your own."
         )
     return {other: batch // value}
+
+
+def _of_each_process(batch: int, num_processes: int) -> int:
+    """A process's share of the paper's batch."""
+    if batch % num_processes:
+        raise ValueError(
+            f"The paper's batch of {batch} examples cannot be divided among {num_processes} "
+            "processes; start a number that divides it, or give a batch without `protocol`."
+        )
+    return batch // num_processes
 
 
 def _evaluation(settings: Settings) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from loralloc.allocation import replicas
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
@@ -38,6 +39,7 @@ from loralloc.runs.models import (
     is_encoder,
     load_tokenizer,
     load_with_new_head,
+    locate,
 )
 from loralloc.runs.options import check_conditions, check_head_options, check_options
 from loralloc.runs.settings import Settings, resolve, resolve_again
@@ -160,13 +162,16 @@ def prepare(
     else:
         settings = resolve_again(options) if resume else resolve(options)
     where = settings.output_dir
-    checkpoint = folder.checkpoint_to_resume(where) if resume else None
-    if folder.holds_run(where) and not (resume or overwrite):
-        raise ValueError(
-            f"{where} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
-            "or name another `--output_dir`."
+    # Only by the process that writes there: to the others it may look as if a run were there.
+    checkpoint = replicas.agreed(
+        replicas.together(
+            lambda: (
+                _look(where, resume=resume, overwrite=overwrite)
+                if settings.training.should_save
+                else None
+            )
         )
-    folder.check_free(where)
+    )
     existed = where.exists()
     try:
         run = _prepare(settings, on_round, load)
@@ -180,6 +185,25 @@ def prepare(
     return dataclasses.replace(run, checkpoint=checkpoint, overwrite=overwrite)
 
 
+def _look(where: Path, *, resume: bool, overwrite: bool) -> Path | None:
+    """Look into the run folder for what is to be gone on from, or is in the way.
+
+    Returns:
+        The checkpoint to go on from.
+
+    Raises:
+        ValueError: The folder is not free, or there is nothing to resume.
+    """
+    checkpoint = folder.checkpoint_to_resume(where) if resume else None
+    if folder.holds_run(where) and not (resume or overwrite):
+        raise ValueError(
+            f"{where} already holds a run; go on with `--resume`, replace it with `--overwrite`, "
+            "or name another `--output_dir`."
+        )
+    folder.check_free(where)
+    return checkpoint
+
+
 def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load: Backbone) -> Run:
     check_options(settings)
     check_optimizer(settings)
@@ -190,6 +214,7 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load:
     more = settings.training.model_init_kwargs
     backbone = backbone_options(settings.model, trust_remote_code=trusts, more=more)
     hub = {option: backbone[option] for option in ("revision", "trust_remote_code")}
+    replicas.together(lambda: locate(name) if replicas.is_first() else None)  # it may be made
     head = choose_head(settings.run, task, model=name, is_encoder=is_encoder(name, **hub))
     check_head_options(settings, head)
     tokenizer = load_tokenizer(name, **hub)
@@ -236,9 +261,7 @@ def train(run: Run) -> None:
         >>> loralloc.train(run)  # doctest: +SKIP
     """
     where, writes = run.settings.output_dir, run.trainer.args.should_save
-    with folder.locked(where) if writes else nullcontext():
-        if writes:
-            _check_unchanged(run)
+    with replicas.together(lambda: _locked(run) if writes else nullcontext()):
         if run.checkpoint:
             run.method.check_saved(run.checkpoint)
         run.trainer.add_callback(FolderWriter(run))
@@ -247,17 +270,20 @@ def train(run: Run) -> None:
             _write(run, where)
 
 
-def _check_unchanged(run: Run) -> None:
-    """Refuse a folder in which another process has trained since the run was prepared."""
+def _locked(run: Run) -> AbstractContextManager[Any]:
+    """The lock on the run folder, unless another run was in it since this one was prepared."""
     where = run.settings.output_dir
+    lock = folder.locked(where)
     if run.checkpoint:
         is_same = newest_whole(where) == run.checkpoint
     else:
         is_same = run.overwrite or not folder.holds_run(where)
     if not is_same:
+        lock.release()
         raise ValueError(
             f"Another process has trained in {where} since this run was prepared; begin again."
         )
+    return lock
 
 
 def _write(run: Run, where: Path) -> None:

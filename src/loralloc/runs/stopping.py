@@ -8,6 +8,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from loralloc.allocation import replicas
+
 
 class Stopped(Exception):
     """The run was asked to end, and ended with a whole checkpoint."""
@@ -26,7 +28,7 @@ class StopOnSignal(TrainerCallback):
 
     def __init__(self) -> None:
         """Nothing was asked for yet."""
-        self._is_asked = False
+        self._is_asked = self._saves_last = False
         self._before: Any = None
 
     def __enter__(self) -> StopOnSignal:
@@ -41,14 +43,15 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Ask for a checkpoint."""
-        control.should_save |= self._is_asked
+        """Ask for a checkpoint, in all processes where one was asked."""
+        self._saves_last = replicas.any_of(self._is_asked)
+        control.should_save |= self._saves_last
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """End the run, now that the checkpoint is there."""
-        if self._is_asked:
+        if self._saves_last:
             raise Stopped(state.global_step)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

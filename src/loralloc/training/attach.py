@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import Trainer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import active_adapter
 from loralloc.allocation.record import Round
@@ -59,6 +60,6 @@ def attach(
     kind = Shrink if config.preset == "shrink" else Alora
     method = kind.on(trainer.model, config, adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)
-    if method.record.note:
+    if method.record.note and replicas.is_first():
         logger.warning("loralloc: %s.", method.record.note)
     return method

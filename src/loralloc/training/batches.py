@@ -182,6 +182,7 @@ class LengthBuckets:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler(
             [len(tokens) for tokens in dataset["input_ids"]],
-            batch_size=self.args.train_batch_size,
+            # Of all processes together: what a step sees is the same however many they are.
+            batch_size=self.args.train_batch_size * self.args.world_size,
             seed=seed,
         )

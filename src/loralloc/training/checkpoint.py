@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from loralloc.allocation import replicas
 from loralloc.allocation.files import read_json, read_tensors, write_text
 
 NAME = "training_state"
@@ -21,10 +22,11 @@ NAME = "training_state"
 
 
 class SafeCheckpoints:
-    """Mixin for a `transformers.Trainer` that runs in one process.
+    """Mixin for a `transformers.Trainer`, in any number of processes that hold the same.
 
-    Optimiser, scheduler, gradient scaler and random generators are saved as plain data, so that a
-    run folder can be shared and opened without running code from it.
+    Optimiser, scheduler, gradient scaler and the random generators of every process are saved as
+    plain data, so that a run folder can be shared and opened without running code from it. A run
+    may go on with another number of processes.
     """
 
     # What Trainer provides, for the type checker.
@@ -39,10 +41,13 @@ class SafeCheckpoints:
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        states = replicas.gathered(random_state())
+        if not self.args.should_save:
+            return
         values = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.lr_scheduler.state_dict(),
-            "random": random_state(),
+            "random": states,
         }
         scaler = getattr(self.accelerator, "scaler", None)
         if scaler is not None:
@@ -69,7 +74,9 @@ class SafeCheckpoints:
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            set_random_state(read_state(Path(checkpoint), NAME)["random"])
+            states = read_state(Path(checkpoint), NAME)["random"]
+            # Of processes that were not there, those of the first ones, as at a run's beginning.
+            set_random_state(states[self.args.process_index % len(states)])
 
 
 def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
@@ -175,5 +182,5 @@ def set_random_state(state: dict[str, Any]) -> None:
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.random.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from loralloc.allocation import replicas
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.record import Round
 from loralloc.methods.method import Method, Session
@@ -30,10 +31,12 @@ from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
 from loralloc.training.learning_rate import restart_schedule
 from loralloc.training.loss import mean_loss, objective, with_method
+from loralloc.training.processes import Processes
 from loralloc.training.replaced import give_back, replace, replaced
 from loralloc.training.seal import check_whole, newest_whole, sealing
 from loralloc.training.way_of_running import (
     check_checkpointing,
+    check_shared_batches,
     check_way_of_running,
     compile_anew,
     planned_length,
@@ -130,7 +133,9 @@ class Driver(TrainerCallback):
         )
         if self._wants.half_until:
             check_checkpointing(trainer)
+            check_shared_batches(trainer)
         method.join(self._session)
+        self._processes = Processes(trainer, method)
         # From here on the trainer is changed.
         self._while_training = self._joins_of_training()
         self._while_attached = {"train": self._driven(trainer.train)}
@@ -159,6 +164,7 @@ class Driver(TrainerCallback):
         self._take_optimizer(kwargs["optimizer"])
         self._session.steps_done = state.global_step
         self.method.begin(self._session)
+        self._processes.begin()
         self._is_training = True
 
     def on_step_begin(
@@ -172,6 +178,7 @@ class Driver(TrainerCallback):
     ) -> None:
         """Let the method act while the step's gradients are still there."""
         if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self._processes.average()
             self.method.step(state.global_step + 1)
 
     def on_step_end(
@@ -185,6 +192,7 @@ class Driver(TrainerCallback):
         should_log = control.should_log
         has_changed = self.method.after_step(number, float(state.epoch or 0.0))
         control.should_log = should_log  # logging a round is not logging the step
+        self._processes.follow(number, has_changed=has_changed)
         if has_changed:
             compile_anew(self._trainer)
         if has_changed or number == self.method.first_eligible_step():
@@ -211,7 +219,7 @@ class Driver(TrainerCallback):
         @functools.wraps(own)
         def train(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
             if resume_from_checkpoint is True:  # to Trainer the newest, torn or not
-                whole = newest_whole(self._trainer.args.output_dir)
+                whole = replicas.agreed(newest_whole(self._trainer.args.output_dir))
                 resume_from_checkpoint = True if whole is None else str(whole)
             self._follow_length()
             self._own_max_steps = self._trainer.args.max_steps
@@ -327,7 +335,7 @@ class Driver(TrainerCallback):
             return objective(trainer, None) if self._wants.half_until else None
         rows = trainer.eval_dataset if dataset is None else dataset
         batches, note = held_out(trainer, rows, num_examples=count, seed=self._seed)
-        if note:
+        if note and replicas.is_first():
             logger.warning("loralloc: %s.", note)
             self.notes.append(note)
         return objective(trainer, batches)

@@ -70,7 +70,7 @@ def second_half(
             _Order(own_sampler(_part(whole, first)), seed),
             rows=first,
             until_step=until_step,
-            batch_size=trainer._train_batch_size,
+            batch_size=trainer._train_batch_size * trainer.args.world_size,
             accumulation_steps=trainer.args.gradient_accumulation_steps,
             drop_last=trainer.args.dataloader_drop_last,
         )
@@ -86,7 +86,7 @@ class HalfSampler(Sampler[int]):
         half: The order of the examples of the half, by their place in it.
         rows: The examples of the half.
         until_step: Optimiser steps that see the half only.
-        batch_size: Examples of a batch.
+        batch_size: Examples of a batch, of all processes together.
         accumulation_steps: Batches of an optimiser step.
         drop_last: Whether an epoch leaves out its last and smaller batch.
     """
@@ -174,9 +174,14 @@ class _SecondHalf(Iterator[Batch]):
         self._num_given = self._num_given + 1 if step == self._step else 0
         self._step = step
         number = step * self._trainer.args.gradient_accumulation_steps + self._num_given
-        size = min(self._trainer._train_batch_size, len(self._examples))
+        args = self._trainer.args
+        size = min(self._trainer._train_batch_size * args.world_size, len(self._examples))
         epoch, index = divmod(number, len(self._examples) // size)
         rows = self._pass(epoch)[index * size : (index + 1) * size]
+        # Of the processes' batch, in the order in which they are given the others.
+        share = max(1, size // args.world_size)
+        first = min(args.process_index * share, size - share)
+        rows = rows[first : first + share]
         batch: Batch = self._trainer._prepare_inputs(
             self._collate([self._examples[row] for row in rows])
         )

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import base_model
 from loralloc.allocation.objective import Batch, Loss, Objective, is_causal_lm
 from loralloc.allocation.supervised import Supervised, SupervisedLoss, supervised_positions
@@ -160,8 +161,10 @@ def mean_loss(trainer: Trainer, method: Method) -> Callable[[Batch], Tensor]:
         inputs = trainer._prepare_inputs(batch)
         method.watch(inputs)
         if supervised is not None and not own().has_own_loss:
-            return supervised(inputs).mean
-        return own().loss_sum(inputs) / own().count_targets(inputs)
+            found = supervised(inputs)
+            return found.mean * replicas.weight(found.num_targets)
+        num_targets = own().count_targets(inputs)
+        return own().loss_sum(inputs) / num_targets * replicas.weight(num_targets)
 
     return loss
 

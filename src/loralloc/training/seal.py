@@ -17,6 +17,7 @@ from typing import Any
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from loralloc.allocation import replicas
 from loralloc.allocation.files import flush_file, flush_folder, write_text
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def newest_whole(folder: str | Path) -> Path | None:
         fault = fault_of(path)
         if not fault:
             return path
-        logger.warning("loralloc: %s is passed over: %s.", path, fault)
+        if replicas.is_first():
+            logger.warning("loralloc: %s is passed over: %s.", path, fault)
     return None
 
 
@@ -108,18 +110,14 @@ def check_whole(folder: Path) -> None:
 
 
 def sealing(trainer: Trainer) -> Callable[..., None]:
-    """The trainer's `_save_checkpoint`, which seals what it wrote before an older one goes."""
+    """The trainer's `_save_checkpoint`, which seals what it wrote before an older one goes.
+
+    Other processes wait for the one that writes.
+    """
     own = trainer._save_checkpoint
 
-    def save_checkpoint(model: Any, trial: Any) -> None:
-        args = trainer.args
-        limit, args.save_total_limit = args.save_total_limit, None
-        try:
-            own(model, trial)
-        finally:
-            args.save_total_limit = limit
-        trainer.accelerator.wait_for_everyone()
-        if not args.should_save:
+    def finish(limit: int | None, trial: Any) -> None:
+        if not trainer.args.should_save:
             return
         where = Path(trainer._get_output_dir(trial=trial))
         seal(where / f"checkpoint-{trainer.state.global_step}")
@@ -129,6 +127,16 @@ def sealing(trainer: Trainer) -> Callable[..., None]:
             best_model_checkpoint=trainer.state.best_model_checkpoint,
             use_mtime=True,
         )
+
+    def save_checkpoint(model: Any, trial: Any) -> None:
+        args = trainer.args
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            own(model, trial)
+        finally:
+            args.save_total_limit = limit
+        trainer.accelerator.wait_for_everyone()
+        replicas.together(lambda: finish(limit, trial))
 
     return save_checkpoint
 

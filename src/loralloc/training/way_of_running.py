@@ -8,6 +8,7 @@ them is dropped, and the count begins anew.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def check_way_of_running(trainer: Trainer, method: Method) -> None:
         ValueError: An option of the trainer's builds the model or its batches anew.
     """
     _check_processes(trainer, method)
-    _check_sharding(trainer, method)
+    _check_sharding(trainer)
+    _check_unused(trainer, method)
     if acts_between_steps(method) and trainer.args.fp16 and not method.bears_scaled_loss:
         raise TypeError(
             f"The run is in fp16, whose loss is scaled and whose steps may be skipped, and "
@@ -80,31 +82,65 @@ def acts_between_steps(method: Method) -> bool:
 
 def _check_processes(trainer: Trainer, method: Method) -> None:
     args = trainer.args
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started > 1 and args.world_size == 1:
+        raise TypeError(
+            f"This process was started as one of {started}, but its trainer trains alone, so that "
+            "each would train a model of its own; on a CPU give the trainer `use_cpu=True`, or "
+            "start one process."
+        )
     if isinstance(method, InPlaceMethod) and args.n_gpu > 1:
         raise TypeError(
             f"There are {args.n_gpu} GPUs, between which one process would copy the model "
             f"without the hooks of {method.about.name}; make a single GPU visible with "
             "CUDA_VISIBLE_DEVICES."
         )
-    count = max(args.world_size, args.n_gpu)
-    if acts_between_steps(method) and count > 1:
+    if acts_between_steps(method) and args.n_gpu > 1:
         raise TypeError(
-            f"The run has {count} processes or GPUs, and {method.about.name} acts between steps, "
-            "which takes place in one process on one device so far: make a single GPU visible with "
-            "CUDA_VISIBLE_DEVICES and start one process."
+            f"There are {args.n_gpu} GPUs and one process, which would copy the model at every "
+            f"step, and {method.about.name} acts on it between steps; start a process for each GPU "
+            "with `torchrun --nproc_per_node gpu`, or make a single GPU visible with "
+            "CUDA_VISIBLE_DEVICES."
         )
 
 
-def _check_sharding(trainer: Trainer, method: Method) -> None:
+def _check_sharding(trainer: Trainer) -> None:
     for way, is_on in (
         ("FSDP", trainer.is_fsdp_enabled),
         ("DeepSpeed", trainer.is_deepspeed_enabled),
+        ("A model that is loaded in parts", trainer.is_distributed_loading_by_transformers),
     ):
-        if is_on and acts_between_steps(method):
+        if is_on:
             raise TypeError(
-                f"{way} shards the parameters that {method.about.name} replaces or reads between "
-                "steps, so it cannot be used under it; run in one process."
+                f"{way} keeps a part of the parameters in each process, where adapters are not "
+                "trained or saved whole here; start the processes with `torchrun` or `accelerate "
+                "launch --multi_gpu`, so that each has the whole model."
             )
+
+
+def check_shared_batches(trainer: Trainer) -> None:
+    """Refuse batches that are cut up for the processes, where halves of the data are placed.
+
+    Raises:
+        ValueError: `split_batches` is on.
+    """
+    if trainer.args.world_size > 1 and trainer.accelerator.split_batches:
+        raise ValueError(
+            "`accelerator_config` has `split_batches`, by which processes share a batch, while one "
+            "half of the training examples is kept back batch by batch; leave it out and lower "
+            "`per_device_train_batch_size`."
+        )
+
+
+def _check_unused(trainer: Trainer, method: Method) -> None:
+    handler = trainer.accelerator.ddp_handler
+    looks = handler is not None and handler.find_unused_parameters
+    if trainer.args.world_size > 1 and method.leaves_out and not looks:
+        raise ValueError(
+            f"{method.about.name} leaves out parameters in some steps, and with gradient "
+            "checkpointing Trainer lets the processes wait for the gradients of all; set "
+            "`ddp_find_unused_parameters=True`, or leave out `gradient_checkpointing`."
+        )
 
 
 def _check_devices(trainer: Trainer) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from loralloc.allocation import replicas
 from loralloc.allocation.gates import fold_gates, gate_ranks
 from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.layers import lora_layers, ranks, weights_b
@@ -65,7 +66,7 @@ class Gates(Tracker):
         """
         self._put()
         counted = [(batch, self.objective.count_targets(batch)) for batch in batches]
-        num_targets = sum(count for _, count in counted)
+        num_targets = replicas.total(sum(count for _, count in counted))
         logits = self._state["logits"].clone().requires_grad_()
         gradient = torch.zeros_like(logits)
         try:
@@ -73,7 +74,8 @@ class Gates(Tracker):
                 self._gates = self._by_module(2 * torch.sigmoid(logits))
                 loss = self.objective.loss_sum(batch) / num_targets
                 gradient += torch.autograd.grad(loss, logits)[0]
-            self._update(gradient)
+            # Each process has its share of the targets.
+            self._update(replicas.averaged({"": gradient})[""] * replicas.count())
         finally:
             self._gates = self._by_module(self._values())
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.blocks import backbone, blocks, hidden_size, sublayers
 from loralloc.methods.bottleneck import ADAPTER, act_sequentially
 from loralloc.methods.in_place import InPlaceMethod
@@ -149,7 +150,8 @@ class LearnedAdapter(InPlaceMethod):
             return
         cells = self.cells()
         score = by_gradient if self.score == "gradient" else by_ablation
-        scores = score(self._objective, {name: cells[name] for name in self._rounds[number]})
+        chosen = {name: cells[name] for name in self._rounds[number]}
+        scores = replicas.agreed(score(self._objective, chosen))
         self.restructure(
             {
                 name: {choice: [candidate] for choice, candidate in best(found).items()}
@@ -161,6 +163,7 @@ class LearnedAdapter(InPlaceMethod):
         if number == self._first_eligible_step and self.retrain:
             for cell in cells.values():
                 cell.draw()
+                replicas.share(cell.parameters())
                 anew += cell.parameters()
         train_what_is_left(self._optimizer, self.model, anew=anew)
 

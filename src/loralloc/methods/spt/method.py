@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from loralloc.allocation import replicas
 from loralloc.allocation.blocks import blocks, hidden_size
 from loralloc.allocation.objective import Batch
 from loralloc.methods.in_place import InPlaceMethod
@@ -233,7 +234,8 @@ class Spt(InPlaceMethod):
         self._slots.draw_soft_prompt()
         for generator in self._generators.values():
             generator.draw()
-        drawn = self.adapter_parameters().values()
+        drawn = list(self.adapter_parameters().values())
+        replicas.share(drawn)
         train_what_is_left(self._session.optimizer, self.model, anew=drawn)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loralloc.allocation import replicas
 from loralloc.allocation.blocks import backbone
 from loralloc.allocation.objective import Batch
 from loralloc.methods.method import Session
@@ -62,9 +63,10 @@ class LayerSearch:
         if self._consistency:
             # By itself: the graphs of two passes are held at once, not those of three.
             first, second = (self._sub_network(model, session, batch) for _ in range(2))
-            distance = (first - second).square().mean()
+            distance = (first - second).square().mean() * replicas.weight(len(first))
             gradient += self._consistency * torch.autograd.grad(distance, self.alpha)[0]
         self.alpha.grad = gradient
+        replicas.average_gradients([self.alpha])
         self._optimizer.step()
         self.alpha.grad = None
 
@@ -86,6 +88,7 @@ class LayerSearch:
     def _sub_network(self, model: Any, session: Session, batch: Batch) -> Tensor:
         """Final hidden states (tokens, width) without the gates that are dropped now."""
         self._kept = (torch.rand(len(self._candidates)) >= DROPPED).float()
+        replicas.share([self._kept])
         try:
             with _final_hidden_states(model) as found:
                 session.loss(batch)

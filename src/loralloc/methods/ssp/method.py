@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.utils.hooks import RemovableHandle
 
+from loralloc.allocation import replicas
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About, Session
 from loralloc.methods.optimizer import train_what_is_left
@@ -225,6 +226,7 @@ class Ssp(InPlaceMethod):
         self._set_gates(number, with_graph=True)
         loss = self._session.loss(next(self._session.second_half))
         (self._alphas.grad,) = torch.autograd.grad(loss, [self._alphas])
+        replicas.average_gradients([self._alphas])
         nn.utils.clip_grad_norm_([self._alphas], CLIP)
         left = 1 - (number - 1) / self._num_search_steps
         self._alpha_optimizer.param_groups[0]["lr"] = self.alpha_lr * max(0.0, left)
@@ -242,6 +244,7 @@ class Ssp(InPlaceMethod):
             fresh = chosen[name].build().parameters()
             for parameter, new in zip(unit.parameters(), fresh, strict=True):
                 parameter.copy_(new)
+            replicas.share(unit.parameters())
         anew = self.model.parameters()  # the head's past was with what is gone, too
         train_what_is_left(self._session.optimizer, self.model, anew=anew)
         del self._session

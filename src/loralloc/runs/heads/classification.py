@@ -29,6 +29,12 @@ from loralloc.training.checkpoint import SafeCheckpoints
 class SafeTrainer(LengthBuckets, SafeCheckpoints, Trainer):
     """The trainer of Transformers, with checkpoints that hold no pickles."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Take the mean of each batch: what the model computes, whatever it is told of the step."""
+        super().__init__(*args, **kwargs)
+        # Else a step's gradients grow with the batches it accumulates and with the processes.
+        self.model_accepts_loss_kwargs = False
+
 
 def classification_trainer(
     model: Any,

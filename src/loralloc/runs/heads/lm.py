@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
+from loralloc.allocation import replicas
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
 from loralloc.runs.data import ROW
 from loralloc.runs.heads.head import Head
@@ -30,6 +31,12 @@ MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
 
 
+OWN_PART: dict[str, Callable[[int], int]] = {
+    "mean_token_accuracy": lambda processes: processes,
+    "num_tokens": lambda processes: 1,
+}
+"""Metrics that each process has of its own batches, and what their sum is divided by."""
+
 TEMPLATES = (".jinja", ".j2")
 """Endings of files that hold a chat template."""
 
@@ -40,6 +47,9 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
     TRL's fused head bounds memory by computing its chunks twice, in float32; on a CPU that is half
     of a small model's step. It is still the way of batches whose logits could not be held.
     """
+
+    _counts_its_part = False
+    """Whether metrics are of this process's batches alone; TRL's own way gathers them."""
 
     @functools.cached_property
     def _supervised_loss(self) -> SupervisedLoss:
@@ -60,6 +70,7 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         mode = "train" if self.model.training else "eval"
         loss = self._supervised_loss(inputs, positions=positions, through=model)
+        self._counts_its_part = True
         if mode == "train":
             mask = inputs.get("attention_mask")  # None where sequences are packed into one row
             self._total_train_tokens += inputs["input_ids"].numel() if mask is None else mask.sum()
@@ -71,8 +82,11 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's log, for which the metrics leave the device, where they wait until here."""
         metrics = self._metrics["train" if self.model.training else "eval"]
-        for values in metrics.values():
+        for name, values in metrics.items():
             values[:] = [v.item() if isinstance(v, Tensor) else v for v in values]
+            if name in OWN_PART and values and self._counts_its_part:
+                mean = sum(values) / len(values)
+                values[:] = [replicas.total(mean) / OWN_PART[name](replicas.count())]
         super().log(logs, start_time)
 
     def _has_a_loss_of_its_own(self) -> bool:
