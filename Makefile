@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 test test-quick docs reliability: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick check bench docs reliability clean
+.PHONY: help setup demo test test-quick check bench docs pages site reliability clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -42,16 +42,22 @@ bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and w
 		$(BIN)/python benchmarks/$$name.py $(QUICK) --json benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python benchmarks/page.py
 
-docs: $(STAMP) ## check that commands, examples and tables in the docs are true
-	$(BIN)/python -m pytest -q tests/test_docs.py
+docs: $(STAMP) ## check that what the docs show is true, and build the site and click through it
+	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_pages.py tests/test_site.py
+
+pages: $(STAMP) ## write the pages and pictures that are made from the code
+	for name in command_line notebook pictures; do $(BIN)/python pages/$$name.py || exit 1; done
+
+site: $(STAMP) ## build the documentation site into build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 
 reliability: $(STAMP) ## kill, fill, flip and resume runs, and docs/reliability.md from what came out
 	$(BIN)/python -m pytest -q -n auto -m "reliability or slow"
 	$(BIN)/python experiments/reliability.py
 
 clean: ## remove caches and build products; .venv and runs/ stay
-	rm -rf build dist docs/site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+	rm -rf build dist .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples pages -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

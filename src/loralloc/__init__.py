@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loralloc.allocation.record import Record as Record
     from loralloc.allocation.record import Round as Round
     from loralloc.allocation.record import Size as Size
+    from loralloc.allocation.refusals import ScoringError as ScoringError
     from loralloc.allocation.resize import resize as resize
     from loralloc.methods.catalog import get_method as get_method
     from loralloc.methods.method import Method as Method
