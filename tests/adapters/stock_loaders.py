@@ -83,7 +83,7 @@ def as_mlx(model, folder):
 
 
 def as_vllm(model, folder):
-    """PEFTHelper: one scaling for all modules, from r and lora_alpha; patterns are not read."""
+    """PEFTHelper to 0.31: one scaling for all modules, from r and lora_alpha, and no patterns."""
     config = json.loads((folder / "adapter_config.json").read_text())
     r = config["r"]
     scaling = config["lora_alpha"] / (math.sqrt(r) if config.get("use_rslora") else r)

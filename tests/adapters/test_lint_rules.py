@@ -17,8 +17,8 @@ NAMES = tuple(f"model.layers.{layer}.{kind}" for layer in range(3) for kind in K
 Q1 = NAMES[3]
 KEY = "^" + re.escape(Q1)
 PLAIN = dict(peft_type="LORA", task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj"])
-SERVERS = {"vLLM", "vllm-omni", "TensorRT-LLM", "SGLang", "TGI", "LoRAX", "llama.cpp"}
-ONE_SCALING = {"PEFT hotswap", "vLLM", "vllm-omni", "TensorRT-LLM", "TGI", "LoRAX"}
+ONE_SCALING = {"PEFT hotswap", "vLLM 0.31", "vllm-omni", "TensorRT-LLM", "TGI", "LoRAX"}
+VLLM = {"vLLM", "vLLM 0.31", "vllm-omni"}
 
 
 def folder(names=NAMES, ranks=None, others=None, **config) -> Adapter:
@@ -42,24 +42,29 @@ HEAD = {"base_model.model.lm_head.weight": torch.ones(2, 2)}
 FAULTY = {
     "an alpha of its own": (
         folder(alpha_pattern={KEY: 4}),
-        ONE_SCALING | SERVERS,
+        ONE_SCALING | {"SGLang", "llama.cpp"},
         "scales model.layers.1.self_attn.q_proj by 2 in the place of 0.5",
     ),
     "a smaller rank with the same alpha": (
         folder(ranks={Q1: 4}, rank_pattern={KEY: 4}),
-        ONE_SCALING | (SERVERS - {"llama.cpp"}),
+        ONE_SCALING | {"SGLang"},
         "by 2 in the place of 4",
     ),
     "a larger rank with the same scaling": (
         folder(ranks={Q1: 12}, rank_pattern={KEY: 12}, alpha_pattern={KEY: 24}),
-        {"vLLM", "vllm-omni", "SGLang", "TGI", "LoRAX", "llama.cpp"},
+        {"vllm-omni", "SGLang", "TGI", "LoRAX", "llama.cpp"},
         "has buffers for `r` = 8",
     ),
-    "rsLoRA": (folder(use_rslora=True), {"SGLang", "llama.cpp"}, "does not read `use_rslora`"),
-    "rsLoRA on experts": (
-        folder(EXPERTS, use_rslora=True),
-        {"vLLM", "vllm-omni", "SGLang", "llama.cpp"},
-        "does not apply rsLoRA's scaling to experts",
+    "rsLoRA": (folder(use_rslora=True), {"SGLang", "llama.cpp"}, "nor `use_rslora`"),
+    "experts of unequal ranks": (
+        folder(
+            EXPERTS,
+            dict.fromkeys(EXPERTS[1::2], 4),
+            rank_pattern={"1.up_proj": 4},
+            alpha_pattern={"1.up_proj": 8},
+        ),
+        {*VLLM, "SGLang", "llama.cpp"},
+        "whose ranks differ: model.layers.0.mlp.experts.*.up_proj has 4 to 8",
     ),
     "a module that was emptied": (
         folder(tuple(name for name in NAMES if name != Q1)),
@@ -78,18 +83,18 @@ FAULTY = {
     ),
     "a trained head": (
         folder(modules_to_save=["lm_head"], others=HEAD),
-        {"vLLM", "vllm-omni", "llama.cpp"},
+        {*VLLM, "llama.cpp"},
         "loads ranks only, and the adapter holds base_model.model.lm_head.weight too",
     ),
-    "DoRA": (folder(use_dora=True), {"vLLM", "vllm-omni", "llama.cpp"}, "has no `use_dora`"),
+    "DoRA": (folder(use_dora=True), {*VLLM, "llama.cpp"}, "has no `use_dora`"),
     "a changed backbone": (
         folder(init_lora_weights="pissa"),
-        {"vLLM", "vllm-omni", "llama.cpp"},
+        {*VLLM, "llama.cpp"},
         "a backbone that `init_lora_weights='pissa'` has not changed there",
     ),
     "more ranks than a server has": (
         folder(r=520, lora_alpha=520),
-        {"vLLM", "vllm-omni"},
+        VLLM,
         "has ranks up to 512, and this adapter 520",
     ),
     "ranks of a diffusion model": (
@@ -128,13 +133,21 @@ SOUND = {
 @pytest.mark.parametrize("fault", FAULTY)
 def test_a_planted_fault_is_found_by_those_that_have_it(fault):
     adapter, consumers, words = FAULTY[fault]
-    assert shown(adapter) == consumers
+    assert shown(adapter) == set(consumers)
     assert any(words in finding.reason for finding in lint(adapter))
 
 
 @pytest.mark.parametrize("name", SOUND)
 def test_nothing_is_found_in_a_sound_folder(name):
     assert lint(SOUND[name]) == []
+
+
+def test_a_changed_backbone_is_refused_or_not_noticed():
+    found = lint(FAULTY["a changed backbone"][0], only=["vLLM", "vLLM 0.31"])
+    assert [finding.reason.split("`")[0].strip() for finding in found] == [
+        "refuses",
+        "adds it to a backbone that",
+    ]
 
 
 def test_only_those_asked_for_answer():

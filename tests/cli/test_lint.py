@@ -8,7 +8,7 @@ def test_faults_are_told_and_mended(call, tmp_path):
     adapter = made(tmp_path, tiny.llama(), r=20, ranks=UNEVEN)
     answer = call("lint", adapter)
     assert answer.code == 1
-    assert "SGLang refuses to load it: `rank_pattern` has" in answer.out
+    assert "SGLang refuses to load it: model.layers" in answer.out
     mended = call("lint", adapter, "--fix", "portable")
     assert mended.code == 0, mended.err
     assert f"{tmp_path / 'adapter-portable'}: nothing found." in mended.out

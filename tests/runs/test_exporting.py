@@ -94,6 +94,16 @@ def test_portable_is_one_rank_with_zeros_where_modules_were_emptied(adapters, tm
     assert all(not new.modules[n].a.any() and not new.modules[n].b.any() for n in emptied)
 
 
+@pytest.mark.parametrize("more", [{}, {"rope_type": "linear", "factor": 2.0}])
+def test_merged_says_its_rotary_embedding_to_those_who_know_the_old_names(more, tmp_path):
+    rotary = {"rope_type": "default", "rope_theta": 5000.0, **more}
+    adapter = made(tmp_path, tiny.llama(rope_parameters=rotary))
+    done = export(adapter, to="merged")
+    config = json.loads((done.path / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_parameters"]) == (5000.0, rotary)
+    assert config.get("rope_scaling") == (more or None)
+
+
 def test_peft_form_takes_the_padding_away_again(adapters, tmp_path):
     export(adapters["uneven"], to="portable", output=tmp_path / "wide")
     export(tmp_path / "wide", to="peft", output=tmp_path / "narrow")

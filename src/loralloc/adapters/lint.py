@@ -1,12 +1,14 @@
 """Which consumers would load an adapter folder wrongly, and why, read from the folder alone.
 
 Each consumer is a rule of how it takes ranks and scalings from tensors and configuration; the rules
-were read in the consumers' sources, which `docs/serving.md` names.
+were read in the consumers' sources, which `docs/serving.md` names, and those of vLLM and llama.cpp
+are held against the servers themselves by `experiments/served.py`.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +38,8 @@ class Finding:
     reason: str
     """What it does with this folder, in a sentence without the consumer's name."""
 
+
+_EXPERT = re.compile(r"(.+\.experts\.)\d+(\..+)")
 
 Rule = Callable[[Adapter], Iterator[str]]
 """What a consumer would do wrongly with a folder."""
@@ -86,19 +90,40 @@ def _peft_hotswap(adapter: Adapter) -> Iterator[str]:
     yield from _scaled_wrongly(adapter, _one_scaling(adapter), "does not find patterns (peft#3738)")
 
 
-def _vllm(adapter: Adapter) -> Iterator[str]:
-    yield from _scaled_wrongly(adapter, _one_scaling(adapter), "ignores patterns (vllm#59799)")
+def _vllm(adapter: Adapter, *, notices_backbone: bool = True) -> Iterator[str]:
+    largest = max(_global_rank(adapter), *adapter.ranks.values())
+    if largest > LARGEST_VLLM_RANK:
+        yield f"has ranks up to {LARGEST_VLLM_RANK}, and this adapter {largest}"
+    projections: dict[str, set[int]] = {}
+    for name, rank in adapter.ranks.items():
+        if found := _EXPERT.fullmatch(name):
+            projections.setdefault(f"{found[1]}*{found[2]}", set()).add(rank)
+    for name, ranks in projections.items():
+        if len(ranks) > 1:
+            yield (
+                f"refuses experts of one layer whose ranks differ: {name} has {min(ranks)} to "
+                f"{max(ranks)}"
+            )
+            break
+    yield from _more_than_ranks(adapter, notices_backbone=notices_backbone)
+
+
+def _vllm_before_patterns(adapter: Adapter) -> Iterator[str]:
+    yield from _scaled_wrongly(
+        adapter, _one_scaling(adapter), "ignores patterns, as older versions do (vllm#59799)"
+    )
+    yield from _vllm(adapter, notices_backbone=False)
+
+
+def _vllm_omni(adapter: Adapter) -> Iterator[str]:
+    yield from _scaled_wrongly(adapter, _one_scaling(adapter), "ignores patterns")
     r, largest = _global_rank(adapter), max(adapter.ranks.values())
     if largest > r:
         yield (
             f"has buffers for `r` = {r} and cannot copy {_widest(adapter)}, which has {largest} "
             "ranks"
         )
-    if max(r, largest) > LARGEST_VLLM_RANK:
-        yield f"has ranks up to {LARGEST_VLLM_RANK}, and this adapter {max(r, largest)}"
-    if adapter.config.get("use_rslora") and any(".experts." in name for name in adapter.modules):
-        yield "does not apply rsLoRA's scaling to experts (vllm#55545)"
-    yield from _more_than_ranks(adapter)
+    yield from _vllm(adapter, notices_backbone=False)
 
 
 def _tensorrt_llm(adapter: Adapter) -> Iterator[str]:
@@ -106,17 +131,13 @@ def _tensorrt_llm(adapter: Adapter) -> Iterator[str]:
 
 
 def _sglang(adapter: Adapter) -> Iterator[str]:
-    own = (adapter.config.get("r"), adapter.config.get("lora_alpha"))
-    for option, pattern, value in zip(
-        ("rank_pattern", "alpha_pattern"), patterns(adapter.config), own, strict=True
-    ):
-        others = [other for other in pattern.values() if other != value]
-        if others:
-            yield f"refuses to load it: `{option}` has {others[0]}, which is not {value}"
-            return
     alpha, r = _alpha(adapter), _global_rank(adapter)
-    if adapter.config.get("use_rslora"):
-        yield from _scaled_wrongly(adapter, lambda _: alpha / r, "does not read `use_rslora`")
+    other = next((name for name, rank in adapter.ranks.items() if rank != r), None)
+    if other:
+        yield f"refuses to load it: {other} has {adapter.ranks[other]} ranks, and `r` is {r}"
+    yield from _scaled_wrongly(
+        adapter, lambda _: alpha / r, "reads neither patterns nor `use_rslora`"
+    )
 
 
 def _tgi(adapter: Adapter) -> Iterator[str]:
@@ -171,7 +192,8 @@ CONSUMERS: dict[str, Rule] = {
     "PEFT": _peft,
     "PEFT hotswap": _peft_hotswap,
     "vLLM": _vllm,
-    "vllm-omni": _vllm,
+    "vLLM 0.31": _vllm_before_patterns,
+    "vllm-omni": _vllm_omni,
     "TensorRT-LLM": _tensorrt_llm,
     "SGLang": _sglang,
     "TGI": _tgi,
@@ -205,10 +227,12 @@ def _one_scaling(adapter: Adapter) -> Callable[[LoraModule], float]:
     return lambda _: scaling
 
 
-def _more_than_ranks(adapter: Adapter) -> Iterator[str]:
+def _more_than_ranks(adapter: Adapter, *, notices_backbone: bool = False) -> Iterator[str]:
     """What servers refuse or leave out that have a place for ranks on modules only."""
     init = adapter.config.get("init_lora_weights", True)
-    if init not in PLAIN_INITS:
+    if init not in PLAIN_INITS and notices_backbone:
+        yield f"refuses `init_lora_weights={init!r}`, which changes the backbone"
+    elif init not in PLAIN_INITS:
         yield f"adds it to a backbone that `init_lora_weights={init!r}` has not changed there"
     given = [name for name in NOT_PLAIN if adapter.config.get(name)]
     if given:

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loralloc.adapters.folder import CONFIG, WEIGHTS, Adapter, read_adapter
 from loralloc.adapters.forms import Form, Shape, check_shapes, compact, portable
+from loralloc.allocation.files import read_json
 from loralloc.runs.models import load_model
 from loralloc.runs.verifying import (
     TOLERANCE,
@@ -33,6 +34,9 @@ FORMATS = ("peft", "portable", "merged", "gguf", "mlx")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types of the weights that are written."""
+
+MODEL_CONFIG = "config.json"
+"""Transformers' description of a model."""
 
 GGUF_NAME = "adapter.gguf"
 """The file of `gguf`."""
@@ -101,6 +105,7 @@ def export(
     with written_beside(output) as scratch:
         if merged is not None:
             merged.to(DTYPES[dtype]).save_pretrained(scratch)
+            repeat_rotary(scratch)
             source.save_tokenizer(scratch)
             del merged
             opened = load_model(str(scratch), head=source.head, dtype=torch.float32)
@@ -136,6 +141,23 @@ def write_form(folder: Path, form: Form) -> None:
     text = json.dumps(form.config, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     save_file(form.tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def repeat_rotary(folder: Path) -> None:
+    """Say a model's rotary embedding under the names of Transformers 4 as well.
+
+    Transformers 5 writes `rope_parameters`; readers that know `rope_theta` and `rope_scaling` only,
+    MLX-LM among them, take their default where these are missing, and another model it is.
+    """
+    config = read_json(folder / MODEL_CONFIG)
+    rotary = dict(config.get("rope_parameters") or {})
+    if "rope_theta" not in rotary or "rope_theta" in config:
+        return
+    config["rope_theta"] = rotary.pop("rope_theta")
+    if rotary.get("rope_type", "default") != "default":
+        config["rope_scaling"] = rotary
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (folder / MODEL_CONFIG).write_text(text, encoding="utf-8")
 
 
 def _write(
