@@ -152,7 +152,7 @@ def test_a_changed_backbone_is_refused_or_not_noticed():
 
 def test_only_those_asked_for_answer():
     adapter = FAULTY["rsLoRA"][0]
-    assert [finding.consumer for finding in lint(adapter, only=["llama.cpp", "vLLM"])] == [
+    assert [finding.consumer for finding in lint(adapter, only=["LLaMA.cpp", "vllm"])] == [
         "llama.cpp"
     ]
     with pytest.raises(ValueError, match="There is no consumer 'ollama'; use one of 'PEFT'"):

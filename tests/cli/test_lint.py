@@ -9,6 +9,7 @@ def test_faults_are_told_and_mended(call, tmp_path):
     answer = call("lint", adapter)
     assert answer.code == 1
     assert "SGLang refuses to load it: model.layers" in answer.out
+    assert f"`loralloc lint {adapter} --fix portable` writes a form" in answer.out
     mended = call("lint", adapter, "--fix", "portable")
     assert mended.code == 0, mended.err
     assert f"{tmp_path / 'adapter-portable'}: nothing found." in mended.out

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from loralloc.adapters.folder import read_adapter
 from loralloc.runs import exporting
 from loralloc.runs.exporting import FORMATS, export
+from loralloc.runs.verifying import named_beside
 
 LOADERS = Path(__file__).parents[1] / "adapters" / "stock_loaders.py"
 WHOLE = ("peft", "portable", "merged")
@@ -181,3 +182,20 @@ def test_tensors_that_do_not_fit_are_told_by_name(adapters, tmp_path):
     (tmp_path / "bad" / "adapter_config.json").write_text(config)
     with pytest.raises(ValueError, match=r"lora_A and lora_B of .* do not fit together"):
         export(tmp_path / "bad", to="peft")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("runs/a/", "runs/a-peft"),
+        ("/x/a", "/x/a-peft"),
+        (".", "../here-peft"),
+        ("..", "../../x-peft"),
+    ],
+)
+def test_a_folder_gets_its_name_as_its_user_named_the_adapters(folder, name, tmp_path, monkeypatch):
+    (tmp_path / "x" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "x" / "here")
+    found = named_beside(Path(folder), "peft")
+    assert found.is_absolute() == folder.startswith(("/", "."))
+    assert os.path.abspath(found) == os.path.abspath(name)

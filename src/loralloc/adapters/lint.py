@@ -50,19 +50,22 @@ def lint(adapter: Adapter, *, only: Sequence[str] = ()) -> list[Finding]:
 
     Args:
         adapter: As `read_adapter` gives it.
-        only: Names of consumers; all by default. Of an adapter that writes no text, PEFT alone is
-            asked by default.
+        only: Names of consumers, whatever their case; all by default. Of an adapter that writes no
+            text, PEFT alone is asked by default.
 
     Raises:
         ValueError: There is no consumer of that name.
     """
-    unknown = [name for name in only if name not in CONSUMERS]
+    by_name = {name.lower(): name for name in CONSUMERS}
+    unknown = [name for name in only if name.lower() not in by_name]
     if unknown:
         raise ValueError(
             f"There is no consumer {unknown[0]!r}; use one of {', '.join(map(repr, CONSUMERS))}."
         )
     writes = adapter.config.get("task_type") in GENERATES
-    names = only or [name for name in CONSUMERS if writes or name.startswith("PEFT")]
+    names = [by_name[name.lower()] for name in only] or [
+        name for name in CONSUMERS if writes or name.startswith("PEFT")
+    ]
     return [
         Finding(consumer=name, reason=why) for name in names for why in CONSUMERS[name](adapter)
     ]

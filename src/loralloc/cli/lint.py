@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         say(f"{args.folder}: nothing found for {named}.")
         return 0
     if not args.fix:
+        say(f"`loralloc lint {args.folder} --fix portable` writes a form that they load right.")
         return EXIT_FOUND
     from loralloc.cli.progress import prepare_process
 

@@ -24,6 +24,7 @@ from loralloc.runs.verifying import (
     Source,
     largest_difference,
     logits_of,
+    named_beside,
     open_on,
     rows_for,
     written_beside,
@@ -89,7 +90,7 @@ def export(
     _check_choices(to, dtype, rank_multiple)
     folder = Path(os.path.normpath(folder))
     if output is None:
-        output = folder.absolute().with_name(f"{folder.absolute().name}-{to}")
+        output = named_beside(folder, to)
     if output.exists():
         raise ValueError(f"{output} is there already; name another `--output_dir`, or remove it.")
     source = Source(folder, base, trust_remote_code)

@@ -33,6 +33,7 @@ from loralloc.runs.verifying import (
     Source,
     largest_difference,
     logits_of,
+    named_beside,
     open_on,
     rows_for,
     written_beside,
@@ -138,7 +139,7 @@ def resize_folder(
     """
     way = _way(by, target, has_data=bool(data))
     if output is None:
-        output = folder.absolute().with_name(f"{folder.absolute().name}-resized")
+        output = named_beside(folder, "resized")
     if output.exists():
         raise ValueError(f"{output} is there already; name another `--output_dir`, or remove it.")
     source = Source(folder, base, trust_remote_code)

@@ -81,6 +81,14 @@ class Source:
             tokenizer.save_pretrained(folder)
 
 
+def named_beside(folder: Path, ending: str) -> Path:
+    """The folder beside another that is named after it, as its user named that one."""
+    folder = Path(os.path.normpath(folder))
+    if folder.name in ("", ".."):
+        folder = Path(os.path.abspath(folder))
+    return folder.with_name(f"{folder.name}-{ending}")
+
+
 @contextmanager
 def written_beside(output: Path) -> Iterator[Path]:
     """A folder beside `output` to write into, which takes its name once all went well."""
