@@ -1,6 +1,8 @@
 """What holds for every method on every shape of backbone; a method's own tests are in its file."""
 
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import given
 import pytest
@@ -13,6 +15,7 @@ from session import BUILDS, Drive, logits, prepared
 
 from loralloc.allocation.config import AllocationConfig
 from loralloc.methods.catalog import METHODS, get_method
+from loralloc.methods.method import Method
 
 VARIANTS = (
     *("shrink", "random", "inverse", "mlp-only", "attention-only", "prune", "truncate", "pattern"),
@@ -83,10 +86,41 @@ def test_at_step_0_it_equals_the_backbone_or_says_why_not(name, shape):
     assert bool(method.about.why_not_base) != method.about.starts_as_base
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_it_learns_and_leaves_the_backbone_as_it_was(name, shape):
-    method, base = made(name, shape), BUILDS[shape]().state_dict()
+@dataclass(frozen=True)
+class Trained:
+    """A method that has been trained and has ended."""
+
+    name: str
+    shape: str
+    method: Method
+    losses: list[float]
+    base: Mapping[str, torch.Tensor]
+    """The backbone's weights before it was adapted."""
+
+
+@pytest.fixture(scope="module")
+def trained(request):
+    """One training for all tests of a method on a shape, which leave it as it is."""
+    name, shape = request.param
+    base = BUILDS[shape]().state_dict()
+    method = made(name, shape)
     losses = Drive(method, lr=LEARNING_RATES.get(name, 1e-2)).begin().train()
+    method.finish()
+    return Trained(name, shape, method, losses, base)
+
+
+def trainings(found):
+    """Cases of `cases`, for the fixture `trained`."""
+    return pytest.mark.parametrize(
+        "trained",
+        [pytest.param(case.values, marks=case.marks, id=case.id) for case in found],
+        indirect=True,
+    )
+
+
+@trainings(CASES)
+def test_it_learns_and_leaves_the_backbone_as_it_was(trained):
+    method, losses, base = trained.method, trained.losses, trained.base
     assert losses[-1] < 0.8 * losses[0]
     if not method.about.keeps_backbone:
         return
@@ -98,40 +132,37 @@ def test_it_learns_and_leaves_the_backbone_as_it_was(name, shape):
         if original in base:
             compared += 1
             assert torch.equal(parameter, base[original]), name_now
-    assert compared > 10 or name == "full"
+    assert compared > 10 or trained.name == "full"
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_saved_and_opened_it_computes_the_same(name, shape, tmp_path):
-    method = made(name, shape)
-    Drive(method).begin().train()
-    method.finish()
+@trainings(CASES)
+def test_saved_and_opened_it_computes_the_same(trained, tmp_path):
+    method = trained.method
     method.save(tmp_path)
     assert not list(tmp_path.glob("*.bin"))
     assert load_file(tmp_path / "adapter_model.safetensors")
-    other = made(name, shape, **method.options())
+    other = made(trained.name, trained.shape, **method.options())
     other.load(tmp_path)
-    batch = tiny.batch_for(BUILDS[shape](), seed=9)
+    batch = tiny.batch_for(BUILDS[trained.shape](), seed=9)
     torch.testing.assert_close(logits(other, batch), logits(method, batch), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
-def test_merged_it_computes_the_same_or_says_that_it_cannot_merge(name, shape):
-    method = made(name, shape)
-    Drive(method).begin().train()
-    method.finish()
-    batch = tiny.batch_for(BUILDS[shape](), seed=9)
+@trainings(CASES)
+def test_merged_it_computes_the_same_or_says_that_it_cannot_merge(trained):
+    method = copy.deepcopy(trained.method)
+    batch = tiny.batch_for(BUILDS[trained.shape](), seed=9)
     expected = logits(method, batch)
     if not method.about.merges:
         with pytest.raises(TypeError, match="cannot be merged"):
             method.merge()
         return
     merged = method.merge().eval()
-    assert type(merged) is type(BUILDS[shape]())
+    assert type(merged) is type(BUILDS[trained.shape]())
     with torch.no_grad():
         found = merged(**batch).logits
     found = found[batch["attention_mask"].bool()] if found.ndim == 3 else found
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(logits(trained.method, batch), expected)
 
 
 @pytest.mark.parametrize(
@@ -168,27 +199,19 @@ def test_the_same_seed_trains_the_same(name, shape):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(
-    ("name", "shape"),
-    # Budgets in triplets or in ranks, and a size that is found.
-    cases(BUILDS, without=("adalora", "eva", "shrink")),
-)
-def test_it_has_the_parameters_that_it_was_sized_for(name, shape):
-    method = made(name, shape)
-    counted = method.count(BUILDS[shape](), method.chosen_size())
-    Drive(method).begin().train()
-    method.finish()
+# Budgets in triplets or in ranks, and a size that is found.
+@trainings(cases(BUILDS, without=("adalora", "eva", "shrink")))
+def test_it_has_the_parameters_that_it_was_sized_for(trained):
+    method = trained.method
+    counted = method.count(BUILDS[trained.shape](), method.chosen_size())
     assert method.num_stored() <= counted * 1.01
     assert method.num_stored() >= counted * 0.9
 
 
 @pytest.mark.parametrize("num_beams", [1, 5])
-@pytest.mark.parametrize(("name", "shape"), DECODERS)
-def test_cached_generation_equals_uncached(name, shape, num_beams):
-    method = made(name, shape)
-    Drive(method).begin().train()
-    method.finish()
-    model = method.model.eval()
+@trainings(DECODERS)
+def test_cached_generation_equals_uncached(trained, num_beams):
+    model = trained.method.model.eval()
     prompts = torch.tensor([[0, 0, 7, 9, 11], [5, 8, 21, 30, 4]])
     options = dict(
         inputs=prompts, attention_mask=(prompts != tiny.PADDING).long(), max_new_tokens=8,
