@@ -22,7 +22,7 @@ settings.register_profile("quick", settings.get_profile("loralloc"), max_example
 settings.load_profile("loralloc")
 
 LONG = (
-    *("invariant", "runs", "training", "test_docs.py", "test_pages.py"),
+    *("invariant", "recipes", "runs", "training", "test_docs.py", "test_pages.py"),
     *("allocation/test_ablation.py", "allocation/test_ablation_copies.py"),
     *("allocation/test_replicas.py", "methods/test_adalora.py", "methods/test_sora.py"),
     *("methods/test_ssp.py", "evaluation/test_evaluate.py"),

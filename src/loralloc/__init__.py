@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from loralloc.training.drive import Driver as Driver
     from loralloc.training.drive import detach as detach
     from loralloc.training.drive import drive as drive
+    from loralloc.training.follow import follow as follow
     from loralloc.training.loss import use_supervised_loss as use_supervised_loss
     from loralloc.training.speed_up import speed_up as speed_up
 
@@ -57,6 +58,7 @@ _HOMES = {
     "attach": "training.attach",
     "detach": "training.drive",
     "drive": "training.drive",
+    "follow": "training.follow",
     "get_method": "methods.catalog",
     "open_adapter": "methods.opening",
     "plan": "allocation.policy",

@@ -26,6 +26,30 @@ def base_model(model: nn.Module) -> nn.Module:
     return cast(nn.Module, model.get_base_model()) if isinstance(model, PeftModel) else model
 
 
+def adapted_part(model: nn.Module) -> nn.Module:
+    """The part of a model that has the adapter: all of it, or the one that was adapted inside.
+
+    A trainer's model may hold the adapted one, as an encoder of sentences does, or a module of
+    Lightning's.
+
+    Raises:
+        TypeError: Several of its parts have an adapter each.
+    """
+    if getattr(model, "peft_config", None):
+        return model
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in found)
+        if not within and isinstance(getattr(module, "peft_config", None), dict):
+            found[name] = module
+    if len(found) > 1:
+        raise TypeError(
+            f"Several parts of the model have an adapter ({', '.join(found)}), and ranks move "
+            "within one; adapt one of them."
+        )
+    return next(iter(found.values()), model)
+
+
 def active_adapter(model: nn.Module) -> str:
     """The name of the adapter that the model's LoRA layers use now, "default" where it has none.
 

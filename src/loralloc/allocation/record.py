@@ -206,6 +206,20 @@ class Record:
         """What `allocation.json` holds."""
         return {"version": VERSION, **asdict(self)}
 
+    @classmethod
+    def from_data(cls, data: Mapping[str, Any]) -> Record:
+        """What `as_data` gave.
+
+        Raises:
+            ValueError: It is of another version; or another error where it is no record at all.
+        """
+        values = dict(data)
+        if values.pop("version") != VERSION:
+            raise ValueError("another version")
+        values["rounds"] = [Round(**entry) for entry in values["rounds"]]
+        values["frontier"] = [Size(**entry) for entry in values.get("frontier", ())]
+        return cls(**values)
+
     def save(self, folder: str | Path) -> None:
         """Write `allocation.json` into a folder."""
         write_text(Path(folder) / FILE_NAME, json.dumps(self.as_data()) + "\n")
@@ -224,12 +238,7 @@ class Record:
                 f"{folder} holds no {FILE_NAME}; name the folder of a run or a checkpoint of one."
             )
         try:
-            data = read_json(path)
-            if data.pop("version") != VERSION:
-                raise ValueError("another version")
-            data["rounds"] = [Round(**entry) for entry in data["rounds"]]
-            data["frontier"] = [Size(**entry) for entry in data.get("frontier", ())]
-            return cls(**data)
+            return cls.from_data(read_json(path))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(
                 f"{path} is not a record of rounds in version {VERSION} ({error}); "

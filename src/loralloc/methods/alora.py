@@ -21,7 +21,13 @@ from loralloc.allocation.presets import check_read
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
-from loralloc.methods.restore import check_scaling, load_weights, restore_shapes
+from loralloc.methods.restore import (
+    adapter_folder,
+    check_scaling,
+    give_ranks,
+    load_weights,
+    saved_ranks,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +207,7 @@ class Alora(Lora):
             return ""
         return (
             "The adapter was to be allocated, but no round has taken place: it is plain LoRA; "
-            "call trainer.train() first."
+            f"train until the round after step {self.steps[0]} first."
         )
 
     def save(self, folder: Path, **options: Any) -> None:
@@ -214,7 +220,7 @@ class Alora(Lora):
         """See `Method.check_saved`: scaling, and every option of the allocation."""
         check_scaling(self.model, folder, adapter_name=self.adapter_name)
         if self._allocator is not None:
-            _check_same(Record.load(folder).config, self.record.config, folder)
+            _check_same(Record.load(folder).config, self.record.config, str(folder))
 
     def load(self, folder: Path) -> None:
         """See `Method.load`."""
@@ -223,16 +229,26 @@ class Alora(Lora):
             return
         assert self._session is not None, "a run calls join()"
         record = Record.load(folder)
-        self.allocator.finish()
-        self.allocator.release()
-        restore_shapes(
-            self.model,
-            folder,
-            optimizer=self._session.optimizer,
-            adapter_name=self.adapter_name,
-        )
+        self._give_ranks(saved_ranks(adapter_folder(folder, self.adapter_name)), str(folder))
         load_weights(self.model, folder)
         self._allocate(record)
+
+    def take_up(self, record: Record, state: Mapping[str, Any]) -> None:
+        """Go on from the rounds of an earlier part of the run, without a folder.
+
+        The model gets the ranks that they left; its weights are still to be loaded.
+
+        Args:
+            record: The rounds.
+            state: What `state` gave.
+
+        Raises:
+            ValueError: The run was begun with other options, or on other modules.
+        """
+        _check_same(record.config, self.record.config, "the checkpoint")
+        self._give_ranks(record.ranks, "the checkpoint")
+        self._allocate(record)
+        self.load_state(state)
 
     def state(self) -> dict[str, Any]:
         """See `Method.state`: what a score has gathered for rounds to come."""
@@ -258,6 +274,13 @@ class Alora(Lora):
         self._session.log(_numbers(entry))
         if self._session.on_round:
             self._session.on_round(entry)
+
+    def _give_ranks(self, ranks: Mapping[str, int], where: str) -> None:
+        assert self._session is not None, "a run calls join()"
+        self.allocator.finish()
+        self.allocator.release()
+        optimizer = self._session.optimizer
+        give_ranks(self.model, ranks, where, optimizer=optimizer, adapter_name=self.adapter_name)
 
     def _allocate(self, record: Record | None = None) -> None:
         assert self._session is not None, "a run calls join()"
@@ -362,7 +385,7 @@ def _spread(values: Sequence[float]) -> list[float]:
     return [float(f"{value:.4g}") for value in found]
 
 
-def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Refuse to go on with other options, which the record would not tell of.
 
     Raises:
@@ -371,6 +394,6 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
     for name, value in now.items():
         if before.get(name) != value:
             raise ValueError(
-                f"The run in {folder} was begun with `{name}` of {before.get(name)!r}, and now it "
+                f"The run in {where} was begun with `{name}` of {before.get(name)!r}, and now it "
                 f"is {value!r}; resume with the value it was begun with."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,34 @@ def restore_shapes(
         ValueError: The saved adapter has a module that the model's adapter lacks.
     """
     target = saved_ranks(adapter_folder(folder, adapter_name))
+    give_ranks(model, target, str(folder), optimizer=optimizer, adapter_name=adapter_name)
+
+
+def give_ranks(
+    model: nn.Module,
+    target: Mapping[str, int],
+    where: str,
+    *,
+    optimizer: Optimizer | None = None,
+    adapter_name: str = "default",
+) -> None:
+    """Resize a model's adapter to the ranks of another time; its weights are still to be loaded.
+
+    Args:
+        model: A PEFT model with a LoRA adapter on at least the modules that have ranks.
+        target: The rank of every module; one that is not named has none.
+        where: What the ranks are from, for people.
+        optimizer: The optimiser that trains the adapter, where there is one already.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        ValueError: A module has ranks that the model's adapter lacks.
+    """
     now = ranks(lora_layers(model, adapter_name), adapter_name)
-    missing = [name for name in target if name not in now]
+    missing = [name for name, rank in target.items() if rank and name not in now]
     if missing:
         raise ValueError(
-            f"The adapter in {folder} has a module that this model's adapter lacks ({missing[0]}); "
+            f"The adapter in {where} has a module that this model's adapter lacks ({missing[0]}); "
             "build the model anew with the options of the saved run."
         )
     wanted = {name: target.get(name, 0) for name in now}

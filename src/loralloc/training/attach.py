@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.config import AllocationConfig
-from loralloc.allocation.layers import active_adapter
+from loralloc.allocation.layers import active_adapter, adapted_part
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.methods.shrink import Shrink
@@ -55,10 +55,11 @@ def attach(
         >>> attach(trainer, AllocationConfig(num_rounds=8))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
-    name = active_adapter(trainer.model) if adapter_name is None else adapter_name
+    model = adapted_part(trainer.model)
+    name = active_adapter(model) if adapter_name is None else adapter_name
     config = config or AllocationConfig()
     kind = Shrink if config.preset == "shrink" else Alora
-    method = kind.on(trainer.model, config, adapter_name=name)
+    method = kind.on(model, config, adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)
     if method.record.note and replicas.is_first():
         logger.warning("loralloc: %s.", method.record.note)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import ConcatDataset, Sampler
+from torch.utils.data import ConcatDataset, Sampler, Subset
 from transformers import Trainer
 
-from loralloc.allocation.objective import Batch, can_be_kept
+from loralloc.allocation.objective import Batch, can_be_kept, count_examples
 
 FEWEST = 4
 """Below so many examples one of them decides; scores of fewer are noise."""
@@ -65,7 +65,9 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
     Micro-batches are half as large as training's, so that scoring holds less memory than a step
     even where held-out examples are longer; examples of like length go together, which saves
     padding. Where activation checkpointing rests in evaluation mode, which scoring runs in, a
-    micro-batch is one example: where it is reentrant, or not done by layers of Transformers.
+    micro-batch is one example: where it is reentrant, or not done by layers of Transformers. A
+    trainer with an evaluation loader of its own makes the batches by it, at its size: the loss of
+    one that contrasts the examples of a batch depends on how many there are.
 
     Args:
         trainer: Its collator, columns and batch size are used.
@@ -93,6 +95,8 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
         )
     generator = torch.Generator().manual_seed(seed)
     chosen = sorted(torch.randperm(len(dataset), generator=generator)[:num_examples].tolist())
+    if type(trainer).get_eval_dataloader is not Trainer.get_eval_dataloader:
+        return _as_evaluated(trainer, dataset, chosen)
     collate = trainer.data_collator
     if hasattr(dataset, "column_names"):
         dataset = trainer._remove_unused_columns(dataset, description="scoring")
@@ -102,6 +106,17 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
     size = 1 if _checkpointing_rests(trainer) else trainer.args.per_device_train_batch_size // 2
     size = max(1, size)
     return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _as_evaluated(trainer: Trainer, dataset: Any, chosen: Sequence[int]) -> list[Batch]:
+    """The batches in which the trainer would evaluate on the chosen examples."""
+    few = dataset.select(chosen) if hasattr(dataset, "select") else Subset(dataset, chosen)
+    batches: list[Batch] = []
+    for batch in trainer.get_eval_dataloader(few):
+        batches.append(batch)
+        if sum(map(count_examples, batches)) >= len(chosen):  # the loader may read another set
+            break
+    return batches
 
 
 def _checkpointing_rests(trainer: Trainer) -> bool:

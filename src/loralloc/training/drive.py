@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +31,7 @@ from loralloc.training.learning_rate import restart_schedule
 from loralloc.training.loss import mean_loss, objective, with_method
 from loralloc.training.processes import Processes
 from loralloc.training.replaced import give_back, replace, replaced
+from loralloc.training.saving import refuse_unfinished, saving_with
 from loralloc.training.seal import check_whole, newest_whole, sealing
 from loralloc.training.way_of_running import (
     check_checkpointing,
@@ -114,7 +113,7 @@ class Driver(TrainerCallback):
         self._trainer = trainer
         self.notes: list[str] = []
         """What is otherwise than was asked for, a sentence each."""
-        self._is_training = self._is_saving = False
+        self._is_training = False
         self._own_max_steps = trainer.args.max_steps
         self._length = planned_length(trainer)
         self._wants = method.wants(self._length)
@@ -144,7 +143,7 @@ class Driver(TrainerCallback):
             self._while_attached["compute_loss"] = loss
         self._before = replace(trainer, self._while_attached)
         self._model = method.model
-        self._save = {"save_pretrained": self._saving_with_method(self._model)}
+        self._save = {"save_pretrained": saving_with(method, self._save_model)}
         self._saved_before = replace(self._model, self._save)
 
     def detach(self) -> None:
@@ -290,34 +289,16 @@ class Driver(TrainerCallback):
 
     def _load(self, folder: Path) -> None:
         self.method.load(folder)
+        if self._trainer.model is not self.method.model:  # what is around it, now that shapes fit
+            type(self._trainer)._load_from_checkpoint(self._trainer, str(folder))
         has_state = (folder / f"{STATE_NAME}.json").is_file()
         if has_state or self.method.needs_state():
             self.method.load_state(read_state(folder, STATE_NAME))
 
-    def _saving_with_method(self, model: Any) -> Any:
-        own = type(model).save_pretrained
-        signature = inspect.signature(own)
-
-        @functools.wraps(own)
-        def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
-            if self._is_saving or model is not self.method.model:  # a copy of the model
-                return own(model, *args, **kwargs)
-            given = signature.bind(model, *args, **kwargs).arguments
-            options = {**given.pop("kwargs", {}), **given}
-            options.pop("self")
-            self._save_model(Path(options.pop("save_directory")), options)
-
-        return types.MethodType(save_pretrained, model)
-
     def _save_model(self, folder: Path, options: dict[str, Any]) -> None:
-        reason = "" if self._is_training else self.method.unfinished()
-        if reason:
-            raise RuntimeError(reason)
-        self._is_saving = True
-        try:
-            self.method.save(folder, **options)
-        finally:
-            self._is_saving = False
+        if not self._is_training:
+            refuse_unfinished(self.method)
+        self.method.save(folder, **options)
         is_checkpoint = self._is_training and self.method.needs_state()
         if is_checkpoint and options.get("is_main_process", True):
             write_state(folder, STATE_NAME, self.method.state())
