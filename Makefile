@@ -46,7 +46,7 @@ docs: $(STAMP) ## check that what the docs show is true, and build the site and 
 	$(BIN)/python -m pytest -q tests/test_docs.py tests/test_pages.py tests/test_site.py
 
 pages: $(STAMP) ## write the pages and pictures that are made from the code
-	for name in command_line notebook pictures; do $(BIN)/python pages/$$name.py || exit 1; done
+	for name in command_line notebook pictures support; do $(BIN)/python pages/$$name.py || exit 1; done
 
 site: $(STAMP) ## build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build

@@ -38,6 +38,14 @@ def test_the_page_of_the_command_line_is_what_the_parsers_say(write_page):
     assert page("cli.md") == write_page("command_line").page(), "run `make pages`"
 
 
+def test_the_page_of_what_runs_where_is_what_the_methods_say(write_page):
+    assert page("support.md") == write_page("support").page(), "run `make pages`"
+    named = re.findall(r"`(tests/[\w/]+\.py)`", page("support.md"))
+    assert len(named) >= 12
+    for path in named:
+        assert (ROOT / path).is_file(), path
+
+
 def test_the_notebook_is_the_page(write_page):
     notebook = write_page("notebook").notebook
     assert json.loads(page("quickstart.ipynb")) == notebook(page("quickstart.md")), "`make pages`"

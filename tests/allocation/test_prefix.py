@@ -4,6 +4,7 @@ import pytest
 import rounding
 import tiny
 import torch
+import transformers
 from reference import importance as reference
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
@@ -78,7 +79,8 @@ def test_scores_of_a_model_whose_blocks_share_keys_and_values(num_shared, monkey
     count = blocks_computed(model, lambda: found.append(exact(model, batch)))
     assert_equals_paper(model, batch, found[0])
     passes = 2 * (1 + sum(b.shape[1] for b in weights_b(lora_layers(model)).values()))
-    assert (count == 4 * passes) is bool(num_shared)
+    if transformers.__version__ >= "5.21":  # before, every block of Gemma 4 is given the dictionary
+        assert (count == 4 * passes) is bool(num_shared)
 
 
 def test_a_loss_that_compares_two_passes_is_measured_by_whole_passes():

@@ -1,6 +1,5 @@
 """A plain installation: what needs an extra says which."""
 
-import builtins
 import sys
 from pathlib import Path
 
@@ -17,16 +16,14 @@ def without(monkeypatch):
     """Let a package be not installed."""
 
     def without(name):
-        own = builtins.__import__
-
-        def importing(wanted, *args, **kwargs):
-            if wanted.partition(".")[0] == name:
-                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-            return own(wanted, *args, **kwargs)
+        class Missing:
+            def find_spec(self, wanted, path=None, target=None):
+                if wanted.partition(".")[0] == name:
+                    raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
         for loaded in [m for m in sys.modules if m.partition(".")[0] == name]:
             monkeypatch.delitem(sys.modules, loaded)
-        monkeypatch.setattr(builtins, "__import__", importing)
+        monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
 
     return without
 
@@ -46,6 +43,13 @@ def test_an_experiment_that_could_not_be_drawn_does_not_begin(call, without, tmp
     assert not (tmp_path / "runs").exists()
 
 
+def test_what_measures_a_text_is_missed_before_it_is_written(train, output, call, without):
+    assert train().code == 0
+    without("rouge_score")
+    sentence = call("eval", output, "--task", "e2e", "--data", output).sentence
+    assert sentence.endswith('install it with `pip install "loralloc[metrics]"`.')
+
+
 def test_another_package_that_is_missing_names_no_extra(monkeypatch, capsys):
     import loralloc.cli.tasks as verb
 
@@ -61,7 +65,8 @@ def test_another_package_that_is_missing_names_no_extra(monkeypatch, capsys):
 def test_the_extras_are_those_of_the_package():
     path = Path(__file__).resolve().parents[2] / "pyproject.toml"
     project = tomllib.loads(path.read_text())["project"]
-    for package, extra in EXTRAS.items():
+    for module, extra in EXTRAS.items():
+        package = module.replace("_", "-")
         found = project["optional-dependencies"][extra]
         assert any(line.startswith(f"{package}>") for line in found)
         assert not any(line.startswith(f"{package}>") for line in project["dependencies"])

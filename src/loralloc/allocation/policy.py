@@ -271,6 +271,15 @@ def plan(scores: Scores, limits: Limits) -> Plan:
     Args:
         scores: Importance of every rank.
         limits: What the plan may do.
+
+    Returns:
+        For every module the ranks that stay, how many it loses and how many it is given.
+
+    Example:
+        >>> of = {"q_proj": torch.tensor([0.9, 0.1]), "v_proj": torch.tensor([0.5, 0.6])}
+        >>> decided = plan(Scores(terms={"importance": of}), Limits(num_pruned=1))
+        >>> decided.pruned, decided.added
+        ({'q_proj': (1,)}, {'q_proj': 0, 'v_proj': 1})
     """
     importance = scores.importance
     pruned = choose_pruned(importance, limits)

@@ -50,7 +50,12 @@ USER_ERRORS = (
 """What is told in one sentence; anything else is our own bug and shows its traceback."""
 
 
-EXTRAS = {"matplotlib": "report", "openai": "judge", "ray": "ray"}
+EXTRAS = {
+    **dict.fromkeys(("matplotlib", "jinja2", "markupsafe", "scipy"), "report"),
+    **dict.fromkeys(("nltk", "rouge_score", "sacrebleu"), "metrics"),
+    "openai": "judge",
+    "ray": "ray",
+}
 """Packages that a plain installation does not bring, and the extra that does."""
 
 

@@ -101,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
     prepare_process()
     import matplotlib  # noqa: F401 - where it is missing, that is told before anything is trained
 
+    from loralloc.evaluation.metrics import PACKAGES, check_packages
+
+    check_packages(PACKAGES)
+
     from loralloc.experiments.executors.executor import Resources, get_executor
     from loralloc.experiments.experiment import load_experiment, load_scale
     from loralloc.experiments.grid import make_grid

@@ -12,7 +12,7 @@ from typing import Any
 
 from loralloc.evaluation import predictions as files
 from loralloc.evaluation.figure import Figure
-from loralloc.evaluation.metrics import measure, score_example
+from loralloc.evaluation.metrics import check_packages, measure, score_example
 from loralloc.evaluation.predictions import Predictions
 from loralloc.evaluation.predictors import WAYS, Predictor
 from loralloc.evaluation.request import Decoding, Request, folder_of
@@ -62,10 +62,12 @@ def prepare(request: Request) -> Evaluation:
         ValueError: If the folder holds no finished run, options do not fit it, the task has no
             metric, the data cannot be read, or the results' folder holds something else; one
             sentence.
+        ModuleNotFoundError: What measures the task is not installed.
     """
     head = head_of(request.run)
     saved, conversation = saved_settings(request.run), saved_conversation(request.run)
     task = _task(request, saved)
+    check_packages(task.metrics)
     way = WAYS[head.name]
     decoding = way.settle(request, task)
     split = _split(request, saved, task)

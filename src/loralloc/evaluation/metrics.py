@@ -5,7 +5,8 @@ Values go from 0 to 100 throughout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 
 from loralloc.evaluation.answers import accuracy, answer_em, answer_f1, f1_em, label_score
 from loralloc.evaluation.figure import Figure, check_pairs
@@ -22,7 +23,24 @@ from loralloc.tasks.task import Example, Metric
 
 __all__ = ["Figure", "accuracy", "bleu", "f1_em", "measure", "meteor", "rouge_l", "score_example"]
 
+PACKAGES: dict[Metric, tuple[str, ...]] = {
+    "bleu": ("sacrebleu",),
+    "rouge-l": ("rouge_score",),
+    "meteor": ("nltk", "sacrebleu"),
+}
+"""What measures them, which the extra `metrics` brings."""
+
 _JUDGE = "The metric judge needs a model that reviews answers: run `loralloc judge`."
+
+
+def check_packages(metrics: Iterable[Metric]) -> None:
+    """Find what metrics are measured with, before there is anything to measure.
+
+    Raises:
+        ModuleNotFoundError: A package is not installed.
+    """
+    for package in dict.fromkeys(name for metric in metrics for name in PACKAGES.get(metric, ())):
+        import_module(package)
 
 
 def measure(

@@ -188,7 +188,7 @@ def check_settings(settings: Settings) -> None:
             "a run's own model, through which a fleet's steps do not go; train it one by one."
         )
     chosen = method_of(settings)
-    values = {name: getattr(_owner(settings, name), name) for name in ALONE}
+    values = {name: _value(settings, name) for name in ALONE}
     values |= {name: getattr(chosen, name, None) for name in OF_LORA}
     for name, value in values.items():
         if value not in NOTHING:
@@ -251,10 +251,10 @@ def _check_alike(first: Settings, other: Settings) -> None:
             )
 
 
-def _owner(settings: Settings, name: str) -> Any:
-    """The group of settings that has this option."""
+def _value(settings: Settings, name: str) -> Any:
+    """What an option is; None where the installed TRL and Transformers have no such option."""
     groups = (settings.model, settings.training, settings.run)
-    return next(group for group in groups if hasattr(group, name))
+    return next((getattr(group, name) for group in groups if hasattr(group, name)), None)
 
 
 def _dropout(module: nn.Module) -> list[tuple[str, float]]:

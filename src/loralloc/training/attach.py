@@ -30,9 +30,9 @@ def attach(
     """Let a trainer's LoRA ranks move between modules while it trains.
 
     This is `drive` with ALoRA on a model that has its adapter already, or with Shrink where the
-    options have `preset="shrink"`. Everything that can be
-    refused is refused here, before the first step. Training that ends, or an adapter that is saved,
-    without any round having taken place raises an error.
+    options have `preset="shrink"`. Everything that can be refused is refused here, before the first
+    step. Training that ends, or an adapter that is saved, without any round having taken place
+    raises an error.
 
     Args:
         trainer: A `transformers.Trainer` or a subclass such as TRL's `SFTTrainer`, with a PEFT

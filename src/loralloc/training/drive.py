@@ -33,6 +33,7 @@ from loralloc.training.processes import Processes
 from loralloc.training.replaced import give_back, replace, replaced
 from loralloc.training.saving import refuse_unfinished, saving_with
 from loralloc.training.seal import check_whole, newest_whole, sealing
+from loralloc.training.undocumented import check_trainer
 from loralloc.training.way_of_running import (
     check_checkpointing,
     check_shared_batches,
@@ -41,6 +42,7 @@ from loralloc.training.way_of_running import (
     planned_length,
 )
 
+check_trainer()
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "method_state"

@@ -175,8 +175,10 @@ class Endpoint:
         # The library's errors may quote the key: none is passed on, not even as a cause.
         except (TimeoutError, openai.APITimeoutError):
             raise _Passing(f"gave no reply within {self._timeout_s:g} s (`--timeout`)") from None
-        except (_NotRead, openai.APIConnectionError) as error:
-            cause = error if isinstance(error, _NotRead) else error.__cause__
+        except (_NotRead, _SentOn, openai.APIConnectionError) as error:
+            cause = error.__cause__ if isinstance(error, openai.APIConnectionError) else error
+            if isinstance(cause, _SentOn):
+                raise self._elsewhere(cause) from None
             if isinstance(cause, _NotRead):
                 raise NoReply(f"The judge at {self.base_url} {cause}.") from None
             reached = type(cause).__name__ not in NOT_REACHED
@@ -194,15 +196,17 @@ class Endpoint:
         reason = _shortened(self._safe(reason))[:LONGEST_REASON]
         return Reply(text=self._safe(text), finish_reason=reason)
 
+    def _elsewhere(self, sent_on: _SentOn) -> Exception:
+        place = _shortened(self._safe(sent_on.place))
+        return EndpointError(
+            f"The judge at {self.base_url} answered {sent_on.status} and sends on to {place}, "
+            "where neither the key nor the answers were sent; give that address as `--base_url` "
+            "if it is meant."
+        )
+
     def _refusal(self, error: Any) -> Exception:
         status, said = error.status_code, _shortened(self._safe(_message(error)))
         at = f"The judge at {self.base_url} answered {status}"
-        if 300 <= status < 400:
-            place = _shortened(self._safe(error.response.headers.get("location", "")))
-            return EndpointError(
-                f"{at} and sends on to {place}, where neither the key nor the answers were sent; "
-                "give that address as `--base_url` if it is meant."
-            )
         # A spent budget comes as 429, which elsewhere means "later".
         spent = error.code == "insufficient_quota"
         if (status in RETRIED or status >= 500) and not spent:
@@ -236,8 +240,18 @@ class _NotRead(Exception):
     """A reply too long, or packed: no more of it is read."""
 
 
+class _SentOn(Exception):
+    """A redirect, which not every version of the library takes for a refusal."""
+
+    def __init__(self, status: int, place: str) -> None:
+        super().__init__()
+        self.status, self.place = status, place
+
+
 def _bounded(response: Any) -> None:
     """Let no more of a response be read than a reply can have."""
+    if 300 <= response.status_code < 400:
+        raise _SentOn(response.status_code, response.headers.get("location", ""))
     if response.headers.get("content-encoding", "identity") != "identity":
         raise _NotRead("sent a packed reply, which was not asked for")
     read = response.iter_raw

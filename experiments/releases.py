@@ -1,0 +1,130 @@
+"""What a release has to show: that it is built right, and with which versions the tests pass.
+
+    python experiments/releases.py build                      # wheel, sdist, twine check
+    python experiments/releases.py install PYTHON [EXTRA ...]  # the wheel, in a clean environment
+    python experiments/releases.py suite NAME PYTHON           # the quick tests with an interpreter
+
+`suite` takes an interpreter whose environment has loralloc's requirements and the tests'; what it
+prints goes to experiments/results/releases.json and from there into docs/support.md (`make pages`).
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+RESULTS = ROOT / "experiments" / "results" / "releases.json"
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets")
+
+VERSIONS = f"""
+import json, platform
+from importlib.metadata import version
+print(json.dumps([platform.python_version(), {{p: version(p) for p in {PACKAGES}}}]))
+"""
+FIRST_CONTACT = """
+import subprocess, sys, time
+begin = time.perf_counter()
+import loralloc
+took = time.perf_counter() - begin
+assert took < 0.3, took
+from loralloc.cli import main
+assert main([]) == 0
+import loralloc.runs.run, loralloc.evaluation.evaluate, loralloc.experiments.sweep
+import loralloc.runs.search, loralloc.runs.exporting, loralloc.runs.resizing, loralloc.adapters.lint
+print(f"loralloc {loralloc.__version__} is imported in {took:.3f} s and its verbs are there")
+"""
+"""Everything that a plain installation has to bring, without an extra."""
+
+
+def main() -> None:
+    """Do what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(required=True)
+    verbs.add_parser("build").set_defaults(run=lambda args: build())
+    verb = verbs.add_parser("install")
+    verb.add_argument("python")
+    verb.add_argument("extras", nargs="*")
+    verb.set_defaults(run=lambda args: install(args.python, args.extras))
+    verb = verbs.add_parser("suite")
+    verb.add_argument("name")
+    verb.add_argument("python")
+    verb.add_argument("--note", default="", help="what is to be known of the run")
+    verb.add_argument("--log", type=Path, help="what pytest printed already, in place of a run")
+    verb.set_defaults(run=lambda args: suite(args.name, args.python, args.note, args.log))
+    args = parser.parse_args()
+    args.run(args)
+
+
+def build() -> None:
+    """Wheel and sdist, and that an index would take them."""
+    run(sys.executable, "-m", "build", "--outdir", DIST, ROOT)
+    run(sys.executable, "-m", "twine", "check", "--strict", *DIST.glob("loralloc-*"))
+
+
+def install(python: str, extras: list[str]) -> None:
+    """The newest wheel in an environment that holds nothing else, and what it then can do.
+
+    By uv where it is there, which downloads nothing twice, else by pip.
+    """
+    wheel = max(DIST.glob("*.whl"), key=lambda path: path.stat().st_mtime)
+    wanted = f"{wheel}[{','.join(extras)}]" if extras else str(wheel)
+    constraints = ("-c", ROOT / "constraints.txt")
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / "bin" / "python"
+        if uv := shutil.which("uv"):
+            run(uv, "venv", "-q", "--python", python, "--clear", folder)
+            run(uv, "pip", "install", "-q", "--python", own, *constraints, wanted)
+            run(uv, "pip", "check", "-q", "--python", own)
+        else:
+            run(python, "-m", "venv", folder)
+            run(own, "-m", "pip", "install", "-q", *constraints, wanted)
+            run(own, "-m", "pip", "check")
+        run(own, "-c", FIRST_CONTACT, cwd=folder)
+        run(Path(folder) / "bin" / "loralloc", "--version", cwd=folder)
+
+
+def suite(name: str, python: str, note: str, log: Path | None) -> None:
+    """The quick tests, and their figures into the results."""
+    found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
+    number, versions = json.loads(found.stdout)
+    if log is None:
+        words = [python, "-m", "pytest", "-q", "-m", "not slow", "--quick"]
+        path = os.pathsep.join(str(ROOT / place) for place in ("src", "tests"))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+        printed = done.stdout
+    else:
+        printed = log.read_text()
+    last = printed.strip().splitlines()[-1]
+    counts = {
+        word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", last)
+    }
+    if "passed" not in counts:
+        sys.exit(f"pytest closed with: {last}")
+    failed = re.findall(r"^FAILED (\S+)", printed, re.MULTILINE)
+    runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    runs[name] = {
+        "python": number,
+        "versions": versions,
+        **{word: counts.get(word, 0) for word in ("passed", "skipped", "failed")},
+        "which_failed": failed,
+        "note": note,
+    }
+    RESULTS.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
+    sys.stdout.write(f"{name}: {last}\n")
+
+
+def run(*words: object, **options: object) -> None:
+    """A command that has to succeed."""
+    subprocess.run([str(word) for word in words], check=True, **options)
+
+
+if __name__ == "__main__":
+    main()
