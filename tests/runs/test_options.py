@@ -89,6 +89,15 @@ def test_what_no_run_reads_is_refused_with_the_reason(name, giving):
         check_options(giving(name))
 
 
+def test_an_option_that_a_newer_library_has_is_refused_and_not_listed(giving, monkeypatch):
+    from loralloc.runs.flags import flags
+
+    monkeypatch.delitem(READ_BY, "packing")
+    with pytest.raises(ValueError, match="`packing` has no effect here: this version of loralloc"):
+        check_options(giving("packing"))
+    assert "packing" not in {flag.name for group in flags().values() for flag in group}
+
+
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", READ)
 def test_an_option_is_refused_by_the_heads_that_do_not_read_it(name, head, giving):

@@ -12,7 +12,7 @@ from typing import Any
 from loralloc.allocation.config import AllocationConfig
 from loralloc.methods.catalog import METHODS, get_method
 from loralloc.runs.arguments import BLOCK, DEFAULTS, GROUPS, HELP, OPTIONS
-from loralloc.runs.options import READ_BY, UNCHANGED
+from loralloc.runs.options import NEWER, READ_BY, UNCHANGED
 from loralloc.runs.settings import DEFAULT, Settings
 
 LEARNT_BY = (
@@ -42,7 +42,7 @@ def flags() -> dict[str, list[Flag]]:
         group.__name__: [
             Flag(name=f.name, default=default_of(f.name), help=_help(f))
             for f in dataclasses.fields(group)
-            if f.init and not READ_BY[f.name].never
+            if f.init and not READ_BY.get(f.name, NEWER).never
         ]
         for group in GROUPS
     }

@@ -54,6 +54,8 @@ def where(*conditions: Condition, **options: Any) -> Reading:
 
 
 EVERY = Reading()
+NEWER = Reading(never="this version of loralloc does not know it")
+"""Of an option that TRL or Transformers have got since."""
 LM = Reading(heads=("lm",))
 CLASSIFICATION = Reading(heads=("classification",), unless="task")
 NO_MIXTURE = Reading(unless="datasets")
@@ -283,7 +285,7 @@ def check_options(settings: Settings) -> None:
         ValueError: Naming the option, and why it has no effect.
     """
     for name in _given(settings):
-        reading = READ_BY[name]
+        reading = READ_BY.get(name, NEWER)
         if reading.never:
             raise ValueError(f"`{name}` has no effect here: {reading.never}; leave it out.")
         if reading.unless and _value(settings, reading.unless):
@@ -336,7 +338,7 @@ def _given(settings: Settings) -> list[str]:
     return [
         name
         for name, value in settings.given.items()
-        if name in READ_BY and settings.gives(name) and value != UNCHANGED[name]
+        if name in UNCHANGED and settings.gives(name) and value != UNCHANGED[name]
     ]
 
 
