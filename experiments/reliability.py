@@ -256,20 +256,30 @@ PROMISES: tuple[tuple[Callable[[Place, Path, Path], str], str, float], ...] = (
 
 def main() -> None:
     """Try every promise, write what came out and the page."""
+    from reliability_together import PROMISES as TOGETHER
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=30, help="of the first promise [30]")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
+    parser.add_argument("--only", nargs="+", help="try these by name; the rest stays as it was")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="loralloc-reliability-") as root:
         place = _placed(Path(root), args.seed)
-        results = [_tried(place, *promise, args.trials) for promise in PROMISES]
-    data = {
+        every = (*PROMISES, *TOGETHER)
+        chosen = [each for each in every if not args.only or each[0].__name__ in args.only]
+        results = [_tried(place, *promise, args.trials) for promise in chosen]
+    data: dict[str, Any] = {
         "command": f"python experiments/reliability.py --trials {args.trials} --seed {args.seed}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "options": OPTIONS,
         "promises": results,
     }
+    if args.only:
+        before = json.loads(args.json.read_text())
+        found = {entry["name"]: entry for entry in (*before["promises"], *results)}
+        every = [found[each[0].__name__] for each in every if each[0].__name__ in found]
+        data = {**before, "promises": every}
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(data, indent=1) + "\n")
     PAGE.write_text(page(data))

@@ -79,6 +79,30 @@ def test_a_difference_stops_every_process_and_is_named(what, named, seen):
         assert each["differences"][what].startswith(words)
 
 
+def test_what_is_shared_averaged_and_agreed_on(seen):
+    first, second = (each["shared"] for each in seen)
+    assert first["shared"] == second["shared"] == [0.0, 0.0]
+    assert first["averaged"] == second["averaged"] == {"a": [0.5, 0.5]}
+    assert first["gradient"] == second["gradient"] == [[1.0, 2.0], None]
+    assert first["total"] == second["total"] == 3.0
+    assert [first["weight"], second["weight"]] == [0.5, 1.5]  # of 1 and 3 things
+    assert first["any"] == second["any"] == [True, False]
+    assert first["agreed"] == second["agreed"] == "by 0"
+    assert first["gathered"] == second["gathered"] == [0, 1]
+    assert [first["first"], second["first"]] == [True, False]
+
+
+def test_what_one_process_raises_all_raise(seen):
+    first, second = (each["together"] for each in seen)
+    assert [first["well"], second["well"]] == [0, 1]
+    for where, words in (
+        *(("in the first", "too small"), ("in the second", "too large")),
+        ("unsendable", "odd"),
+    ):
+        assert first[where] == second[where] == words
+    assert ["no 0" in first["all"], "no 1" in second["all"]] == [True, True]  # its own
+
+
 def test_rounds_on_other_examples_give_one_adapter_and_one_record(seen):
     first, second = (each["rounds"] for each in seen)
     assert first["alone"] != second["alone"]

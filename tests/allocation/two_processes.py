@@ -77,6 +77,48 @@ def differences(rank):
     }
 
 
+def shared(rank):
+    drawn, given, nothing = torch.full((2,), float(rank)), torch.zeros(2), torch.zeros(1)
+    replicas.share([drawn])
+    if rank:
+        given.grad = torch.tensor([2.0, 4.0])
+    replicas.average_gradients([given, nothing])
+    return {
+        "shared": drawn.tolist(),
+        "averaged": {n: x.tolist() for n, x in replicas.averaged({"a": drawn + rank}).items()},
+        "gradient": [given.grad.tolist(), nothing.grad],
+        "total": replicas.total(rank + 1),
+        "weight": replicas.weight(1 + 2 * rank),
+        "any": [replicas.any_of(rank == 1), replicas.any_of(False)],
+        "agreed": replicas.agreed(f"by {rank}"),
+        "gathered": replicas.gathered(rank),
+        "first": replicas.is_first(),
+    }
+
+
+class Unsendable(ValueError):
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+def together(rank):
+    def fails(who, error):
+        def action():
+            if rank == who:
+                raise error
+            return rank
+
+        return words_of((ValueError, RuntimeError), lambda: replicas.together(action))
+
+    return {
+        "well": replicas.together(lambda: rank),
+        "in the first": fails(0, ValueError("too small")),
+        "in the second": fails(1, ValueError("too large")),
+        "unsendable": fails(1, Unsendable("odd")),
+        "all": words_of(ValueError, lambda: replicas.together(lambda: int(f"no {rank}"))),
+    }
+
+
 def rounds(rank):
     """Two rounds on held-out examples of its own, then one in which the processes differ."""
     model = tiny.adapted(tiny.llama())
@@ -115,7 +157,7 @@ def main(rank, store, result):
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    seen = {f.__name__: f(rank) for f in (mean, agreed, differences, rounds)}
+    seen = {f.__name__: f(rank) for f in (mean, agreed, differences, shared, together, rounds)}
     seen["count"] = replicas.count()
     Path(result).write_text(json.dumps(seen))
     dist.destroy_process_group()

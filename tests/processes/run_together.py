@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -59,12 +60,27 @@ def whole(folder: Path, *more, **options) -> dict:
     return {"told": told, **(found_in(folder) if is_main and not told["code"] else {})}
 
 
-def checks(folder: Path) -> dict:
+def goes_on(folder: Path, began: int) -> dict:
+    """A run that so many processes began, from its checkpoint after step 2 of 8."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    if is_main:
+        shutil.copytree(folder.parent.parent / f"{began}" / "saved", folder)
+        for path in folder.glob("checkpoint-*"):
+            if path.name != "checkpoint-2":
+                shutil.rmtree(path)
+    told = loralloc("train", "--resume", "--output_dir", folder)
+    return {"told": told, **(found_in(folder) if is_main and not told["code"] else {})}
+
+
+def checks(folder: Path | None) -> dict:
+    folder = folder or Path()
+    saving = ("--save_strategy", "steps", "--save_steps", 2, "--save_total_limit", 9)
+    saving = (*saving, "--score", "sensitivity")
     return {
         "alora": lambda: whole(folder / "alora"),
         "again": lambda: whole(folder / "alora"),
         "full": lambda: whole(folder / "full", "--method", "full", rounds=()),
-        "buckets": lambda: whole(
-            folder / "buckets", "--train_sampling_strategy", "group_by_length"
-        ),
+        "saved": lambda: whole(folder / "saved", *saving),
+        "goes on from 1": lambda: goes_on(folder / "resumed-1", 1),
+        "goes on from 2": lambda: goes_on(folder / "resumed-2", 2),
     }

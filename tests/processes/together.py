@@ -29,7 +29,7 @@ def start(checks: str, folder: Path, numbers) -> dict[int, list[dict]]:
     }
 
 
-def assert_alike(found, wanted, *, rel: float = 1e-3, abs: float = 1e-5, where: str = "") -> None:
+def assert_alike(found, wanted, *, rel: float = 1e-3, abs: float = 3e-4, where: str = "") -> None:
     """Numbers equal to rounding, all else equal."""
     if isinstance(wanted, dict):
         assert list(found) == list(wanted), f"{where}: {found.get('error', '')}"

@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
 # Gloo looks up the machine's own name otherwise, which not every machine resolves.
 if sys.platform == "linux":
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -23,11 +24,12 @@ import functools
 import importlib
 import json
 import socket
+import threading
 import traceback
 import warnings
 
-PATIENCE_S = float(os.environ.get("PATIENCE_S", "240"))
-"""How long all checks may take; whoever waits longer says where."""
+PATIENCE_S = float(os.environ.get("PATIENCE_S", "120"))
+"""How long a check may take; whoever waits longer for the others says where."""
 
 
 def free_port() -> int:
@@ -68,18 +70,23 @@ def fork(number: int, work) -> list[int]:
 def carry_out(module: str, chosen: list[str], folder: Path, number: int, index: int) -> None:
     """Some checks of a module as one of so many processes."""
     warnings.simplefilter("ignore")
-    faulthandler.dump_traceback_later(PATIENCE_S, exit=True)
     path = folder / f"{number}-{index}.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for name, check in importlib.import_module(module).checks(folder / f"{number}").items():
         if name not in chosen:
             continue
+        faulthandler.dump_traceback_later(PATIENCE_S)  # where each waits, before one ends
+        end = threading.Timer(PATIENCE_S + 10, os._exit, (71,))
+        end.daemon = True
+        end.start()
         try:
             found[name] = check()
         except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"}
             if os.environ.get("SHOW"):
                 traceback.print_exc()
+        end.cancel()
+    faulthandler.cancel_dump_traceback_later()
     path.write_text(json.dumps(found))
 
 

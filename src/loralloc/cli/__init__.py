@@ -93,6 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         sentence = " ".join(str(error).split()) or type(error).__name__
+        if launched.is_left_alone(error):
+            sentence = launched.LEFT_ALONE
         sentence = visible(sentence)
         if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
             sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'

@@ -25,7 +25,7 @@ from loralloc.runs.flags import left_to_us
 from loralloc.runs.options import acts
 from loralloc.runs.permissions import SECRETS
 from loralloc.runs.run import Run
-from loralloc.runs.settings import DEFAULT
+from loralloc.runs.settings import DEFAULT, GIVEN
 from loralloc.training.way_of_running import planned_length
 
 DATA, METHOD, TRAINING, ALLOCATION = "data", "model and method", "training", "allocation"
@@ -43,9 +43,6 @@ GROUP_OF: dict[type, str] = {
     SFTConfig: TRAINING,
 }
 """Where the others are, by the class that has them."""
-
-GIVEN = ("flag", "file", "Python")
-"""What the source of a value begins with that somebody gave now."""
 
 
 def show(run: Run, out: Console) -> None:

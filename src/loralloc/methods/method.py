@@ -86,11 +86,7 @@ class About:
     """Whether a prompt may be read in pieces when text is generated. Not where prompts are made
     from the whole of it, or where reading begins with a prefix."""
 
-    task_types: tuple[TaskType, ...] = (
-        TaskType.CAUSAL_LM,
-        TaskType.SEQ_CLS,
-        TaskType.QUESTION_ANS,
-    )
+    task_types: tuple[TaskType, ...] = (TaskType.CAUSAL_LM, TaskType.SEQ_CLS, TaskType.QUESTION_ANS)
     """What it can be used for."""
 
 
@@ -124,7 +120,6 @@ class Method(ABC):
 
     leaves_out: ClassVar[bool] = False
     """Whether a step may leave out some of what trains."""
-
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
     """The adapted model, once it is prepared."""
 

@@ -106,22 +106,29 @@ def check_free(folder: Path) -> None:
         )
 
 
-def claim(folder: Path, *, inputs: Mapping[str, str] | None = None) -> None:
+def claim(folder: Path, *, inputs: Mapping[str, str] | None = None, num_processes: int = 1) -> None:
     """Begin a run in a folder that is free: from now on the names of a run are its own there.
 
     Args:
         folder: The run folder; made if it is not there.
         inputs: Hashes of what the run is trained on.
+        num_processes: How many train it.
     """
     check_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_claim(folder, ended=False, inputs=inputs or {})
+    _write_claim(folder, ended=False, inputs=inputs or {}, num_processes=num_processes)
 
 
 def claimed_inputs(folder: Path) -> dict[str, str]:
     """Hashes of what the run in a folder began with; empty where they are not known."""
     inputs = read_json(folder / CLAIM).get("inputs", {})
     return inputs if isinstance(inputs, dict) else {}
+
+
+def claimed_processes(folder: Path) -> int:
+    """How many processes the run in a folder was last begun or gone on with."""
+    number = read_json(folder / CLAIM).get("processes", 1)
+    return number if isinstance(number, int) and number > 0 else 1
 
 
 def has_ended(folder: Path) -> bool:
@@ -139,7 +146,8 @@ def end(folder: Path) -> None:
         if path.is_file() and not path.is_symlink():
             path.chmod(mode)  # safetensors' files are for their owner alone
     _forget_unfinished(folder)
-    _write_claim(folder, ended=True, inputs=claimed_inputs(folder))
+    inputs, number = claimed_inputs(folder), claimed_processes(folder)
+    _write_claim(folder, ended=True, inputs=inputs, num_processes=number)
     shutil.rmtree(folder / REPLACED, ignore_errors=True)
 
 
@@ -190,10 +198,13 @@ def _forget_unfinished(folder: Path) -> None:
             path.unlink()
 
 
-def _write_claim(folder: Path, *, ended: bool, inputs: Mapping[str, str]) -> None:
+def _write_claim(
+    folder: Path, *, ended: bool, inputs: Mapping[str, str], num_processes: int
+) -> None:
     owns = [*FILES, EVALUATIONS, CHECKPOINTS.replace("*", "<step>"), REPLACED]
     who = {"process": os.getpid(), "host": socket.gethostname()}
-    data = {"ended": ended, **who, "inputs": dict(inputs), "owns": owns}
+    data: dict[str, Any] = {"ended": ended, **who, "processes": num_processes}
+    data |= {"inputs": dict(inputs), "owns": owns}
     write_text(folder / CLAIM, json.dumps(data, indent=1) + "\n")
 
 

@@ -25,7 +25,7 @@ def find_each_other() -> None:
     import torch
 
     if count() > 1 and not torch.accelerator.is_available():
-        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # a launcher may have said no
 
 
 def part() -> None:
@@ -34,6 +34,23 @@ def part() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+LEFT_ALONE = (
+    "Another process of this run has ended, and the others cannot go on without it; see what it "
+    "said, and go on from the last checkpoint with `--resume`."
+)
+"""What is said where a process died without a word."""
+
+
+def is_left_alone(error: Exception) -> bool:
+    """Whether an error is that of a connection to another process."""
+    if count() == 1 or not isinstance(error, RuntimeError):
+        return False
+    import torch.distributed as dist
+
+    known: Any = getattr(dist, "DistError", ())
+    return isinstance(error, known) or "gloo" in str(error)
 
 
 def is_first_to_fail() -> bool:

@@ -42,7 +42,7 @@ from loralloc.runs.models import (
     locate,
 )
 from loralloc.runs.options import check_conditions, check_head_options, check_options
-from loralloc.runs.settings import Settings, resolve, resolve_again
+from loralloc.runs.settings import Settings, resolve, resolve_again, with_same_steps
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.columns import in_common
 from loralloc.tasks.conversations import Common
@@ -172,6 +172,8 @@ def prepare(
             )
         )
     )
+    if checkpoint:
+        settings = with_same_steps(settings, before=folder.claimed_processes(where))
     existed = where.exists()
     try:
         run = _prepare(settings, on_round, load)
@@ -331,7 +333,7 @@ class FolderWriter(TrainerCallback):
             folder.forget_metrics(self._folder, after=state.global_step)
         else:
             folder.set_aside(self._folder)
-        folder.claim(self._folder, inputs=self._run.inputs)
+        folder.claim(self._folder, inputs=self._run.inputs, num_processes=args.world_size)
         self._run.settings.save()
 
     def on_log(

@@ -24,6 +24,9 @@ Options = Sequence[str] | Mapping[str, Any]
 
 DEFAULT = "loralloc default"
 """Source of a value that nobody gave."""
+GIVEN = ("flag", "file", "Python")
+"""What the source of a value begins with that somebody gave now."""
+
 FOLLOWING = "as eval_steps"
 """Source of `save_steps` where checkpoints have to follow the evaluations."""
 
@@ -173,6 +176,35 @@ def resolve_again(options: Options, *, config: Path | None = None) -> Settings:
     given = {name: value for name, value in now.given.items() if now.gives(name)}
     check_granted_again(folder, saved_values(folder), given)
     return resolve(options, config=config, base=saved(folder), base_defaults=saved_defaults(folder))
+
+
+def with_same_steps(settings: Settings, *, before: int) -> Settings:
+    """Batches of which a step has as many examples as with the processes that there were before.
+
+    Batches that were given now stay as they are.
+
+    Args:
+        settings: Of a run that is gone on with.
+        before: Its processes until now.
+
+    Raises:
+        ValueError: The processes that there are cannot share a step of it.
+    """
+    args, names = settings.training, ("per_device_train_batch_size", "gradient_accumulation_steps")
+    now, (size, accumulated) = args.world_size, (getattr(args, name) for name in names)
+    if now == before or any(settings.sources.get(name, "").startswith(GIVEN) for name in names):
+        return settings
+    examples = size * accumulated * before
+    share, rest = divmod(examples, now)
+    if rest:
+        raise ValueError(
+            f"A step of the run has {examples} examples, of {before} processes, which {now} cannot "
+            "share equally; start a number that divides it, or give another "
+            "`--per_device_train_batch_size`."
+        )
+    size = next(n for n in range(min(size, share), 0, -1) if share % n == 0)
+    why = f"as before: {examples} examples a step"
+    return settings.replaced(dict(zip(names, (size, share // size), strict=True)), source=why)
 
 
 def _fill_in(given: dict[str, Any], sources: dict[str, str]) -> None:

@@ -139,6 +139,15 @@ def _length(example: Any) -> int:
     return max((len(part) for part in example.values() if isinstance(part, list)), default=0)
 
 
+def examples_of_step(trainer: Any) -> int:
+    """Examples of an optimiser step, which may be divided among processes and batches.
+
+    What is ordered by so many is the same for a step however it is divided.
+    """
+    args = trainer.args
+    return int(args.train_batch_size * args.gradient_accumulation_steps * args.world_size)
+
+
 class BucketSampler(Sampler[int]):
     """Examples in random order, but in batches of like length; the batches in random order too.
 
@@ -197,7 +206,6 @@ class LengthBuckets:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return BucketSampler(
             [len(tokens) for tokens in dataset["input_ids"]],
-            # Of all processes together: what a step sees is the same however many they are.
-            batch_size=self.args.train_batch_size * self.args.world_size,
+            batch_size=examples_of_step(self),
             seed=seed,
         )

@@ -212,6 +212,7 @@ class Driver(TrainerCallback):
         """Let the method end, or say that it did nothing."""
         self._is_training = False
         check_finite(self._trainer.model, step=state.global_step)
+        self._processes.end()
         self.method.finish()
 
     # What takes the places of the trainer's and the model's own.

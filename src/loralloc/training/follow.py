@@ -181,8 +181,8 @@ def _check(config: AllocationConfig, *, has_batches: bool) -> None:
         )
     if replicas.count() > 1:
         raise TypeError(
-            f"The loop runs in {replicas.count()} processes, and rounds take place in one so far; "
-            "start one process."
+            f"The loop runs in {replicas.count()} processes, whose wrapper around the model has to "
+            "be built again where ranks move; use `attach` with a Trainer, or start one process."
         )
 
 

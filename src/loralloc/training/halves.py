@@ -104,7 +104,6 @@ class HalfSampler(Sampler[int]):
     ) -> None:
         self._everything, self._half, self._rows = everything, half, rows
         self._until_step = until_step
-        self._batch_size = batch_size
         self._examples_per_step = batch_size * accumulation_steps
         used = len(everything) - len(everything) % batch_size if drop_last else len(everything)
         self._steps_per_epoch = steps_per_epoch(
@@ -130,7 +129,7 @@ class HalfSampler(Sampler[int]):
     def _twice(self) -> list[int]:
         """Two passes over the half; batches of like length stay whole, what is over comes last."""
         first, second = (self._half.of(2 * self._epoch + number) for number in (0, 1))
-        whole = len(first) - len(first) % self._batch_size
+        whole = len(first) - len(first) % self._examples_per_step
         order = first[:whole] + second[:whole] + first[whole:] + second[whole:]
         return [self._rows[index] for index in order[: len(self)]]
 

@@ -17,6 +17,7 @@ from transformers import Trainer
 from loralloc.allocation import replicas
 from loralloc.allocation.optimizer_state import bare_optimizer
 from loralloc.methods.method import Method, trainable
+from loralloc.training.way_of_running import acts_between_steps
 
 
 class Processes:
@@ -40,7 +41,13 @@ class Processes:
         replicas.share(self._method.beside().values())
         self._known = self._trained()
         rewrap(self._trainer)  # a method may have begun with other parameters
-        self._check("At the beginning")
+        if acts_between_steps(self._method):
+            self._check("At the beginning")
+
+    def end(self) -> None:
+        """Compare once more, where the method may have changed values in place."""
+        if replicas.count() > 1 and acts_between_steps(self._method):
+            self._check("At the end of training")
 
     def average(self) -> None:
         """Average the gradients of what trains beside the model, before the method's own step."""

@@ -16,6 +16,7 @@ from accelerate.utils import DynamoBackend
 from torch import nn
 from transformers import Trainer
 
+from loralloc.allocation import replicas
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import Length, Method
 
@@ -33,6 +34,7 @@ def check_way_of_running(trainer: Trainer, method: Method) -> None:
     _check_processes(trainer, method)
     _check_sharding(trainer)
     _check_unused(trainer, method)
+    _check_seeds(trainer, method)
     if acts_between_steps(method) and trainer.args.fp16 and not method.bears_scaled_loss:
         raise TypeError(
             f"The run is in fp16, whose loss is scaled and whose steps may be skipped, and "
@@ -105,9 +107,12 @@ def _check_processes(trainer: Trainer, method: Method) -> None:
 
 
 def _check_sharding(trainer: Trainer) -> None:
+    args = trainer.args
+    # On a CPU Accelerate leaves out what was asked for, without a word.
+    fsdp = trainer.is_fsdp_enabled or args.fsdp_plugin_args is not None or _asks("FSDP")
     for way, is_on in (
-        ("FSDP", trainer.is_fsdp_enabled),
-        ("DeepSpeed", trainer.is_deepspeed_enabled),
+        ("FSDP", fsdp),
+        ("DeepSpeed", trainer.is_deepspeed_enabled or args.deepspeed or _asks("DEEPSPEED")),
         ("A model that is loaded in parts", trainer.is_distributed_loading_by_transformers),
     ):
         if is_on:
@@ -116,6 +121,11 @@ def _check_sharding(trainer: Trainer) -> None:
                 "trained or saved whole here; start the processes with `torchrun` or `accelerate "
                 "launch --multi_gpu`, so that each has the whole model."
             )
+
+
+def _asks(way: str) -> bool:
+    """Whether `accelerate launch` was told to use a way of sharding."""
+    return os.environ.get(f"ACCELERATE_USE_{way}", "").lower() in ("1", "true", "yes")
 
 
 def check_shared_batches(trainer: Trainer) -> None:
@@ -129,6 +139,15 @@ def check_shared_batches(trainer: Trainer) -> None:
             "`accelerator_config` has `split_batches`, by which processes share a batch, while one "
             "half of the training examples is kept back batch by batch; leave it out and lower "
             "`per_device_train_batch_size`."
+        )
+
+
+def _check_seeds(trainer: Trainer, method: Method) -> None:
+    seeds = replicas.gathered((trainer.args.seed, trainer.args.data_seed))
+    if acts_between_steps(method) and len(set(seeds)) > 1:
+        raise ValueError(
+            f"The processes have other seeds ({', '.join(str(seed) for seed, _ in seeds)}), by "
+            "which examples are ordered and divided; give all the same `seed` and `data_seed`."
         )
 
 
