@@ -9,11 +9,13 @@ import pytest
 from experiments.outcomes import outcome
 
 from loralloc.experiments.executors.executor import Resources, get_executor
-from loralloc.experiments.experiment import Variant, load_experiment
+from loralloc.experiments.experiment import Variant, load_experiment, load_scale
 from loralloc.experiments.fairness import search_rates
 from loralloc.experiments.reproduce import carry_out_all
 from loralloc.experiments.work import RESULT
 from loralloc.methods.catalog import METHODS
+from loralloc.runs.adaptation import method_of
+from loralloc.runs.settings import resolve
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "experiments"
 
@@ -132,10 +134,15 @@ def test_a_method_that_is_half_described_is_refused(kind, tmp_path):
         load_experiment(str(tmp_path / "mine.yaml"))
 
 
-def test_every_experiment_of_the_scripts_can_be_run(study):
+def test_every_run_of_the_scripts_can_be_begun(study, make):
     for name in study.NAMES:
         experiment = study.experiment(name)
         assert experiment.backbones["small"] in ("minilm-l6", "smollm2-135m")
+        scale = load_scale("small")
+        grid = make(tasks=("sst2",), ranks=(2,))
+        grid = replace(grid, experiment=replace(experiment, tasks=("sst2",)), scale=scale)
+        for cell in grid.at_one_rate("fair", {}):
+            method_of(resolve(dict(cell.options)))
     compared = study.experiment(study.METHODS)
     methods = {compared.variant(name).method for name in compared.methods}
     assert methods == set(METHODS) - {"pattern"}

@@ -71,7 +71,7 @@ class Experiment:
     are compared on fair terms: what no more rank of LoRA gains, no allocation can."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Options of every run, over those of the scale."""
+    """Options of every run, over those of the scale; with null one of the scale's is left out."""
 
     trials: int | None = None
     """Learning rates that a search begins with; None for the usual number."""

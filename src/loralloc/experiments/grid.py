@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loralloc.allocation.presets import read_by
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.experiment import BASELINE, DEFAULT_RANK, Experiment, Scale, Terms
 from loralloc.experiments.rows import QUESTIONS, hash_of, rows_of
 from loralloc.experiments.tiny_backbones import NAMES, build
+from loralloc.methods.alora import Alora
 from loralloc.methods.catalog import get_method
 from loralloc.methods.lora import Lora
 from loralloc.runs.adaptation import has_own_scale
@@ -152,10 +154,14 @@ class Grid:
         elif kind.size:
             options["budget"] = self.budget(rank)
         if kind.allocates:
-            options |= {f"allocation.{name}": v for name, v in self.scale.allocation.items()}
+            allocation = {**self.scale.allocation}
             if terms == "fair":
-                options["allocation.budget"] = "parameters"
-        return {**options, **variant.options}
+                allocation["budget"] = "parameters"
+            assert issubclass(kind, Alora), "what allocates is ALoRA or a kind of it"
+            read = read_by(kind().allocation)
+            options |= {f"allocation.{name}": v for name, v in allocation.items() if name in read}
+        options |= variant.options
+        return {name: value for name, value in options.items() if value is not None}
 
     def budget(self, rank: int) -> int:
         """Parameters of LoRA with this rank."""
