@@ -93,3 +93,21 @@ def test_columns_that_the_model_does_not_read_are_left_out(tmp_path):
     for given in (dataset, [dataset[index] for index in range(8)]):
         batch = draw(trainer, given, num_examples=8, seed=0)[0]
         assert batch.keys() == {"input_ids", "attention_mask", "labels"}
+
+
+@pytest.mark.parametrize("own", ["of the chosen", "of a set of its own"])
+def test_a_trainer_with_an_evaluation_loader_of_its_own_makes_the_batches(own, tmp_path):
+    trainer = causal_trainer(tmp_path, num_eval=20)
+    own_rows = causal_rows(30, seed=7).with_format("torch")
+
+    class Own(type(trainer)):
+        def get_eval_dataloader(self, eval_dataset=None):
+            rows = eval_dataset.with_format("torch") if own == "of the chosen" else own_rows
+            return torch.utils.data.DataLoader(rows, batch_size=5)
+
+    trainer.__class__ = Own
+    batches = draw(trainer, trainer.eval_dataset, num_examples=10, seed=0)
+    assert [len(batch["input_ids"]) for batch in batches] == [5, 5]
+    found = {tuple(row) for batch in batches for row in batch["input_ids"].tolist()}
+    source = trainer.eval_dataset if own == "of the chosen" else own_rows
+    assert found <= {tuple(torch.as_tensor(row).tolist()) for row in source["input_ids"]}
