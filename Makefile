@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 test test-quick docs reliability: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick check bench docs pages site reliability clean
+.PHONY: help setup demo test test-quick check bench docs pages site release reliability clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -50,6 +50,11 @@ pages: $(STAMP) ## write the pages and pictures that are made from the code
 
 site: $(STAMP) ## build the documentation site into build/site
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+release: $(STAMP) ## build wheel and sdist, check them and try the wheel in a clean environment
+	rm -rf dist
+	$(BIN)/python experiments/releases.py build
+	$(BIN)/python experiments/releases.py install $(PYTHON)
 
 reliability: $(STAMP) ## kill, fill, flip and resume runs, and docs/reliability.md from what came out
 	$(BIN)/python -m pytest -q -n auto -m "reliability or slow"

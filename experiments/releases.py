@@ -3,6 +3,7 @@
     python experiments/releases.py build                      # wheel, sdist, twine check
     python experiments/releases.py install PYTHON [EXTRA ...]  # the wheel, in a clean environment
     python experiments/releases.py suite NAME PYTHON           # the quick tests with an interpreter
+    python experiments/releases.py again NAME PYTHON           # those that failed, once more
 
 `suite` takes an interpreter whose environment has loralloc's requirements and the tests'; what it
 prints goes to experiments/results/releases.json and from there into docs/support.md (`make pages`).
@@ -58,6 +59,10 @@ def main() -> None:
     verb.add_argument("--note", default="", help="what is to be known of the run")
     verb.add_argument("--log", type=Path, help="what pytest printed already, in place of a run")
     verb.set_defaults(run=lambda args: suite(args.name, args.python, args.note, args.log))
+    verb = verbs.add_parser("again")
+    verb.add_argument("name")
+    verb.add_argument("python")
+    verb.set_defaults(run=lambda args: again(args.name, args.python))
     args = parser.parse_args()
     args.run(args)
 
@@ -94,31 +99,54 @@ def suite(name: str, python: str, note: str, log: Path | None) -> None:
     """The quick tests, and their figures into the results."""
     found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
     number, versions = json.loads(found.stdout)
-    if log is None:
-        words = [python, "-m", "pytest", "-q", "-m", "not slow", "--quick"]
-        path = os.pathsep.join(str(ROOT / place) for place in ("src", "tests"))
-        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-        printed = done.stdout
-    else:
-        printed = log.read_text()
-    last = printed.strip().splitlines()[-1]
-    counts = {
-        word: int(count) for count, word in re.findall(r"(\d+) (passed|skipped|failed)", last)
-    }
-    if "passed" not in counts:
-        sys.exit(f"pytest closed with: {last}")
-    failed = re.findall(r"^FAILED (\S+)", printed, re.MULTILINE)
+    printed = log.read_text() if log else tests(python, "-m", "not slow", "--quick")
+    counts, failed = closing(printed)
     runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     runs[name] = {
         "python": number,
         "versions": versions,
-        **{word: counts.get(word, 0) for word in ("passed", "skipped", "failed")},
+        **counts,
         "which_failed": failed,
         "note": note,
     }
+    keep(runs)
+
+
+def again(name: str, python: str) -> None:
+    """The tests that failed, once more, after what they found was mended."""
+    runs = json.loads(RESULTS.read_text())
+    kept = runs[name]
+    counts, failed = closing(tests(python, "--quick", *kept["which_failed"]))
+    kept["run_again"] = kept.get("run_again", []) + kept["which_failed"]
+    kept["passed"] += counts["passed"]
+    kept["skipped"] += counts["skipped"]
+    kept["failed"], kept["which_failed"] = counts["failed"], failed
+    keep(runs)
+
+
+def tests(python: str, *words: str) -> str:
+    """What pytest prints."""
+    path = os.pathsep.join(str(ROOT / place) for place in ("src", "tests"))
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    command = [python, "-m", "pytest", "-q", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.stdout
+
+
+def closing(printed: str) -> tuple[dict[str, int], list[str]]:
+    """What pytest counted, and the tests that failed."""
+    last = printed.strip().splitlines()[-1]
+    found = {word: int(n) for n, word in re.findall(r"(\d+) (passed|skipped|failed)", last)}
+    if not found:
+        sys.exit(f"pytest closed with: {last}")
+    sys.stdout.write(f"{last}\n")
+    counts = {word: found.get(word, 0) for word in ("passed", "skipped", "failed")}
+    return counts, re.findall(r"^FAILED (\S+)", printed, re.MULTILINE)
+
+
+def keep(runs: dict[str, object]) -> None:
+    """Write the results."""
     RESULTS.write_text(json.dumps(dict(sorted(runs.items())), indent=1) + "\n")
-    sys.stdout.write(f"{name}: {last}\n")
 
 
 def run(*words: object, **options: object) -> None:

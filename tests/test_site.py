@@ -80,7 +80,7 @@ def test_every_link_leads_somewhere_and_nothing_is_asked_of_another_machine(brow
     tab = browser.new_page()
     tab.on("console", lambda message: said.append(message.text))
     tab.on("pageerror", lambda error: said.append(str(error)))
-    tab.on("requestfailed", lambda request: failed.append(request.url))
+    tab.on("requestfailed", lambda request: failed.append((request.failure, request.url)))
     tab.on(
         "request",
         lambda request: None if request.url.startswith(address) else foreign.append(request.url),
@@ -114,7 +114,8 @@ def test_every_link_leads_somewhere_and_nothing_is_asked_of_another_machine(brow
     ]
     assert lost == []
     assert said == [] == foreign
-    assert failed == []
+    # What a page still loads when it is left is broken off by the browser itself.
+    assert [each for each in failed if each[0] != "net::ERR_ABORTED"] == []
 
 
 @needs_chromium
@@ -128,12 +129,10 @@ def test_nothing_is_wider_than_a_phone(browser, address, built):
 @needs_chromium
 def test_the_search_finds_a_word(browser, address, built):
     tab = browser.new_page()
-    tab.goto(f"{address}/index.html")
-    if "mkdocs" in str(built):
-        tab.locator(".md-search__input").click()
-        tab.keyboard.type("churn")
-        tab.locator(".md-search-result__link").first.wait_for()
-    else:
-        tab.keyboard.press("Control+k")
-        tab.keyboard.type("churn")
-        tab.get_by_text("Churn").first.wait_for()
+    tab.goto(f"{address}/index.html", wait_until="networkidle")
+    opens = ".md-search__input" if "mkdocs" in str(built) else ".md-search__button"
+    tab.locator(opens).first.click()
+    tab.locator("input:focus").wait_for()
+    assert tab.locator("a:visible", has_text="churn").count() == 0
+    tab.keyboard.type("churn", delay=30)
+    tab.locator("a:visible", has_text="churn").first.wait_for()
