@@ -65,7 +65,9 @@ HELD = {
     ),
     "LoRA on quantised weights computes what PEFT's does": ("kernels/test_lora_quantised.py",),
     "compiled models": ("training/test_compiled.py",),
-    "several processes that each have the whole model": ("processes/test_trained_together.py",),
+    "[several processes](distributed.md) that each have the whole model": (
+        "processes/test_trained_together.py",
+    ),
     "fp16, FSDP, DeepSpeed, a model over several devices: refused where they do not go": (
         "training/test_attach.py",
         "training/test_driver_in_a_users_trainer.py",
@@ -80,7 +82,8 @@ These run on CPUs.
 ## Versions
 
 `python experiments/releases.py suite NAME PYTHON` ran the quick selection of the tests (`make
-test-quick`) with each of these interpreters, on Linux, on a CPU:
+test-quick`) with each of these interpreters, on Linux, on a CPU. The whole suite runs with Python
+3.11 and the versions of `constraints.txt`.
 
 """
 
