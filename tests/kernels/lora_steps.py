@@ -50,7 +50,7 @@ class Calls(list):
         apply = lora._apply
 
         def counted(function, *args):
-            self.append(len(args[1]) if function is lora._LoraLinears else 1)
+            self.append(len(args[1].bt) if function is lora._LoraLinears else 1)
             return apply(function, *args)
 
         monkeypatch.setattr(lora, "_apply", counted)

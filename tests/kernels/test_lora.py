@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from loralloc.kernels.lora import MULTIPLE, fuse, is_fused, unfuse
+from loralloc.kernels.lora import fuse, is_fused, unfuse
+from loralloc.kernels.packed import MULTIPLE
 
 
 def qwen2():

@@ -11,7 +11,8 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loralloc.kernels.lora import MULTIPLE, fuse
+from loralloc.kernels.lora import fuse
+from loralloc.kernels.packed import MULTIPLE
 
 HALF = torch.bfloat16
 BASES = {"float32": torch.float32, "bfloat16": HALF}

@@ -21,7 +21,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralloc.kernels.lora import padded_rank
+from loralloc.kernels.packed import padded_rank
 
 
 def batched_update(

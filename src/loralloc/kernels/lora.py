@@ -32,11 +32,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from loralloc.kernels.products import autocast_dtype, linear, without_autocast
+from loralloc.kernels.packed import Packed, Packs
+from loralloc.kernels.products import add_linear, autocast_dtype, linear, without_autocast
 
-MULTIPLE = 8
-"""Ranks of a product of half precision: oneDNN takes no longer for them than for fewer, and tensor
-cores want them."""
+FEW_ROWS = ("cpu",)
+"""Devices on which a product with few rows and many columns is up to three times as fast as its
+transpose. Elsewhere it costs the same, and dB is made as it lies in memory."""
 
 SAME_INPUT = (
     ("q_proj", "k_proj", "v_proj"),
@@ -64,10 +65,12 @@ def fuse(model: nn.Module) -> int:
         How many layers were changed.
     """
     parents: dict[str, dict[str, LoraLayer]] = defaultdict(dict)
+    packs = Packs()
     for name, layer in model.named_modules():
         cls: Any = type(layer)
         if _is_linear_of_peft(cls):
             layer.__class__ = _fused(cls)
+            layer.packs = packs
             parent, _, own = name.rpartition(".")
             parents[parent][own] = layer
     for parent, children in parents.items():
@@ -85,7 +88,8 @@ def unfuse(model: nn.Module) -> None:
     for layer in model.modules():
         fused: Any = type(layer)
         if is_fused(layer):
-            vars(layer).pop("shared_input", None)
+            for name in ("shared_input", "packs"):
+                vars(layer).pop(name, None)
             layer.__class__ = fused.__base__
 
 
@@ -157,13 +161,14 @@ def _fused(cls: Any) -> Any:
 
     class Fused(cls):
         shared_input: SharedInput | None = None
+        packs: Packs
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Shape (..., in_features) to (..., out_features)."""
             if args or kwargs or not _is_plain(self):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             if not _has_frozen_linear(self):
-                return cast(Tensor, _apply(_LoraUpdate, x, self.base_layer(x), *_adapter(self)))
+                return _lora_update(x, self)
             if self.shared_input:
                 return self.shared_input.output(self, x)
             return _lora_linears(x, [self])[0]
@@ -224,21 +229,27 @@ def _is_hooked(module: nn.Module, *, besides: type | tuple[()] = ()) -> bool:
     )
 
 
-def _adapter(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
-    name = layer.active_adapters[0]
-    a, b = layer.lora_A[name], layer.lora_B[name].weight
-    for hook in a._forward_hooks.values():
-        b = b * hook.gate().to(b)
-    return a.weight, b, layer.scaling[name]
-
-
 def _lora_linears(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Tensor, ...]:
     """The outputs of plain LoRA linears that read the same x."""
     bases: list[Any] = [layer.base_layer for layer in layers]
-    a, b, scalings = zip(*map(_adapter, layers), strict=True)
     weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    outputs: tuple[Tensor, ...] = _apply(_LoraLinears, x, scalings, *weights, *biases, *a, *b)
+    packed = _packed(x, layers)
+    a, b = zip(*((adapter.a, adapter.b) for adapter in packed.adapters), strict=True)
+    outputs: tuple[Tensor, ...] = _apply(_LoraLinears, x, packed, *weights, *biases, *a, *b)
     return outputs
+
+
+def _lora_update(x: Tensor, layer: LoraLayer) -> Tensor:
+    """The output of a plain LoRA linear whose base layer has arithmetic of its own."""
+    base, packed = layer.base_layer(x), _packed(x, [layer])
+    (adapter,) = packed.adapters
+    return cast(Tensor, _apply(_LoraUpdate, x, packed, base, adapter.a, adapter.b))
+
+
+def _packed(x: Tensor, layers: Sequence[LoraLayer]) -> Packed:
+    first: Any = layers[0]
+    packs: Packs = first.packs
+    return packs.get(layers, autocast_dtype(x) or x.dtype)
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -246,21 +257,21 @@ def _apply(function: Any, *args: Any) -> Any:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + s_i (x A_i^T) B_i^T for n frozen W_i, from n of each in turn."""
+    """y_i = x W_i^T + bias_i + s_i (x A_i^T) B_i^T for n frozen W_i, from n of each in turn.
+
+    Of A and B the packed form is read; they are given so that their gradients are asked for.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, scalings: tuple[float, ...], *tensors: Any
-    ) -> tuple[Tensor, ...]:
-        n = len(scalings)
+    def forward(ctx: Any, x: Tensor, packed: Packed, *tensors: Any) -> tuple[Tensor, ...]:
+        n = len(packed.bt)
         w, bias, a, b = (tensors[start : start + n] for start in range(0, 4 * n, n))
         flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
         if cast_to := autocast_dtype(x):
             flat = flat.to(cast_to)
             w = tuple(w_i.to(cast_to) for w_i in w)
             bias = tuple(bias_i if bias_i is None else bias_i.to(cast_to) for bias_i in bias)
-        sa = _scaled(a, scalings, flat.dtype)  # (R, in)
-        bt = [_transposed(b_i, flat.dtype) for b_i in b]  # (R_i, out)
+        sa, bt = packed.sa, packed.bt  # (R, in), (R_i, out)
         with without_autocast(x):
             h = sa @ flat.t()  # (R, tokens)
             outputs = []
@@ -269,8 +280,8 @@ class _LoraLinears(torch.autograd.Function):
                 # Not a view, which may not be changed in place.
                 outputs.append(y.resize_(*x.shape[:-1], len(w_i)))
         ctx.save_for_backward(flat, h, sa, *bt, *(w if ctx.needs_input_grad[0] else ()))
-        ctx.scalings, ctx.ranks, ctx.shape = scalings, [len(a_i) for a_i in a], x.shape
-        ctx.dtypes = x.dtype, a[0].dtype, b[0].dtype
+        ctx.scalings, ctx.ranks = _told_apart(packed)
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, a[0].dtype, b[0].dtype)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -284,18 +295,18 @@ class _LoraLinears(torch.autograd.Function):
         with without_autocast(flat):
             dh, da, db = _update_gradients(
                 flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
-                *(h, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
+                *(h, sa, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
             )
             dx = None
             if ctx.needs_input_grad[0]:
-                first, *others = (
-                    linear(dy, w_i.t())
-                    for w_i, dy in zip(w, flat_dys, strict=True)
-                    if dy is not None
+                (w_0, dy_0), *others = (
+                    (w_i, dy) for w_i, dy in zip(w, flat_dys, strict=True) if dy is not None
                 )
                 # Summed in x's dtype, as autograd sums the gradients of several readers.
-                dx = first.addmm_(dh.t(), sa).to(ctx.dtypes[0])
-                dx = functools.reduce(Tensor.add_, others, dx).view(ctx.shape)
+                dx = linear(dy_0, w_0.t()).addmm_(dh.t(), sa).to(ctx.dtypes[0])
+                for w_i, dy_i in others:
+                    add_linear(dx, dy_i, w_i.t())
+                dx = dx.view(ctx.shape)
         return dx, None, *[None] * (2 * n), *da, *db
 
 
@@ -303,16 +314,16 @@ class _LoraUpdate(torch.autograd.Function):
     """y = base + s (x A^T) B^T, for base layers with arithmetic of their own."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, base: Tensor, a: Tensor, b: Tensor, s: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, packed: Packed, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x) or x.dtype)
-        sa, bt = _scaled([a], [s], flat.dtype), _transposed(b, flat.dtype)
+        sa, (bt,) = packed.sa, packed.bt
         with without_autocast(x):
             h = sa @ flat.t()
             update = h.t().to(base.dtype), bt.to(base.dtype)
             y = torch.addmm(base.reshape(-1, base.shape[-1]), *update)
         ctx.save_for_backward(flat, h, sa, bt)
-        ctx.s, ctx.rank, ctx.shape = s, len(a), x.shape
-        ctx.dtypes = x.dtype, a.dtype, b.dtype
+        ctx.scalings, ctx.ranks = _told_apart(packed)
+        ctx.shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
         return y.resize_(base.shape)
 
     @staticmethod
@@ -322,37 +333,18 @@ class _LoraUpdate(torch.autograd.Function):
         flat_dy = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
         with without_autocast(flat):
             dh, (da,), (db,) = _update_gradients(
-                flat if ctx.needs_input_grad[2] else None,
-                *(h, [bt], [flat_dy], [ctx.s], [ctx.rank], ctx.dtypes[1:]),
+                flat if ctx.needs_input_grad[3] else None,
+                *(h, sa, [bt], [flat_dy], ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
             )
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = (dh.t() @ sa).to(ctx.dtypes[0]).view(ctx.shape)
-        return dx, dy, da, db, None
+        return dx, None, dy, da, db
 
 
-def padded_rank(rank: int, dtype: torch.dtype) -> int:
-    """The rank that a product of this dtype is made with."""
-    return -(-rank // MULTIPLE) * MULTIPLE if dtype.itemsize == 2 else rank
-
-
-def _scaled(a: Sequence[Any], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """s_i A_i stacked, shape (R, in): scaling the weights spares scaling activations."""
-    parts = []
-    for a_i, s in zip(a, scalings, strict=True):
-        parts.append((a_i * s).to(dtype))
-        if missing := padded_rank(len(a_i), dtype) - len(a_i):
-            parts.append(parts[-1].new_zeros(missing, a_i.shape[1]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _transposed(b: Any, dtype: torch.dtype) -> Tensor:
-    """B^T, shape (R_i, out)."""
-    rank = b.shape[1]
-    bt: Tensor = b.new_empty(padded_rank(rank, dtype), len(b), dtype=dtype)
-    bt[:rank].copy_(b.t())
-    bt[rank:].zero_()
-    return bt
+def _told_apart(packed: Packed) -> tuple[list[float], list[int]]:
+    """The scaling and the rank of each layer."""
+    return [of.scaling for of in packed.adapters], [len(of.a) for of in packed.adapters]
 
 
 def _parts(stacked: Tensor, bt: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -362,6 +354,7 @@ def _parts(stacked: Tensor, bt: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _update_gradients(
     x: Tensor | None,
     h: Tensor,
+    sa: Tensor,
     bt: Sequence[Tensor],
     dys: Sequence[Tensor | None],
     scalings: Sequence[float],
@@ -371,9 +364,6 @@ def _update_gradients(
     """dh, of shape (R, tokens), and every dA and dB in the master weights' dtypes.
 
     Without an x, for scoring, no dA.
-
-    Products with few rows and many columns: on CPUs they run up to three times as fast as their
-    transposes.
     """
     dh = torch.zeros_like(h) if None in dys else torch.empty_like(h)
     db: list[Tensor | None] = []
@@ -384,12 +374,23 @@ def _update_gradients(
             db.append(None)
         else:
             torch.mm(bt_i, dy.t(), out=dh_i)
-            db_i = dy.new_empty(dy.shape[1], rank, dtype=dtypes[1])
-            db.append(db_i.copy_((h_i @ dy)[:rank].t()))
+            db.append(_gradient_of_b(h_i, dy, rank, dtypes[1]))
     if x is None:
         return dh, [None] * len(bt), db
-    da: list[Tensor | None] = [
-        da_i[:rank].to(dtypes[0]) * s
-        for da_i, rank, s in zip(_parts(dh @ x, bt), ranks, scalings, strict=True)
-    ]
-    return dh, da, db
+    scaling = scalings[0] if len(set(scalings)) == 1 else 1.0
+    # By beta = 0 nothing is read of `sa`, whose shape this has.
+    stacked = torch.addmm(sa, dh, x, beta=0, alpha=scaling).to(dtypes[0])
+    da = [da_i[:rank] for da_i, rank in zip(_parts(stacked, bt), ranks, strict=True)]
+    if scaling != scalings[0]:
+        torch._foreach_mul_(da, list(scalings))
+    return dh, [*da], db
+
+
+def _gradient_of_b(h: Tensor, dy: Tensor, rank: int, dtype: torch.dtype) -> Tensor:
+    """dB, shape (out, rank), in the order in which B lies in memory."""
+    if h.device.type in FEW_ROWS:
+        db = dy.new_empty(dy.shape[1], rank, dtype=dtype)
+        return db.copy_((h @ dy)[:rank].t())
+    if h.dtype == dtype:
+        return dy.t() @ h[:rank].t()
+    return (dy.t() @ h.t())[:, :rank].to(dtype)
