@@ -23,7 +23,7 @@ settings.load_profile("loralloc")
 
 LONG = (
     *("invariant", "recipes", "runs", "training", "test_docs.py", "test_pages.py"),
-    *("allocation/test_ablation.py", "allocation/test_ablation_copies.py"),
+    "allocation/test_ablation.py",
     *("allocation/test_replicas.py", "methods/test_adalora.py", "methods/test_sora.py"),
     *("methods/test_ssp.py", "evaluation/test_evaluate.py"),
     *("evaluation/judge/test_judge_served.py", "cli/test_demo.py", "cli/test_env.py"),

@@ -4,7 +4,7 @@ import tiny
 import torch
 from reference import importance as reference
 
-from loralloc.allocation.importance import ablation, copies
+from loralloc.allocation.importance import ablation
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits
@@ -93,8 +93,7 @@ def test_only_the_wanted_ranks_are_measured():
     assert sum(int(term.isfinite().sum()) for term in some.importance.values()) == 2
 
 
-def test_every_ablation_starts_at_its_own_block(monkeypatch):
-    monkeypatch.setattr(copies, "MOST_TOKENS", {"cpu": 1})  # a forward pass for every rank
+def test_every_ablation_starts_at_its_own_block():
     model = tiny.with_trained_b(tiny.adapted(tiny.llama(num_hidden_layers=4), r=2))
     # A hook on a block fires even when its computation is skipped; on its inside it does not.
     computed = [0] * 4

@@ -8,7 +8,7 @@ import transformers
 from reference import importance as reference
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-from loralloc.allocation.importance import ablation, copies
+from loralloc.allocation.importance import ablation
 from loralloc.allocation.importance.prefix import Prefix
 from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
@@ -72,8 +72,7 @@ def assert_equals_paper(model, batch, scores):
 
 
 @pytest.mark.parametrize("num_shared", [0, 2])
-def test_scores_of_a_model_whose_blocks_share_keys_and_values(num_shared, monkeypatch):
-    monkeypatch.setattr(copies, "MOST_TOKENS", {"cpu": 1})
+def test_scores_of_a_model_whose_blocks_share_keys_and_values(num_shared):
     model, batch = gemma(num_shared), tiny.causal_batch()
     found = []
     count = blocks_computed(model, lambda: found.append(exact(model, batch)))
@@ -107,8 +106,7 @@ def test_a_loss_that_compares_two_passes_is_measured_by_whole_passes():
     assert abs(expected) > 100 * atol
 
 
-def test_a_given_loss_of_one_pass_begins_at_the_ablated_block(monkeypatch):
-    monkeypatch.setattr(copies, "MOST_TOKENS", {"cpu": 1})
+def test_a_given_loss_of_one_pass_begins_at_the_ablated_block():
     model, batch = tiny.with_trained_b(tiny.adapted(tiny.llama(), r=1), 0.3), tiny.causal_batch()
     found = []
     count = blocks_computed(

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.transfers import followed_by, slices
+
 SHARED = frozenset({"step", "mu_product"})
 """One number a parameter, which new ranks take over: a count of steps, or a product over them."""
 
@@ -217,18 +219,17 @@ def _carried(
             continue
         in_blocks = _blocks(key, state)
         whole = _dequantised(*in_blocks) if in_blocks else value
-        index = torch.tensor(kept, dtype=torch.long, device=whole.device)
         shape = list(whole.shape)
         shape[dim] = added
-        stay = whole.index_select(dim, index)
         if key in handed_on:
-            new = (stay if kept else whole).mean(dim=dim, keepdim=True).expand(shape)
+            stay = torch.cat(slices(kept, whole, dim=dim), dim=dim) if kept else whole
+            new = stay.mean(dim=dim, keepdim=True).expand(shape)
             if gradient is not None:
                 times = gradient.to(new) ** handed_on[key]
                 new = new * (times if dim else times[:, None])
         else:
             new = whole.new_full(shape, float(group.get(BEGINS_WITH.get(key, ""), 0.0)))
-        resized = torch.cat([stay, new], dim=dim).contiguous()
+        resized = followed_by(kept, whole, new, dim=dim).contiguous()
         if in_blocks:
             carried[key], carried[QUANTISED[key][1]] = _quantised(resized, in_blocks[1])
         else:

@@ -26,6 +26,7 @@ from loralloc.allocation.layers import (
 from loralloc.allocation.new_rows import NewRows
 from loralloc.allocation.optimizer_state import bare_optimizer, check_shapes, check_state, swap
 from loralloc.allocation.policy import Plan
+from loralloc.allocation.transfers import followed_by, from_cpu
 
 
 def resize(
@@ -76,14 +77,14 @@ def resize(
     _check_new_state(new_state, bare)
     _check(layers, plan, bare, lora_config(model, adapter_name), adapter_name, new_state)
     _check_rows(layers, plan, new_rows or {})
+    rows = _new_rows(layers, plan, new_rows or {}, adapter_name, generator)
     for name, kept in plan.kept.items():
         layer, added = layers[name], plan.added[name]
         if not added and len(kept) == layer.r[adapter_name]:
             continue
         old_a, old_b = weight_a(layer, adapter_name), weight_b(layer, adapter_name)
         begin = (new_rows or {}).get(name) if added else None
-        rows = _new_rows(added, old_a, begin, generator)
-        new_a = _resized(old_a, kept, rows, dim=0)
+        new_a = _resized(old_a, kept, rows[name] if added else old_a[:0], dim=0)
         new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
         if bare is not None:
             swap(bare, old_a, new_a, kept, added, dim=0, new_state=new_state)
@@ -199,13 +200,25 @@ def _check_rows(
 
 
 def _new_rows(
-    added: int, like: Tensor, begin: NewRows | None, generator: torch.Generator | None
-) -> Tensor:
-    """New rows of A, shape (added, in_features): those that were found, then drawn ones."""
-    if begin is None:
-        return _kaiming_rows(added, like, generator)
-    drawn = _kaiming_rows(added - len(begin.rows), like, generator)
-    return torch.cat([begin.rows.to(like), drawn])
+    layers: Mapping[str, LoraLayer],
+    plan: Plan,
+    begins: Mapping[str, NewRows],
+    adapter_name: str,
+    generator: torch.Generator | None,
+) -> dict[str, Tensor]:
+    """New rows of A by module, shape (added, in_features): those that were found, then drawn ones.
+
+    All are drawn before any is sent to its device.
+    """
+    rows = {}
+    for name in plan.kept:
+        if not (added := plan.added[name]):
+            continue
+        width = weight_a(layers[name], adapter_name).shape[1]
+        found = begins[name].rows.float().cpu() if name in begins else torch.empty(0, width)
+        drawn = _kaiming_rows(added - len(found), width, generator)
+        rows[name] = torch.cat([found, drawn])
+    return from_cpu(rows, {name: weight_a(layers[name], adapter_name) for name in rows})
 
 
 def _gradient_sizes(added: int, begin: NewRows | None) -> Tensor | None:
@@ -215,21 +228,19 @@ def _gradient_sizes(added: int, begin: NewRows | None) -> Tensor | None:
     return torch.cat([begin.gradient, begin.gradient.new_ones(added - len(begin.gradient))])
 
 
-def _kaiming_rows(num_rows: int, like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """New rows of A, shape (num_rows, in_features): Kaiming-uniform with a = sqrt 5.
+def _kaiming_rows(num_rows: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """New rows of A, shape (num_rows, width): Kaiming-uniform with a = sqrt 5.
 
     Drawn on the CPU in float32, so that every device and process draws the same.
     """
-    rows = torch.empty(num_rows, like.shape[1], dtype=torch.float32, device="cpu")
-    bound = 1 / math.sqrt(like.shape[1])
-    rows.uniform_(-bound, bound, generator=generator)
-    return rows.to(like)
+    rows = torch.empty(num_rows, width, dtype=torch.float32, device="cpu")
+    bound = 1 / math.sqrt(width)
+    return rows.uniform_(-bound, bound, generator=generator)
 
 
 def _resized(old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int) -> nn.Parameter:
     """The kept slices of `old` along `dim`, then `new`."""
-    index = torch.tensor(kept, dtype=torch.long, device=old.device)
-    values = torch.cat([old.detach().index_select(dim, index), new], dim=dim)
+    values = followed_by(kept, old.detach(), new.detach(), dim=dim)
     return nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
 
 

@@ -2,29 +2,20 @@
 
 A gate of block l leaves every hidden state before block l as it is. So each block's output is
 kept once for the full model and once for the base model, and every ablation starts at its own
-block: half the work of whole forward passes. Ablations of one block share passes where that pays.
+block: half the work of whole forward passes.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from loralloc.allocation.importance.copies import (
-    Change,
-    changes_of,
-    input_shapes,
-    num_copies,
-    one_a_copy,
-    repeated,
-)
 from loralloc.allocation.importance.path import gates_at
-from loralloc.allocation.importance.prefix import Prefix, Recording
-from loralloc.allocation.layers import base_model
-from loralloc.allocation.objective import Objective, count_examples
+from loralloc.allocation.importance.prefix import Prefix
+from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
 RankNames = Mapping[str, Sequence[int]]
@@ -76,53 +67,29 @@ def _sweep(
     for name, indices in wanted.items():
         losses[name][list(indices)] = 0.0
     plain_loss = 0.0
-    layers = {name: base_model(objective.model).get_submodule(name) for name in wanted}
-    changes = [
-        change
-        for name, indices in wanted.items()
-        for change in changes_of(layers[name], name, weights_b[name], added[name], indices)
-    ]
     prefix = Prefix(objective.model, weights_b)
     for batch in objective.batches:
-        num_examples = count_examples(batch)
-        with prefix.recording() as recording, input_shapes(layers) as shapes:
-            plain = objective.losses(batch)
-        plain_loss += float(plain.sum())
-        most = {
-            name: num_copies(
-                batch, shape, device=objective.device.type, num_blocks=prefix.num_blocks
-            )
-            for name, shape in shapes.items()
-            # A scalar is the loss of the whole batch, and no copy's share of it is known; outside
-            # the blocks, a layer may read one row an example, or one a target.
-            if plain.ndim and prefix.block(name) is not None
-        }
-        for block, together in _passes(recording, changes, most):
-            times = len(together)
-            with (
-                prefix.replaying(recording, before=block, num_examples=num_examples, times=times),
-                one_a_copy(together),
-            ):
-                found = objective.losses(repeated(batch, num_examples, times))
-            for change, loss in zip(together, found.view(times, -1).sum(1).tolist(), strict=True):
-                losses[change.name][change.index] += loss
+        with prefix.recording() as recording:
+            plain_loss += float(objective.loss_sum(batch))
+        for name, indices in wanted.items():
+            if not indices:
+                continue
+            found = []
+            with prefix.replaying(recording, before=recording.start(name)):
+                for index in indices:
+                    with _column_changed(weights_b[name], index, added[name][:, index]):
+                        found.append(objective.loss_sum(batch))
+            losses[name][list(indices)] += torch.stack(found).double().cpu()
     scale = -1 / objective.num_targets
     return {name: loss * scale for name, loss in losses.items()}, plain_loss * scale
 
 
-def _passes(
-    recording: Recording, changes: Sequence[Change], most: Mapping[str, int]
-) -> Iterator[tuple[int, Sequence[Change]]]:
-    """The forward passes to run: the block where each begins, and the changes it measures.
-
-    Args:
-        recording: The blocks' outputs.
-        changes: All changes to be measured.
-        most: By module, how many may share a pass; 1 where none is given.
-    """
-    groups = defaultdict(list)
-    for change in changes:
-        groups[recording.start(change.name), most.get(change.name, 1)].append(change)
-    for (block, size), group in groups.items():
-        for first in range(0, len(group), size):
-            yield block, group[first : first + size]
+@contextmanager
+def _column_changed(b: Tensor, index: int, added: Tensor) -> Iterator[None]:
+    """Something added to a column of B inside; its very bits are back outside."""
+    own = b[:, index].clone()
+    b[:, index] += added
+    try:
+        yield
+    finally:
+        b[:, index] = own

@@ -21,6 +21,7 @@ from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.layers import lora_layers, ranks, weights_b
 from loralloc.allocation.objective import Batch, Objective
 from loralloc.allocation.policy import Plan, Scores
+from loralloc.allocation.transfers import to_cpu
 
 BETA_1, BETA_2, EPSILON = 0.5, 0.999, 1e-8
 """Of the gates' Adam. Source: DARTS."""
@@ -86,9 +87,7 @@ class Gates(Tracker):
                 "The gates have learned from no batch, so they tell nothing; call `learn` before "
                 "every step of the weights."
             )
-        return Scores(
-            terms={"gate": {name: gate.cpu() for name, gate in self._gates.items()}}, settled=False
-        )
+        return Scores(terms={"gate": to_cpu(self._gates)}, settled=False)
 
     def follow(self, plan: Plan, *, optimizer: Optimizer | None) -> None:
         """See `Tracker.follow`: the gates go into B, and a' begins anew from 0.

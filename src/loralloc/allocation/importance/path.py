@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loralloc.allocation.objective import Objective
+from loralloc.allocation.transfers import to_cpu
 
 
 @contextmanager
@@ -21,15 +22,14 @@ def gates_at(weights_b: Mapping[str, Tensor], t: float) -> Iterator[dict[str, Te
         The trained B_m by module, shape (out_features, num_ranks).
     """
     trained = {name: b.detach().clone() for name, b in weights_b.items()}
+    weights = list(weights_b.values())
     try:
         with torch.no_grad():
-            for b in weights_b.values():
-                b.mul_(t)
+            torch._foreach_mul_(weights, t)
         yield trained
     finally:
         with torch.no_grad():
-            for name, b in weights_b.items():
-                b.copy_(trained[name])
+            torch._foreach_copy_(weights, list(trained.values()))
 
 
 def derivative(
@@ -56,7 +56,7 @@ def derivative(
             loss += batch_loss
             for name, gradient in gradients.items():
                 totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
-    return {name: total.cpu() for name, total in totals.items()}, -loss
+    return to_cpu(totals), -loss
 
 
 def gradient_norms(objective: Objective, weights_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -74,7 +74,7 @@ def gradient_norms(objective: Objective, weights_b: Mapping[str, Tensor]) -> dic
         for _, gradients in passes:
             for name, gradient in gradients.items():
                 totals[name] += gradient
-    return {name: total.norm(dim=0).cpu() for name, total in totals.items()}
+    return to_cpu({name: total.norm(dim=0) for name, total in totals.items()})
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from transformers import Cache
 
 from loralloc.allocation.blocks import block_index, block_list
-from loralloc.allocation.importance.copies import repeated
 
 
 class Prefix:
@@ -58,22 +57,18 @@ class Prefix:
                 handle.remove()
 
     @contextmanager
-    def replaying(
-        self, recording: Recording, *, before: int, num_examples: int = 1, times: int = 1
-    ) -> Iterator[None]:
+    def replaying(self, recording: Recording, *, before: int) -> Iterator[None]:
         """Let no block before the one of that index compute: each gives back what it put out.
 
         Args:
             recording: What they put out.
             before: The first block that computes.
-            num_examples: Rows of the recorded micro-batch.
-            times: Copies of it that are read now.
         """
         skipped = list(self._blocks)[:before]
         own = [vars(block).get("forward") for block in skipped]
 
         def giving_back(index: int) -> Any:
-            return lambda *_, **__: repeated(recording.outputs[index], num_examples, times)
+            return lambda *_, **__: recording.outputs[index]
 
         for index, block in enumerate(skipped):
             block.forward = giving_back(index)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from loralloc.allocation.importance.tracker import Tracker
 from loralloc.allocation.layers import lora_layers, weight_a, weight_b
 from loralloc.allocation.policy import Plan, Scores
+from loralloc.allocation.transfers import followed_by, to_cpu
 
 BETA_1 = 0.85
 """Share of the old mean of I in the new (b1). Source: AdaLoRA."""
@@ -78,8 +79,10 @@ class Sensitivity(Tracker):
             value = self.element_score(mean, self._deviation[name, part])
             if value.ndim == 2:
                 value = value.mean(dim=1 - RANK_DIM[part])
-            terms[part][name] = value.cpu()
-        return Scores(terms=terms, settled=False)
+            terms[part][name] = value
+        return Scores(
+            terms={part: to_cpu(by_module) for part, by_module in terms.items()}, settled=False
+        )
 
     def element_score(self, mean: Tensor, deviation: Tensor) -> Tensor:
         """s(w) of elements, from Ibar and Ubar."""
@@ -163,7 +166,6 @@ class Sensitivity(Tracker):
 
 def _carried(value: Tensor, kept: Sequence[int], num_added: int, *, dim: int) -> Tensor:
     """The slices of the kept ranks along `dim`, then zeros for the new ranks."""
-    index = torch.tensor(kept, dtype=torch.long, device=value.device)
     shape = list(value.shape)
     shape[dim] = num_added
-    return torch.cat([value.index_select(dim, index), value.new_zeros(shape)], dim=dim)
+    return followed_by(kept, value, value.new_zeros(shape), dim=dim)
