@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from loralloc.allocation import replicas
+from loralloc.allocation.layers import base_model
 from loralloc.allocation.record import Round
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import Method
@@ -227,6 +228,10 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load:
     check_conditions(settings)
     check_measure(settings, head)
     model = adapt(settings, method, head, load=load, labels=labels, **backbone)
+    if settings.training.use_liger_kernel:
+        from loralloc.runs.liger import fit_liger
+
+        fit_liger(settings.training, base_model(model))
     trainer = head.trainer(model, tokenizer, ready, settings)
     settings = protocol.follow(trainer, settings)
     drive(trainer, method, on_round=on_round)
