@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY ?= passive
 test test-quick docs reliability: export HF_HUB_OFFLINE := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-quick check bench docs pages site release reliability clean
+.PHONY: help setup demo test test-quick check bench bench-gpu docs pages site release reliability clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -38,8 +38,13 @@ check: $(STAMP) ## lint, format, types, direction of imports, spelling
 	$(BIN)/codespell
 
 bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and write docs/performance.md
+	$(BIN)/python benchmarks/operations.py --json benchmarks/results/operations.json
 	for name in step after_rounds scoring end_to_end memory; do \
 		$(BIN)/python benchmarks/$$name.py $(QUICK) --json benchmarks/results/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/page.py
+
+bench-gpu: $(STAMP) ## run every benchmark that needs a GPU, and write docs/performance.md
+	$(BIN)/python benchmarks/gpu.py $(QUICK) --json benchmarks/results/gpu.json
 	$(BIN)/python benchmarks/page.py
 
 docs: $(STAMP) ## check that what the docs show is true, and build the site and click through it

@@ -30,7 +30,7 @@ from processes import MAP_LARGE_BLOCKS
 from loralloc.allocation.layers import lora_layers
 from loralloc.allocation.resize import resize
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
-from loralloc.kernels import lora
+from loralloc.kernels import packed
 
 NAMES = ("uniform", "mixed", "mixed, unrounded")
 
@@ -109,7 +109,9 @@ def kept_bytes(folder: Path, name: str) -> int:
 
 
 def resident_bytes() -> int:
-    """Of this process, now."""
+    """Of this process, now; of its memory on the GPU where it has one."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_reserved()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * resource.getpagesize()
 
@@ -125,13 +127,13 @@ def adapted(folder: Path, name: str) -> Any:
 
 def step(name: str, model: Any, examples: int, length: int) -> None:
     """Forward, loss at half of the positions, backward."""
-    ids = torch.randint(0, 1000, (examples, length))
+    ids = torch.randint(0, 1000, (examples, length), device=model.device)
     labels = ids.clone()
     labels[:, : length // 2] = IGNORED
-    multiple = lora.MULTIPLE
-    lora.MULTIPLE = 1 if name == "mixed, unrounded" else multiple
+    multiple = packed.MULTIPLE
+    packed.MULTIPLE = 1 if name == "mixed, unrounded" else multiple
     SupervisedLoss(model)({"input_ids": ids, "labels": labels}).total.backward()
-    lora.MULTIPLE = multiple
+    packed.MULTIPLE = multiple
     for weight in model.parameters():
         weight.grad = None
 

@@ -78,6 +78,7 @@ def rounds(sets: dict[str, str], repeats: int) -> dict[str, Any]:
     trainer, model = run.trainer, run.model
     config = AllocationConfig(seed=0)
     batches = draw(trainer, trainer.eval_dataset, num_examples=config.scoring_examples, seed=0)
+    batches = [harness.on_device(batch) for batch in batches]
     allocator = Allocator(model, config, batches)
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,11 @@ from loralloc.runs.machine import WAIT_POLICY, let_idle_threads_sleep
 let_idle_threads_sleep()  # PyTorch reads it once, when it is loaded
 
 import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import loralloc  # noqa: E402
-from loralloc.cli.progress import prepare_process  # noqa: E402
 
 FOLDERS = {"sst2": "sst2", "e2e": "e2e_nlg"}
 PACKAGES = ("torch", "transformers", "peft", "trl")
@@ -39,6 +37,8 @@ PACKAGES = ("torch", "transformers", "peft", "trl")
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
+    from loralloc.cli.progress import prepare_process
+
     made = argparse.ArgumentParser(description=description)
     made.add_argument(
         "--data",
@@ -105,14 +105,38 @@ def machine() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),  # above the cores, others were computing too
         "threads": torch.get_num_threads(),
         "wait_policy": os.environ[WAIT_POLICY],
-        **{name: version(name) for name in PACKAGES},
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **{name: version(name) for name in PACKAGES if find_spec(name)},
     }
+
+
+def peak_bytes(function: Callable[[], Any]) -> int | None:
+    """Bytes that a function held on the GPU beyond what was there; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def on_device(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch where benchmarks compute."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Print a table, numbers to four digits."""
+    from rich.console import Console  # not on every machine with a GPU
+    from rich.table import Table
+
     table = Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

@@ -10,6 +10,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+import gpu_page
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
@@ -60,14 +62,14 @@ def main() -> None:
     results = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(RESULTS.glob("*.json"))
-        if path.stem in SECTIONS
+        if path.stem in (*SECTIONS, "gpu", "operations")
     }
     PAGE.write_text("\n".join(page(results)) + "\n", encoding="utf-8")
 
 
 def page(results: dict[str, dict[str, Any]]) -> list[str]:
     """docs/performance.md, line by line."""
-    machine = next(iter(results.values()))["machine"]
+    machine = next(results[name] for name in SECTIONS if name in results)["machine"]
     lines = [
         "# Performance",
         "",
@@ -96,7 +98,7 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
     for name, section in SECTIONS.items():
         if name in results:
             lines += ["", *section(results[name])]
-    return lines
+    return [*lines, "", *gpu_page.section(results)]
 
 
 def by_model(key: str, result: dict[str, Any], bar: str) -> list[str]:

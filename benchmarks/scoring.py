@@ -140,7 +140,7 @@ def prepared(task: str, data: str, *, num_examples: int, **options: Any) -> tupl
     run = harness.prepare(task, data, dtype="float32", **small, **options)
     held_out = run.trainer.eval_dataset
     batches = draw(run.trainer, held_out, num_examples=num_examples, seed=0)
-    return run, Objective(run.model, batches)
+    return run, Objective(run.model, [harness.on_device(batch) for batch in batches])
 
 
 def train(run: Any, num_steps: int) -> None:

@@ -22,23 +22,30 @@ Run: python benchmarks/step.py [--data FOLDER] [--quick] [--json PATH]
 from __future__ import annotations
 
 import statistics
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import harness
 import torch
+from contestants import stock
 from torch.nn import functional
 from trl import SFTTrainer
 
 from loralloc.allocation.layers import base_model
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss, supervised_logits
-from loralloc.kernels import linear
+from loralloc.kernels import products
 from loralloc.kernels.attention import use_short_attention
-from loralloc.kernels.lora import fuse, is_fused, unfuse
+from loralloc.kernels.lora import is_fused
+from loralloc.kernels.packed import Packs
 from loralloc.training.batches import BucketSampler
 
 LADDER = ("hf", "peft", "head", "lora", "shared", "product", "ours")
+
+
+PACKS: weakref.WeakKeyDictionary[Any, Packs] = weakref.WeakKeyDictionary()
+"""Of the rung on which layers share nothing, by model."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -92,6 +99,7 @@ def measure(task: str, data: str, *, dtype: str, repeats: int, batch_size: int) 
     middle = sorted(order[i : i + batch_size] for i in range(0, len(order), batch_size))
     middle.sort(key=lambda batch: max(lengths[i] for i in batch))
     batch = run.trainer.data_collator([rows[i] for i in middle[len(middle) // 2]])
+    batch = harness.on_device(batch)
     return {
         "shape": list(batch["input_ids"].shape),
         "supervised": int((batch["labels"][:, 1:] != IGNORED).sum()),
@@ -164,22 +172,23 @@ def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]
 def only_up_to(rung: str, inner: Any) -> Iterator[None]:
     """The model with the kernels of the ladder up to a rung."""
     height = LADDER.index(rung)
-    is_slow = linear.mkl_is_slow
-    if height < LADDER.index("lora"):
-        unfuse(inner)
-    elif height < LADDER.index("shared"):
-        for layer in inner.modules():
-            if is_fused(layer):
-                layer.shared_input = None
+    is_slow = products.mkl_is_slow
+    layers: list[Any] = [layer for layer in inner.modules() if is_fused(layer)]
+    were = [(layer.shared_input, layer.packs) for layer in layers]
+    alone = PACKS.setdefault(inner, Packs())  # kept from pass to pass, as that of the others is
+    if LADDER.index("lora") <= height < LADDER.index("shared"):
+        for layer in layers:
+            layer.shared_input, layer.packs = None, alone
     if height < LADDER.index("product"):
-        linear.mkl_is_slow = lambda: False
+        products.mkl_is_slow = lambda: False
     inner.set_attn_implementation("sdpa")
     try:
-        yield
+        with stock(inner) if height < LADDER.index("lora") else nullcontext():
+            yield
     finally:
-        linear.mkl_is_slow = is_slow
-        unfuse(inner)
-        fuse(inner)
+        products.mkl_is_slow = is_slow
+        for layer, (shared, packs) in zip(layers, were, strict=True):
+            layer.shared_input, layer.packs = shared, packs
         use_short_attention(inner)
 
 

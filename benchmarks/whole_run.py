@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import torch
 from peft import AdaLoraConfig, get_peft_model
 from processes import WAITING
 from transformers import PrinterCallback, Trainer, TrainerCallback
@@ -117,8 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _peak_bytes() -> int:
     """Peak resident memory of this process, as Linux tells it.
 
-    `getrusage` would begin with what the process that started this one held.
+    `getrusage` would begin with what the process that started this one held. Where there is a GPU,
+    what counts is its memory.
     """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text(encoding="ascii")
     return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 
