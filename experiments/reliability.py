@@ -1,6 +1,6 @@
 """What is promised of runs that die, tried again and again; docs/reliability.md from what came out.
 
-Run: make reliability (or python experiments/reliability.py [--trials N] [--seed S])
+Run: make reliability (or python experiments/reliability.py [--trials N] [--seed S] [--only NAME])
 
 A trial is a run of `loralloc train` on a tiny model, in a process of its own that something happens
 to at a random moment; then it is gone on with to its end. The end is compared with that of a run
@@ -9,14 +9,9 @@ that nothing happened to: the adapter bit for bit, rounds and logged losses equa
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # children are forked, which threads do not survive
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
 import argparse
 import json
+import os
 import platform
 import random
 import resource
@@ -26,115 +21,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loralloc.cli import main as loralloc
-from loralloc.experiments.tiny_backbones import build
+from machine import PROMISES as OF_THE_MACHINE
+from reliability_page import PAGE, RESULTS, page
+from reliability_together import PROMISES as TOGETHER
+from trials import OPTIONS, Place, difference, ended, finished, last_line, placed, say, started
+
 from loralloc.training.seal import newest_whole
-
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "experiments" / "results" / "reliability.json"
-PAGE = ROOT / "docs" / "reliability.md"
-
-OPTIONS = {
-    "lora_r": 2,
-    "num_train_epochs": 3,
-    "per_device_train_batch_size": 4,
-    "learning_rate": 1e-2,
-    "dtype": "float32",
-    "num_rounds": 3,
-    "warmup_epochs": 0.5,
-    "recovery_epochs": 0.5,
-    "scoring_examples": 4,
-    "logging_steps": 1,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "save_total_limit": 2,
-    "neftune_noise_alpha": 5,
-}
-"""18 steps of 6 an epoch, rounds after 3, 6 and 9, and random numbers in every step."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the runs of all trials find their model and data, and how the untouched one ended."""
-
-    root: Path
-    model: str
-    draw: random.Random
-    whole: dict[str, Any] = field(default_factory=dict)
-    seconds: list[float] = field(default_factory=list)
-
-    def words(self, folder: Path) -> list[str]:
-        """A run from its beginning, as a command line."""
-        options = {**OPTIONS, "model_name_or_path": self.model, "output_dir": folder}
-        given = {**options, "dataset_name": self.root / "data"}
-        return ["train", *(word for name, v in given.items() for word in (f"--{name}", str(v)))]
-
-    def go_on(self, folder: Path) -> list[str]:
-        """What a person does after a run died: resume it where it can be, else begin anew."""
-        if newest_whole(folder) is not None:
-            return ["train", "--resume", "--output_dir", str(folder)]
-        return [*self.words(folder), "--overwrite"]
-
-    def moment(self) -> float:
-        """Seconds into a run, any of them as likely as another."""
-        return self.draw.uniform(0.0, self.seconds[0])
-
-
-def started(words: list[str], log: Path, before: Callable[[], None] | None = None) -> int:
-    """A process that carries out a command line; its number."""
-    number = os.fork()
-    if number:
-        return number
-    code = 70
-    try:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
-        if before is not None:
-            before()
-        code = loralloc(words)
-    finally:
-        os._exit(code)
-
-
-def ended(number: int) -> int:
-    """The exit code of a process, once it has ended; minus the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
-
-
-def found_in(folder: Path) -> dict[str, Any]:
-    """What a run came to."""
-    record = json.loads((folder / "allocation.json").read_text())
-    rounds = [{**entry, "seconds": None} for entry in record["rounds"]]
-    entries = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return {
-        "adapter": (folder / "adapter_model.safetensors").read_bytes(),
-        "rounds": rounds,
-        "losses": [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry],
-        "ended": json.loads((folder / "run.json").read_text())["ended"],
-    }
-
-
-def difference(place: Place, folder: Path) -> str:
-    """In what a run ended otherwise than the untouched one; empty where in nothing."""
-    found = found_in(folder)
-    return ", ".join(name for name, value in place.whole.items() if found[name] != value)
-
-
-def finished(place: Place, folder: Path, log: Path) -> str:
-    """Go on with a run to its end; what was wrong with that, or nothing."""
-    code = ended(started(place.go_on(folder), log))
-    if code:
-        return f"going on ended with {code}: {_last_line(log)}"
-    return difference(place, folder)
-
-
-def _last_line(log: Path) -> str:
-    return (log.read_text().strip().splitlines() or ["nothing was printed"])[-1][:300]
 
 
 def killed(place: Place, folder: Path, log: Path) -> str:
@@ -158,7 +53,7 @@ def preempted(place: Place, folder: Path, log: Path) -> str:
     if code == -signal.SIGTERM:  # before training began
         return finished(place, folder, log)
     if code:
-        return f"SIGTERM ended with {code}: {_last_line(log)}"
+        return f"SIGTERM ended with {code}: {last_line(log)}"
     if json.loads((folder / "run.json").read_text())["ended"]:
         return difference(place, folder)
     if "as asked" not in log.read_text():
@@ -176,7 +71,7 @@ def full_disk(place: Place, folder: Path, log: Path) -> str:
 
     code = ended(started(place.words(folder), log, without_room))
     if code not in (0, 2):
-        return f"it ended with {code}: {_last_line(log)}"
+        return f"it ended with {code}: {last_line(log)}"
     return finished(place, folder, log)
 
 
@@ -211,7 +106,7 @@ def together(place: Place, folder: Path, log: Path) -> str:
     numbers.append(started(place.words(folder), logs[1]))
     codes = sorted(ended(number) for number in numbers)
     if codes != [0, 2]:
-        return f"they ended with {codes}: {_last_line(logs[0])}; {_last_line(logs[1])}"
+        return f"they ended with {codes}: {last_line(logs[0])}; {last_line(logs[1])}"
     return difference(place, folder)
 
 
@@ -256,53 +151,37 @@ PROMISES: tuple[tuple[Callable[[Place, Path, Path], str], str, float], ...] = (
 
 def main() -> None:
     """Try every promise, write what came out and the page."""
-    from reliability_together import PROMISES as TOGETHER
-
+    every = (*PROMISES, *OF_THE_MACHINE, *TOGETHER)
+    names = [trial.__name__ for trial, *_ in every]
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=int, default=30, help="of the first promise [30]")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments [0]")
-    parser.add_argument("--only", nargs="+", help="try these by name; the rest stays as it was")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--only", nargs="+", choices=names, help="try these, the rest stays")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="loralloc-reliability-") as root:
-        place = _placed(Path(root), args.seed)
-        every = (*PROMISES, *TOGETHER)
-        chosen = [each for each in every if not args.only or each[0].__name__ in args.only]
-        results = [_tried(place, *promise, args.trials) for promise in chosen]
     data: dict[str, Any] = {
         "command": f"python experiments/reliability.py --trials {args.trials} --seed {args.seed}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.system()}",
         "options": OPTIONS,
-        "promises": results,
+        "promises": [],
     }
     if args.only:
-        before = json.loads(args.json.read_text())
-        found = {entry["name"]: entry for entry in (*before["promises"], *results)}
-        every = [found[each[0].__name__] for each in every if each[0].__name__ in found]
-        data = {**before, "promises": every}
+        data = json.loads(args.json.read_text())
+    with tempfile.TemporaryDirectory(prefix="loralloc-reliability-") as root:
+        place = placed(Path(root), random.Random(args.seed))
+        for trial, *promise in every:
+            if args.only is None or trial.__name__ in args.only:
+                _put(data["promises"], _tried(place, trial, *promise, args.trials))
+    data["promises"].sort(key=lambda entry: names.index(entry["name"]))
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(json.dumps(data, indent=1) + "\n")
-    PAGE.write_text(page(data))
-    sys.exit(any(entry["failed"] for entry in results))
+    PAGE.write_text(page())
+    sys.exit(any(entry["failed"] for entry in data["promises"]))
 
 
-def _placed(root: Path, seed: int) -> Place:
-    """The model, the data, and the run that nothing happens to."""
-    (root / "data").mkdir()
-    for name, count in (("train", 24), ("validation", 8)):
-        rows = [{"prompt": f"the film {n} is", "completion": " good"} for n in range(count)]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (root / "data" / f"{name}.jsonl").write_text(text)
-    place = Place(root, build("tiny-llama", root / "models"), random.Random(seed))
-    for _ in range(2):  # the first one fills caches
-        begin = time.monotonic()
-        code = ended(started([*place.words(root / "whole"), "--overwrite"], root / "whole.log"))
-        place.seconds[:] = [time.monotonic() - begin]
-        if code:
-            raise SystemExit((root / "whole.log").read_text())
-    place.whole.update(found_in(root / "whole"))
-    _say(f"the run that nothing happens to takes {place.seconds[0]:.1f} s")
-    return place
+def _put(results: list[dict[str, Any]], result: dict[str, Any]) -> None:
+    """Put a result in the place of an earlier one of the same promise."""
+    results[:] = [entry for entry in results if entry["name"] != result["name"]] + [result]
 
 
 def _tried(
@@ -316,9 +195,9 @@ def _tried(
         fault = trial(place, folder, folder.with_suffix(".log"))
         if fault:
             failed.append(f"trial {number}: {fault.replace(str(place.root), '...')}")
-            _say(f"{trial.__name__}, {failed[-1]}")
+            say(f"{trial.__name__}, {failed[-1]}")
         shutil.rmtree(folder, ignore_errors=True)
-    _say(f"{trial.__name__}: {count} tried, {len(failed)} failed")
+    say(f"{trial.__name__}: {count} tried, {len(failed)} failed")
     return {
         "name": trial.__name__,
         "promise": says.replace("…", "nothing had happened."),
@@ -327,40 +206,6 @@ def _tried(
         "failed": failed,
         "seconds": round(time.monotonic() - begin, 1),
     }
-
-
-def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()  # before a fork, or the child writes it too
-
-
-def page(data: dict[str, Any]) -> str:
-    """docs/reliability.md."""
-    lines = [
-        "# What is promised of runs that die",
-        "",
-        "Written by `make reliability` from `experiments/results/reliability.json`; not by hand.",
-        "",
-        f"`{data['command']}` on a machine of",
-        f"{data['machine']}: every trial is",
-        "a whole run of `loralloc train` (a Llama of two blocks, 18 steps, three rounds, noise in",
-        "the embeddings) in a process of its own. Its end counts as the same where the adapter is",
-        "equal bit for bit, and all rounds and logged losses are.",
-        "",
-        "| promise | how it is tried | tried | failed |",
-        "|---|---|---:|---:|",
-    ]
-    for entry in data["promises"]:
-        failed = len(entry["failed"])
-        lines.append(f"| {entry['promise']} | {entry['how']} | {entry['tried']} | {failed} |")
-    failures = [f"- {e['name']}, {fault}" for e in data["promises"] for fault in e["failed"]]
-    lines += ["", *(["What failed:", "", *failures] if failures else ["Nothing failed."]), ""]
-    lines += [
-        "The rest of what is said of resuming is held by tests (`pytest -m reliability`):",
-        "checkpoints before, between, after and in the step of a round, of every method.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reliability import Place, ended, found_in, started
+from trials import Place, ended, found_in, started
 
 NUMBER = 2
 PATIENCE_S = 60.0

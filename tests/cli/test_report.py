@@ -36,7 +36,7 @@ def test_bad_input_is_told_in_a_sentence(call, tmp_path) -> None:
     (tmp_path / "file").write_text("")
     assert "names a folder" in call("report", tmp_path, "--out", tmp_path / "file").sentence
     (tmp_path / "settings.json").write_text("?")
-    assert "settings.json is not valid JSON" in call("report", tmp_path).sentence
+    assert "settings.json cannot be read as JSON" in call("report", tmp_path).sentence
 
 
 def test_tables_of_an_experiment_come_with_its_runs(trained, call, tmp_path) -> None:

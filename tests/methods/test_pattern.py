@@ -93,7 +93,7 @@ def test_the_first_name_that_matches_gives_the_rank(data, expected, tmp_path):
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        ([1], "holds a list; give ranks by module"),
+        ([1], "holds a list and no object"),
         ({"q": 1.5}, "gives q a rank of 1.5; it must be a whole number"),
         ({"q": -1}, "gives q a rank of -1"),
         ({"k": 1}, "gives a rank to 'k', which is no linear layer of this model's blocks"),

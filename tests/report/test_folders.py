@@ -65,13 +65,13 @@ def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("settings.json", "{", "settings.json is not valid JSON"),
-        ("settings.json", "[]", "settings.json is not a JSON object"),
+        ("settings.json", "{", r"settings.json cannot be read as JSON"),
+        ("settings.json", "[]", "settings.json holds a list and no object"),
         ("metrics.jsonl", "{}\n", "metrics.jsonl holds a line without a step"),
         ("metrics.jsonl", "x\n", "metrics.jsonl holds a line that is not JSON"),
         ("allocation.json", '{"version": 9}', "has version 9"),
         ("adapter_model.safetensors", "x" * 40, "is not a file of safetensors"),
-        ("eval/sst2-test-beam5/eval.json", "?", "eval.json is not valid JSON"),
+        ("eval/sst2-test-beam5/eval.json", "?", "eval.json cannot be read as JSON"),
     ],
 )
 def test_a_damaged_file_is_named(run: Path, name: str, text: str, words: str) -> None:

@@ -165,9 +165,9 @@ def test_no_folder_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"{", "is not valid JSON"),
-        (b"\xff\xfe", "is not valid JSON"),
-        (b"[]", "it is not a JSON object"),
+        (b"{", "cannot be read as JSON"),
+        (b"\xff\xfe", "cannot be read as JSON"),
+        (b"[]", "holds a list and no object"),
         (b'{"version": 7}', "has version 7, but this loralloc reads version 1"),
     ],
 )

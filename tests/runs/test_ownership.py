@@ -155,3 +155,28 @@ def test_a_claim_that_is_broken_is_of_a_run_that_has_not_ended(text, tmp_path):
     assert not run_folder.has_ended(tmp_path)
     (tmp_path / CLAIM).write_text(json.dumps({"ended": True}))
     assert run_folder.has_ended(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "adapter_model.safetensors", "README.md", CLAIM, LOCK, REPLACED, "eval"),
+        *("checkpoint-4", "checkpoint-2/adapter_model.safetensors", "eval/a/predictions.jsonl"),
+    ],
+)
+def test_nothing_is_written_through_a_link(name, tmp_path):
+    folder, elsewhere = tmp_path / "run", put(tmp_path, "elsewhere", "mine")
+    claim(folder)
+    if name == CLAIM:
+        (folder / CLAIM).unlink()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(elsewhere)
+    with pytest.raises(ValueError, match=rf"{name} is a link to .*elsewhere, so that what is wri"):
+        locked(folder)
+    assert elsewhere.read_text() == "mine"
+
+
+def test_a_run_folder_itself_may_be_a_link(tmp_path):
+    claim(tmp_path / "disk")
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    locked(tmp_path / "run").release()

@@ -1,10 +1,19 @@
 """A checkpoint says whether it is whole, and the newest that is gets used."""
 
 import json
+import os
 
 import pytest
 
-from loralloc.training.seal import SEAL, check_whole, fault_of, newest_whole, seal
+from loralloc.training.seal import (
+    SEAL,
+    _rotate,
+    check_whole,
+    fault_of,
+    newest_whole,
+    seal,
+    step_of,
+)
 
 
 @pytest.fixture
@@ -76,3 +85,31 @@ def test_going_on_from_a_broken_one_is_refused(checkpoint):
     (checkpoint / "trainer_state.json").write_text("")
     with pytest.raises(ValueError, match=r"it lacks files\.json, which is written last"):
         check_whole(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("present", "limit", "best", "left"),
+    [
+        ([2, 4, 6], 2, None, [4, 6]),
+        ([2, 4, 6], 1, "checkpoint-2", [2, 6]),
+        ([2, 4, 6], None, None, [2, 4, 6]),
+        ([2, 4, 6, 500], 2, None, [4, 6]),  # of an earlier run
+        ([2, 6], 3, "checkpoint-99", [2, 6]),
+    ],
+)
+def test_the_oldest_go_by_their_steps_whatever_the_clock_said(present, limit, best, left, tmp_path):
+    for number, step in enumerate(present):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (10**9 - number,) * 2)  # set back again and again
+    (tmp_path / "checkpoint-notes").mkdir()
+    _rotate(tmp_path / "checkpoint-6", limit, best=best)
+    found = sorted(step_of(p) for p in tmp_path.glob("checkpoint-[0-9]*"))
+    assert found == left and (tmp_path / "checkpoint-notes").is_dir()
+
+
+@pytest.mark.parametrize("name", ("../a", "/etc/passwd", "a/../../b"))
+def test_a_list_of_files_elsewhere_is_no_list(name, tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    listed = {name: {"bytes": 1, "sha256": "0"}}
+    (tmp_path / "checkpoint-1" / "files.json").write_text(json.dumps(listed))
+    assert "which is outside" in fault_of(tmp_path / "checkpoint-1")

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from loralloc.adapters.stranger import check_config
 from loralloc.allocation.files import read_json, read_tensors
 
 CONFIG = "adapter_config.json"
@@ -121,8 +122,8 @@ def read_adapter(folder: Path) -> Adapter:
     kind = config.get("peft_type")
     if kind != "LORA":
         raise ValueError(
-            f"The adapter in {folder} is {kind!r} to PEFT, and only 'LORA' has ranks that can be "
-            "exported, linted or resized; of others, merge what PEFT can merge."
+            f"The adapter in {folder} is {kind!r:.60} to PEFT, and only 'LORA' has ranks that can "
+            "be exported, linted or resized; of others, merge what PEFT can merge."
         )
     if not (folder / WEIGHTS).is_file():
         raise ValueError(
@@ -137,6 +138,7 @@ def read_adapter(folder: Path) -> Adapter:
         else:
             others[key] = tensor
     _check_pairs(folder, pairs)
+    check_config(config, list(pairs), where=str(folder / CONFIG))
     modules = {}
     for name, pair in pairs.items():
         rank, scaling = declared(config, name)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,20 @@ def write_text(path: Path, text: str) -> None:
         scratch.unlink(missing_ok=True)
         raise
     flush_folder(path.parent)
+
+
+def refuse_links(paths: Iterable[Path]) -> None:
+    """Refuse links where a run writes, as a folder from somebody else may have.
+
+    Raises:
+        ValueError: Naming the first one.
+    """
+    for path in paths:
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {os.readlink(path)}, so that what is written there would go "
+                "elsewhere; put the file itself in its place, or remove it."
+            )
 
 
 def flush_file(path: Path) -> None:
@@ -100,6 +116,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read ({error}): it was cut short or changed; take the file from the "
             "run again."
         ) from error
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of JSON is a number that is one, of a size that a float holds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

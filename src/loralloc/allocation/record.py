@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loralloc.allocation.files import read_json, write_text
+from loralloc.allocation.recorded import check_record
 
 FILE_NAME = "allocation.json"
 VERSION = 1
@@ -137,6 +138,10 @@ class Record:
     frontier: list[Size] = field(default_factory=list)
     """The sizes that a shrinking adapter passed, in order; empty where ranks are allocated."""
 
+    def __post_init__(self) -> None:
+        """Begin to count births: a round of a long run goes on from the one before."""
+        self._counted: tuple[Round | None, dict[str, list[int]]] = None, {}
+
     @property
     def ranks(self) -> dict[str, int]:
         """Rank of every module now; 0 for a module that left the adapter."""
@@ -149,13 +154,20 @@ class Record:
 
     def births(self) -> dict[str, list[int]]:
         """The round in which each rank was given, 0 for the first ones, by module."""
-        births = {name: [0] * rank for name, rank in self.initial_ranks.items()}
-        for entry in self.rounds:
+        last, births = self._counted
+        at = 0 if last is None else last.round
+        if last is not None and (len(self.rounds) < at or self.rounds[at - 1] is not last):
+            at = 0  # it was taken back
+        if not at:
+            births = {name: [0] * rank for name, rank in self.initial_ranks.items()}
+        for entry in self.rounds[at:]:
             for name, gone in entry.pruned.items():
-                births[name] = [b for i, b in enumerate(births[name]) if i not in set(gone)]
+                went = set(gone)
+                births[name] = [b for i, b in enumerate(births[name]) if i not in went]
             for name, count in entry.added.items():
                 births[name] += [entry.round] * count
-        return births
+        self._counted = (self.rounds[-1] if self.rounds else None), births
+        return {name: list(of) for name, of in births.items()}
 
     def young(self, step: int) -> dict[str, frozenset[int]]:
         """Ranks that have trained for fewer steps than the first had at the first round, by module.
@@ -216,6 +228,7 @@ class Record:
         values = dict(data)
         if values.pop("version") != VERSION:
             raise ValueError("another version")
+        check_record(values)
         values["rounds"] = [Round(**entry) for entry in values["rounds"]]
         values["frontier"] = [Size(**entry) for entry in values.get("frontier", ())]
         return cls(**values)
@@ -237,6 +250,15 @@ class Record:
             raise FileNotFoundError(
                 f"{folder} holds no {FILE_NAME}; name the folder of a run or a checkpoint of one."
             )
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Record:
+        """Read a file like `allocation.json`.
+
+        Raises:
+            ValueError: It is not a record of this version.
+        """
         try:
             return cls.from_data(read_json(path))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

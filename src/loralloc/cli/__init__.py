@@ -87,10 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if launched.is_first_to_fail():
             sys.stderr.write("\nloralloc: interrupted\n")
         return EXIT_INTERRUPTED
-    except USER_ERRORS as error:
-        if not launched.is_first_to_fail():
+    except Exception as error:
+        is_first = launched.is_first_to_fail()  # whose words these are, and not the others'
+        # What is written in Rust, as tokenizers, raises the bare class on a full disk.
+        is_told = isinstance(error, USER_ERRORS) or type(error) is Exception
+        if is_told and not is_first:
             return EXIT_BAD_INPUT
-        if args.debug:
+        if args.debug or not is_told:
             raise
         sentence = " ".join(str(error).split()) or type(error).__name__
         if launched.is_left_alone(error):
@@ -100,9 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'
         sys.stderr.write(f"loralloc: error: {sentence}\n")
         return EXIT_BAD_INPUT
-    except Exception:
-        launched.is_first_to_fail()  # whose traceback this is, and not the others'
-        raise
 
 
 @contextmanager

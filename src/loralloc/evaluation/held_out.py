@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from loralloc.allocation.files import write_text
+from loralloc.allocation.files import refuse_links, write_text
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
 from loralloc.evaluation.prompts import evaluating
 from loralloc.runs import data as run_data
@@ -126,6 +126,7 @@ def save(found: HeldOut, run: Path, *, base: bool, output_dir: Path | None = Non
     """
     where = f"held-out-{found.split.replace('/', '_')}" + ("-base" if base else "")
     folder = output_dir or run / EVALUATIONS / where
+    refuse_links([folder, folder / "eval.json"])
     folder.mkdir(parents=True, exist_ok=True)
     facts = {**dataclasses.asdict(found), "perplexity": found.perplexity, "base": base}
     write_text(folder / "eval.json", json.dumps(facts, indent=1) + "\n")

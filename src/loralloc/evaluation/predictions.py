@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from loralloc.allocation.files import read_json
+from loralloc.allocation.files import read_json, refuse_links, write_text
 
 EVAL_NAME = "eval.json"
 PREDICTIONS_NAME = "predictions.jsonl"
@@ -48,6 +48,7 @@ class Predictions:
         self._gold = gold
         self._score = score
         self._lines: dict[int, dict[str, Any]] = {}
+        refuse_links([folder, folder / EVAL_NAME, folder / PREDICTIONS_NAME])
         if (folder / EVAL_NAME).exists():
             self.before = read_json(folder / EVAL_NAME)
             self._check_settings()
@@ -83,7 +84,7 @@ class Predictions:
     def finish(self, result: Mapping[str, Any]) -> None:
         """Put the predictions in order, and write the result beside its settings."""
         ordered = [self._lines[i] for i in range(len(self._prompts))]
-        _write(self.folder / PREDICTIONS_NAME, "".join(map(_as_line, ordered)))
+        write_text(self.folder / PREDICTIONS_NAME, "".join(map(_as_line, ordered)))
         _write_json(self.folder / EVAL_NAME, {"settings": self.settings, **result})
 
     def _line(self, index: int, text: str, truncated: bool) -> dict[str, Any]:
@@ -114,8 +115,9 @@ class Predictions:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:
-            _write(path, whole)
-        for line in map(json.loads, whole.split("\n")[:-1]):  # texts may hold other line ends
+            write_text(path, whole)
+        for number, row in enumerate(whole.split("\n")[:-1], start=1):  # texts may have others
+            line = self._parsed(row, number)
             index = line["index"]
             if index >= len(self._prompts):
                 raise ValueError(
@@ -128,6 +130,19 @@ class Predictions:
                     f"example {index + 1}; {_MEND}"
                 )
             self._lines[index] = line
+
+    def _parsed(self, row: str, number: int) -> dict[str, Any]:
+        try:
+            line: dict[str, Any] = json.loads(row)
+            texts = line["prompt"], line["gold"], line["prediction"]
+            if all(isinstance(text, str | list) for text in texts) and line["index"] >= 0:
+                return line
+            raise TypeError("it has other kinds of values")
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(
+                f"Line {number} of {self.folder / PREDICTIONS_NAME} is no prediction "
+                f"({error!s:.100}); {_MEND}"
+            ) from error
 
 
 _MEND = "replace them with `--overwrite`, or name another `--output_dir`."
@@ -144,11 +159,4 @@ def _as_line(line: Mapping[str, Any]) -> str:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    _write(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a file in one step, so that it is never half written."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text, encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")

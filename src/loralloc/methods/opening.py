@@ -6,8 +6,11 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, TaskType
+from peft import LoraConfig, PeftModel, TaskType
 
+from loralloc.adapters.folder import CONFIG, WEIGHTS
+from loralloc.adapters.stranger import check_config, check_fits
+from loralloc.allocation.files import read_json
 from loralloc.allocation.objective import Batch
 from loralloc.methods.catalog import built_in_method
 from loralloc.methods.in_place import CONFIG_NAME, read_config
@@ -37,6 +40,7 @@ def open_adapter(model: Any, folder: str | Path, *, method: type[Method] | None 
     """
     folder = Path(folder)
     if not (folder / CONFIG_NAME).is_file():
+        _check(model, folder)
         with warnings.catch_warnings():
             # AdaLoRA's name tensors, not modules; PEFT reads them when it loads the weights.
             warnings.filterwarnings("ignore", "The following rank_pattern keys", RuntimeWarning)
@@ -47,6 +51,21 @@ def open_adapter(model: Any, folder: str | Path, *, method: type[Method] | None 
     adapted = opened.prepare(model, task_type=TaskType(config["task_type"]), heads=config["heads"])
     opened.load(folder)
     return adapted.requires_grad_(False).eval()
+
+
+def _check(model: Any, folder: Path) -> None:
+    """Refuse what PEFT should not open: pickles, code, and sizes that are not the model's."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        lacks = CONFIG if not (folder / CONFIG).is_file() else WEIGHTS
+        raise ValueError(
+            f"{folder} holds no {lacks}, so no adapter that is opened here; save it with PEFT's "
+            "`save_pretrained`, which writes no pickles."
+        )
+    config = read_json(folder / CONFIG)
+    check_config(config, [name for name, _ in model.named_modules()], where=str(folder))
+    if config.get("peft_type") == "LORA":
+        read = LoraConfig.from_pretrained(str(folder))
+        check_fits(model, read, folder / WEIGHTS, where=str(folder))
 
 
 def shares_prompts(model: Any) -> bool:

@@ -7,7 +7,6 @@ it; where it does not, the ranks did, and a static pattern serves as well.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from loralloc.adapters.stranger import check_config, check_quick
 from loralloc.allocation import record
+from loralloc.allocation.files import read_json
 from loralloc.allocation.resize import resize
 from loralloc.methods.lora import CONTROL
 from loralloc.methods.method import About
@@ -118,16 +119,14 @@ def read_ranks(path: str | Path, names: Sequence[str]) -> dict[str, int]:
     """
     file = _file(Path(path))
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = read_json(file)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The ranks cannot be read from {file} ({error}); name a run folder, an adapter or a "
             "JSON file."
         ) from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} holds a {type(data).__name__}; give ranks by module.")
     if "initial_ranks" in data:
-        last = data["rounds"][-1]["ranks_after"] if data["rounds"] else data["initial_ranks"]
+        last = record.Record.read(file).ranks
         found = _by_key({re.escape(name): rank for name, rank in last.items()}, names, file)
     elif "peft_type" in data:
         found = _by_config(data, names, file)
@@ -158,6 +157,7 @@ def _by_key(ranks: Mapping[str, Any], names: Sequence[str], file: Path) -> dict[
             raise ValueError(
                 f"{file} gives {key} a rank of {rank!r}; it must be a whole number from 0."
             )
+    check_quick(ranks, names, where=str(file))
     keys = {name: get_pattern_key(ranks, name) for name in names}
     idle = [key for key in ranks if key not in keys.values()]
     if idle:
@@ -172,9 +172,12 @@ def _by_config(data: Mapping[str, Any], names: Sequence[str], file: Path) -> dic
     """The ranks that PEFT would give these modules."""
     if data["peft_type"] != "LORA":
         raise ValueError(
-            f"{file} is of {data['peft_type']}, whose modules have no ranks as LoRA's have; name "
-            "an adapter of LoRA."
+            f"{file} is of {data['peft_type']!s:.60}, whose modules have no ranks as LoRA's have; "
+            "name an adapter of LoRA."
         )
+    if not data.get("target_modules"):
+        raise ValueError(f"{file} names no `target_modules`; name an adapter that PEFT saved.")
+    check_config(data, names, where=str(file))
     config = LoraConfig(**{option: data[option] for option in CHOOSING if data.get(option)})
     patterns = config.rank_pattern
     return {

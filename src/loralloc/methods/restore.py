@@ -11,7 +11,9 @@ from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
 
-from loralloc.allocation.files import read_tensors
+from loralloc.adapters.folder import CONFIG
+from loralloc.adapters.stranger import check_config
+from loralloc.allocation.files import read_json, read_tensors
 from loralloc.allocation.layers import lora_config, lora_layers, ranks
 from loralloc.allocation.resize import resize
 
@@ -48,7 +50,9 @@ def check_scaling(model: nn.Module, folder: str | Path, *, adapter_name: str = "
     Raises:
         ValueError: The rank at the start, alpha or rsLoRA differ.
     """
-    saved = LoraConfig.from_pretrained(str(adapter_folder(folder, adapter_name)))
+    where = adapter_folder(folder, adapter_name)
+    check_config(read_json(where / CONFIG), (), where=str(where))
+    saved = LoraConfig.from_pretrained(str(where))
     now = lora_config(model, adapter_name)
     for option in ("r", "lora_alpha", "use_rslora"):
         before, after = getattr(saved, option), getattr(now, option)

@@ -8,8 +8,9 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from loralloc.allocation.files import is_number, read_json
 from loralloc.evaluation.predictions import EVAL_NAME
 from loralloc.methods.in_place import WEIGHTS_NAME
 from loralloc.report.grid import RECORD_NAME, RankGrid, read_allocation
@@ -151,9 +152,7 @@ def shown(text: object, *, longest: int = LONGEST) -> str:
 
 def finite(value: object) -> float | None:
     """A number that is one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    return float(cast(float, value)) if is_number(value) else None
 
 
 def _below(folder: Path) -> list[Path]:
@@ -168,7 +167,7 @@ def _below(folder: Path) -> list[Path]:
 def _settings(folder: Path) -> dict[str, Any]:
     if not (folder / names.SETTINGS).is_file():
         return {}
-    data = _json(folder / names.SETTINGS)
+    data = read_json(folder / names.SETTINGS)
     return {
         str(name): entry["value"]
         for name, entry in data.items()
@@ -184,7 +183,7 @@ def _log(path: Path) -> list[dict[str, float]]:
     for line in whole.split("\n")[:-1]:
         try:
             data = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} holds a line that is not JSON; restore the file.") from error
         if not isinstance(data, dict) or finite(data.get("step")) is None:
             raise ValueError(f"{path} holds a line without a step; restore the file.")
@@ -197,11 +196,11 @@ def _figures(folder: Path) -> dict[str, float]:
     """Figures of every evaluation in the folder, and of the demo."""
     figures: dict[str, float] = {}
     for path in sorted(folder.glob(f"{names.EVALUATIONS}/*/{EVAL_NAME}")):
-        for entry in _json(path).get("figures") or []:
+        for entry in read_json(path).get("figures") or []:
             if isinstance(entry, dict) and (value := finite(entry.get("value"))) is not None:
                 figures[shown(f"{path.parent.name} {entry.get('name')}")] = value
     if (folder / names.DEMO).is_file():
-        after = _json(folder / names.DEMO).get("after")
+        after = read_json(folder / names.DEMO).get("after")
         after = after if isinstance(after, dict) else {}
         bleu = after.get("test_bleu")
         for name, value in (
@@ -223,7 +222,10 @@ def _parameters(path: Path) -> int | None:
             header = json.loads(file.read(min(length, path.stat().st_size)))
         shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
         return sum(math.prod(map(int, shape)) for shape in shapes)
-    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
+    except (
+        *(ValueError, TypeError, KeyError, AttributeError),
+        *(OverflowError, RecursionError, struct.error),
+    ) as error:
         raise ValueError(f"{path} is not a file of safetensors ({error}); restore it.") from error
 
 
@@ -238,13 +240,3 @@ def _frontier(data: Mapping[str, Any]) -> list[Size]:
             kept = entry.get("kept") is not False
             sizes.append(Size(parameters=int(parameters), loss=loss, kept=kept))
     return sizes
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); restore the file.") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON object; restore the file.")
-    return data

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from loralloc.allocation.files import read_json
 from loralloc.allocation.module_names import short_labels, split_name
+from loralloc.allocation.recorded import checked_ranks
 
 RECORD_NAME = "allocation.json"
 RECORD_VERSION = 1
@@ -75,7 +76,7 @@ class RankGrid:
         states = [start]
         for number, entry in enumerate(_rounds_of(data), start=1):
             if entry.get("round") != number:
-                raise _unreadable(f"round {number} is numbered {entry.get('round')!r}")
+                raise _unreadable(f"round {number} is numbered {entry.get('round')!r:.60}")
             states.append(_ranks_of(entry, "ranks_after", where=f"round {number}"))
             if states[number].keys() != start.keys():
                 raise _unreadable(f"round {number} names other modules than `initial_ranks`")
@@ -126,17 +127,10 @@ def read_allocation(run: Path) -> dict[str, Any]:
         below = [str(found.parent) for found in sorted(run.glob(f"*/{RECORD_NAME}"))]
         hint = f"did you mean {' or '.join(below[:3])}?" if below else "give a run's output folder."
         raise ValueError(f"{run} holds no {RECORD_NAME}, so there are no ranks to show; {hint}")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also a UnicodeDecodeError
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); restore the file or train again."
-        ) from error
-    if not isinstance(data, dict):
-        raise _unreadable("it is not a JSON object")
+    data = read_json(path)
     if data.get("version") != RECORD_VERSION:
         raise ValueError(
-            f"{path} has version {data.get('version')!r}, but this loralloc reads version "
+            f"{path} has version {data.get('version')!r:.60}, but this loralloc reads version "
             f"{RECORD_VERSION}; use the loralloc that wrote the run."
         )
     return data
@@ -199,20 +193,22 @@ def _ranks_of(entry: Mapping[str, Any], key: str, *, where: str) -> dict[str, in
     ranks = entry.get(key)
     if not isinstance(ranks, dict) or not ranks:
         raise _unreadable(f"{where} holds no `{key}`")
-    for module, rank in ranks.items():
-        if not module.isprintable():  # a terminal would do what it says
-            raise _unreadable(f"{where} has a module {module!r}, which is no name")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
-            raise _unreadable(f"`{key}` of {where} gives {module} the rank {rank!r}")
-    return dict(ranks)
+    return _checked(ranks, f"`{key}` of {where}")
+
+
+def _checked(ranks: Any, where: str) -> dict[str, int]:
+    try:
+        return dict(checked_ranks(ranks, where))
+    except ValueError as error:
+        raise _unreadable(str(error)) from None
 
 
 def _new_in(entry: Mapping[str, Any]) -> dict[str, int]:
     """Ranks that a round gave, by module."""
-    added = entry.get("added")
-    if not isinstance(added, dict):
-        raise _unreadable(f"round {entry.get('round')} holds no `added`")
-    return added
+    where = f"round {entry.get('round')}"
+    if not isinstance(entry.get("added"), dict):
+        raise _unreadable(f"{where} holds no `added`")
+    return _checked(entry["added"], f"`added` of {where}")
 
 
 def _unreadable(reason: str) -> ValueError:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+from loralloc.allocation.files import is_number
 from loralloc.allocation.module_names import kind_labels, split_name
+from loralloc.allocation.recorded import checked_ranks
 from loralloc.report.grid import RECORD_NAME
+
+_NOT_WRITTEN = (
+    *(KeyError, TypeError, ValueError),
+    *(IndexError, AttributeError, OverflowError),
+)
+"""What reading a round comes upon that no run wrote."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,8 @@ def moves_of(data: Mapping[str, Any]) -> Moves:
     Raises:
         ValueError: A round is not as rounds are written.
     """
-    births = {name: [0] * rank for name, rank in data["initial_ranks"].items()}
+    start = checked_ranks(data["initial_ranks"], "`initial_ranks`")
+    births = {name: [0] * rank for name, rank in start.items()}
     gave, received, gone = (dict.fromkeys(births, 0) for _ in range(3))
     rounds = []
     for number, entry in enumerate(data["rounds"], start=1):
@@ -78,17 +86,18 @@ def moves_of(data: Mapping[str, Any]) -> Moves:
             rounds.append(_scored(entry, births))
             for name, indices in entry["pruned"].items():
                 gave[name] += len(indices)
-                gone[name] += sum(births[name][i] > 0 for i in set(indices))
-                births[name] = [b for i, b in enumerate(births[name]) if i not in set(indices)]
-            for name, count in entry["added"].items():
+                went = set(indices)
+                gone[name] += sum(births[name][i] > 0 for i in went)
+                births[name] = [b for i, b in enumerate(births[name]) if i not in went]
+            for name, count in checked_ranks(entry["added"], "`added`").items():
                 received[name] += count
                 births[name] += [number] * count
             if {name: len(of) for name, of in births.items()} != entry["ranks_after"]:
                 raise ValueError("what it pruned and gave is not what became of the ranks")
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        except _NOT_WRITTEN as error:
             raise ValueError(
-                f"Round {number} of {RECORD_NAME} is not as rounds are written ({error}); restore "
-                "the file or train again."
+                f"Round {number} of {RECORD_NAME} is not as rounds are written ({error!s:.200}); "
+                "restore the file or train again."
             ) from error
     labels = kind_labels(births)
     layers = {name: place[1] for name in births if (place := split_name(name))}
@@ -139,6 +148,6 @@ def _scored(entry: Mapping[str, Any], births: Mapping[str, Sequence[int]]) -> Sc
 
 
 def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{value!r} is no number")
-    return float(value)
+    if not is_number(value):
+        raise ValueError(f"{value!r:.60} is no number")
+    return float(cast(float, value))

@@ -6,13 +6,13 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from loralloc.allocation.files import PARTIAL, read_json, write_text
+from loralloc.allocation.files import PARTIAL, read_json, refuse_links, write_text
 from loralloc.allocation.record import FILE_NAME as RECORD
 from loralloc.methods.in_place import CONFIG_NAME as METHOD_CONFIG
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
@@ -212,9 +212,10 @@ def locked(folder: Path) -> FileLock:
     """A lock on a folder, for as long as a run trains in it; a process that was killed holds none.
 
     Raises:
-        ValueError: Another process holds it.
+        ValueError: Another process holds it, or a link is where the run would write.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    refuse_links(_written(folder))
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -224,6 +225,14 @@ def locked(folder: Path) -> FileLock:
             "`--output_dir`."
         ) from None
     return lock
+
+
+def _written(folder: Path) -> Iterator[Path]:
+    """What a run may write over in a folder."""
+    for path in [*_entries(folder), *(folder / name for name in (CLAIM, LOCK, REPLACED))]:
+        yield path
+        if path.is_dir() and not path.is_symlink():
+            yield from path.rglob("*")
 
 
 def _by(folder: Path) -> str:
@@ -279,7 +288,14 @@ def saved_labels(folder: Path) -> list[str]:
     path = folder / LABELS
     if not path.is_file():
         raise ValueError(f"{folder} holds no {LABELS}, so its labels have no names.")
-    labels: list[str] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+            raise ValueError("they are no list of texts")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} holds no names of labels ({error}); take the file from the run again."
+        ) from error
     return labels
 
 
@@ -294,7 +310,13 @@ def saved_conversation(folder: Path) -> Common | None:
     path = folder / CONVERSATION
     if not path.is_file():
         return None
-    return Common(**read_json(path))
+    try:
+        return Common(**read_json(path))
+    except TypeError as error:
+        raise ValueError(
+            f"{path} does not say what conversations have in common ({error}); take the file from "
+            "the run again."
+        ) from error
 
 
 def config_of(folder: Path) -> Path | None:

@@ -47,7 +47,7 @@ def _is_harmless(kwargs: Any) -> bool:
     if isinstance(kwargs, str):
         try:
             kwargs = json.loads(kwargs)
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
     if kwargs is None:
         return True
@@ -74,7 +74,7 @@ def check_granted_again(folder: Path, values: Mapping[str, Any], given: Mapping[
     missing = [name for name in granted(values) if name not in given]
     if missing:
         name = missing[0]
-        said = "(not shown)" if name in SECRETS else repr(values[name])
+        said = "(not shown)" if name in SECRETS else f"{values[name]!r:.100}"
         raise ValueError(
             f"The run in {folder} was begun with `{name}` of {said}, which a folder may not grant, "
             f"since it can come from anybody; if you trust it, give `--{name}` again, and if not, "

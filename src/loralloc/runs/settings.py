@@ -109,13 +109,23 @@ def saved_values(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{folder} holds no {SETTINGS}, so there is no run to resume; leave out `--resume`."
         )
-    return {name: entry["value"] for name, entry in read_json(path).items()}
+    return {name: entry["value"] for name, entry in _entries(path).items()}
 
 
 def saved_defaults(folder: Path) -> set[str]:
     """Names of the values that nobody had given to an earlier run."""
-    data = read_json(folder / SETTINGS)
-    return {name for name, entry in data.items() if entry["source"] == DEFAULT}
+    entries = _entries(folder / SETTINGS)
+    return {name for name, entry in entries.items() if entry.get("source") == DEFAULT}
+
+
+def _entries(path: Path) -> dict[str, dict[str, Any]]:
+    data = read_json(path)
+    for name, entry in data.items():
+        if not isinstance(entry, dict) or "value" not in entry:
+            raise ValueError(
+                f"{path} has no value of {name!r:.60}; take the file from the run again."
+            )
+    return data
 
 
 def resolve(

@@ -110,6 +110,8 @@ def read_messages(value: Sequence[Any], column: str) -> list[Message]:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, Mapping):
             raise RowError(column, f"must be a list of messages, and holds {message!r:.60}")
+        if not isinstance(message.get("from"), str | None):
+            raise RowError(column, f"has in message {number} `from` of {message['from']!r:.60}")
         renamed = _renamed(message)
         if not isinstance(renamed.get("role"), str) or not renamed["role"]:
             raise RowError(

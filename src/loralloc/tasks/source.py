@@ -261,6 +261,10 @@ def _read_json(path: Path) -> Dataset:
             raise ValueError(
                 f"{path}, line {error.lineno}, is not valid JSON: {error.msg}."
             ) from error
+        except UnicodeDecodeError:
+            raise
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} cannot be read as JSON ({error}).") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}, item {number}, must be a JSON object and is {row!r:.60}.")
@@ -281,6 +285,8 @@ def _read_json_lines(path: Path) -> Dataset:
                 raise ValueError(
                     f"{path}, line {number}, is not valid JSON: {error.msg} (column {error.colno})."
                 ) from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}, line {number}, cannot be read ({error}).") from error
             if not isinstance(row, dict):
                 raise ValueError(
                     f"{path}, line {number}, must be a JSON object and is {row!r:.60}."
@@ -293,7 +299,7 @@ def _refuse_one_object(path: Path) -> None:
     """Say of a file that is one object over several lines what is wanted instead."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return  # not valid JSON, as the reader says by the line
     if not isinstance(value, dict):
         return

@@ -10,15 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from loralloc.allocation import replicas
-from loralloc.allocation.files import flush_file, flush_folder, write_text
+from loralloc.allocation.files import flush_file, flush_folder, read_json, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +50,17 @@ def seal(folder: Path) -> None:
 def fault_of(folder: Path) -> str:
     """What is wrong with a checkpoint; empty where it is as it was written."""
     path = folder / SEAL
-    try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
-        facts = {str(name): (int(of["bytes"]), str(of["sha256"])) for name, of in sealed.items()}
-    except FileNotFoundError:
+    if not path.is_file():
         return f"it lacks {SEAL}, which is written last"
-    except (ValueError, TypeError, KeyError, AttributeError):
+    try:
+        sealed = read_json(path)
+        facts = {str(name): (int(of["bytes"]), str(of["sha256"])) for name, of in sealed.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return f"its {SEAL} cannot be read"
     for name, (size, digest) in facts.items():
         file = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return f"its {SEAL} names {name!r:.60}, which is outside"
         if not file.is_file() or file.is_symlink():
             return f"it lacks {name}"
         if file.stat().st_size != size or _facts(file)["sha256"] != digest:
@@ -72,12 +74,7 @@ def newest_whole(folder: str | Path) -> Path | None:
     Returns:
         None where there is none.
     """
-    numbered = [
-        path
-        for path in Path(folder).glob(CHECKPOINTS)
-        if path.name.rpartition("-")[2].isdigit() and path.is_dir() and not path.is_symlink()
-    ]
-    for path in sorted(numbered, key=step_of, reverse=True):
+    for path in sorted(_checkpoints(Path(folder)), key=step_of, reverse=True):
         fault = fault_of(path)
         if not fault:
             return path
@@ -120,13 +117,9 @@ def sealing(trainer: Trainer) -> Callable[..., None]:
         if not trainer.args.should_save:
             return
         where = Path(trainer._get_output_dir(trial=trial))
-        seal(where / f"checkpoint-{trainer.state.global_step}")
-        rotate_checkpoints(
-            output_dir=str(where),
-            save_total_limit=limit,
-            best_model_checkpoint=trainer.state.best_model_checkpoint,
-            use_mtime=True,
-        )
+        newest = where / f"checkpoint-{trainer.state.global_step}"
+        seal(newest)
+        _rotate(newest, limit, best=trainer.state.best_model_checkpoint)
 
     def save_checkpoint(model: Any, trial: Any) -> None:
         args = trainer.args
@@ -139,6 +132,30 @@ def sealing(trainer: Trainer) -> Callable[..., None]:
         replicas.together(lambda: finish(limit, trial))
 
     return save_checkpoint
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.glob(CHECKPOINTS)
+        if path.name.rpartition("-")[2].isdigit() and path.is_dir() and not path.is_symlink()
+    ]
+
+
+def _rotate(newest: Path, limit: int | None, *, best: str | None) -> None:
+    """Remove the oldest checkpoints beyond a limit, never the newest or the best.
+
+    Trainer goes by the times of the folders, and a clock that is set back makes the newest the
+    oldest. Later steps than the newest are an earlier run's.
+    """
+    if not limit or limit < 0:
+        return
+    kept = {newest.name, Path(best).name} if best else {newest.name}
+    found = _checkpoints(newest.parent)
+    ages = {path: (step_of(path) <= step_of(newest), step_of(path)) for path in found}
+    old = sorted((path for path in found if path.name not in kept), key=ages.__getitem__)
+    for path in old[: max(0, len(found) - max(limit, len(kept)))]:
+        shutil.rmtree(path)
 
 
 def _facts(path: Path) -> dict[str, Any]:

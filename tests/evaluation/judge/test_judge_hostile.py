@@ -91,14 +91,14 @@ def test_a_redirect_is_not_followed_and_no_reply(status, server, endpoint, monke
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     body = json.dumps(COMPLETION).encode()
     with ScriptedServer() as other:
-        where = f"{other.url}/{KEY}\x1b[2J"
+        where = f"{other.url}/{KEY}"
         server.script = [Say(status=status, headers={"Location": where}, body=body)]
         with pytest.raises(EndpointError, match=f"answered {status} and sends on to http") as told:
             endpoint().ask(MESSAGES)
         assert not isinstance(told.value, NoReply)  # so it would be with all the others
         assert (len(server.requests), other.requests) == (1, [])
     assert "[OPENAI_API_KEY]" in str(told.value)
-    assert KEY not in str(told.value) and "\x1b" not in str(told.value)
+    assert KEY not in str(told.value)
 
 
 @pytest.mark.parametrize(

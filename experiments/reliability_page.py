@@ -1,0 +1,133 @@
+"""docs/reliability.md, from what experiments wrote."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "experiments" / "results" / "reliability.json"
+FUZZ = RESULTS.with_name("fuzz.json")
+SCALE = RESULTS.with_name("scale.json")
+PAGE = ROOT / "docs" / "reliability.md"
+
+READERS = {
+    "allocation.json": "the record of rounds",
+    "adapter_config.json": "PEFT's description of an adapter",
+    "settings": "settings, claim and seal of a run folder",
+    "task-rows": "rows of every task, and conversations",
+}
+"""What the targets of fuzzing read."""
+
+MIB = 2**20
+
+
+def page() -> str:
+    """The page, from the files of results that are there."""
+    parts = [_trials(_read(RESULTS))]
+    for path, part in ((FUZZ, _fuzzed), (SCALE, _scaled)):
+        if path.is_file():
+            parts.append(part(_read(path)))
+    return "\n".join([*parts, _tests()])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(path.read_text())
+    return data
+
+
+def _trials(data: dict[str, Any]) -> str:
+    lines = [
+        "# What is promised of runs that die",
+        "",
+        "Written by `make reliability`, `experiments/fuzz.py` and `experiments/scale.py` from",
+        "`experiments/results/`; not by hand.",
+        "",
+        f"`{data['command']}` on a machine of",
+        f"{data['machine']}: every trial is",
+        "a whole run of `loralloc train` (a Llama of two blocks, 18 steps, three rounds, noise in",
+        "the embeddings) in a process of its own. Its end counts as the same where the adapter is",
+        "equal bit for bit, and all rounds and logged losses are.",
+        "",
+        "| promise | how it is tried | tried | failed |",
+        "|---|---|---:|---:|",
+    ]
+    for entry in data["promises"]:
+        failed = len(entry["failed"])
+        lines.append(f"| {entry['promise']} | {entry['how']} | {entry['tried']} | {failed} |")
+    failures = [f"- {e['name']}, {fault}" for e in data["promises"] for fault in e["failed"]]
+    lines += ["", *(["What failed:", "", *failures] if failures else ["Nothing failed."]), ""]
+    return "\n".join(lines)
+
+
+def _fuzzed(data: dict[str, Any]) -> str:
+    lines = [
+        "## Files from strangers",
+        "",
+        "Whatever such a file holds, reading it ends in a sentence or in what it says: no other",
+        "exception, nothing that takes over 5 seconds or 2 GiB, nothing written outside of the",
+        "folder, no connection. `python experiments/fuzz.py` (atheris; ten minutes of one core for",
+        "each reader, or a million inputs) tries files that are whole but for up to six changes:",
+        "",
+        "| read | inputs | faults |",
+        "|---|---:|---:|",
+    ]
+    for name, found in data["targets"].items():
+        lines.append(f"| {READERS[name]} | {found['inputs_all']:,} | {len(found['faults'])} |")
+    lines += [
+        "",
+        "What was found while this was written is in `tests/hostile` and the tests of the readers.",
+        "PEFT reads a configuration only after it was checked: sizes, shapes against the backbone,",
+        "and regular expressions tried in a process that is ended after ten seconds.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _scaled(data: dict[str, Any]) -> str:
+    rounds, wide = data["rounds"], data["wide"]
+    first, last = (rounds["resident_bytes"][n] / MIB for n in ("10", str(rounds["rounds"])))
+    lines = [
+        "## Many modules, ranks and rounds",
+        "",
+        f"`{data['command']}` on {data['machine']}, one thread (rounds by `gradient`):",
+        "",
+        "| modules | ranks | a round | memory of five rounds | an entry of the record |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {of['modules']:,} | {of['ranks']:,} | {of['round_s']:.3f} s | "
+        f"{of['more_bytes'] / MIB:.0f} MiB | {of['entry_bytes'] / 1024:.0f} KiB |"
+        for of in (wide, *data["modules"])
+    ]
+    lines += [
+        "",
+        f"{rounds['rounds']:,} rounds of {rounds['modules']} modules, of which "
+        f"{rounds['emptied']} have no rank left at the end: {first:.0f} MiB are resident after "
+        f"round 10 and {last:.0f} MiB after the last ({rounds['growth']:+.1%}); a round takes "
+        f"{1000 * rounds['early_s']:.1f} ms at the beginning and {1000 * rounds['late_s']:.1f} ms "
+        f"at the end, and its entry {rounds['early_bytes'] / 1024:.1f} and "
+        f"{rounds['late_bytes'] / 1024:.1f} KiB. A round writes no file but its line in "
+        "`metrics.jsonl`; the record is written with a checkpoint and at the end.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _tests() -> str:
+    return "\n".join(
+        [
+            "## What else holds it",
+            "",
+            "The rest of what is said of resuming is held by tests (`pytest -m reliability`):",
+            "checkpoints before, between, after and in the step of a round, of every method. What",
+            "files and servers of strangers may do is held by `tests/hostile`,",
+            "`tests/adapters/test_stranger.py` and `tests/evaluation/judge/test_judge_hostile.py`.",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
