@@ -13,6 +13,8 @@ from typing import Any
 
 from trials import Place, ended, found_in, started
 
+from loralloc.runs.folder import has_ended
+
 NUMBER = 2
 PATIENCE_S = 60.0
 """How long the other process may take to notice."""
@@ -65,7 +67,7 @@ def untouched(place: Place) -> dict[str, Any]:
 
 def gone_on(place: Place, folder: Path, log: Path) -> str:
     """Go on with both to the end; in what it is another than the untouched one's, or nothing."""
-    codes = end(both(place.go_on(folder), log))
+    codes = [] if has_ended(folder) else end(both(place.go_on(folder), log))
     if any(codes):
         return f"going on ended with {codes}: {log.read_text().strip().splitlines()[-1][:300]}"
     found = found_in(folder)
