@@ -3,10 +3,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from rich.console import Console
 
 from loralloc.allocation.record import Round
 from loralloc.cli.progress import Progress, in_time
+from loralloc.cli.token_count import TokenCount
 
 MODULES = {f"model.layers.{n}.self_attn.{k}_proj": 2 for n in range(2) for k in "qv"}
 FIRST, *_, LAST = MODULES
@@ -122,41 +124,73 @@ def test_times(seconds, words):
     assert in_time(seconds) == words
 
 
+def drawing(added):
+    """A trainer that draws two batches for a step, of 5 and of 8 tokens."""
+    padded = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    batches = [
+        {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": padded},
+        {"input_ids": torch.ones(1, 8, dtype=torch.long)},
+    ]
+    return SimpleNamespace(
+        add_callback=added.append,
+        remove_callback=lambda callback: None,
+        get_batch_samples=lambda *_: (batches, None),
+    )
+
+
+def test_tokens_are_counted_without_padding():
+    trainer = drawing([])
+    tokens = TokenCount(trainer)
+    assert tokens.total() == 0
+    for _ in range(2):
+        trainer.get_batch_samples(None, 2, "cpu")
+        tokens.total()
+    assert tokens.total() == 2 * (5 + 8)
+    other = SimpleNamespace(get_batch_samples=lambda *_: ([{"pixels": torch.ones(2)}], None))
+    counted = TokenCount(other)
+    other.get_batch_samples()
+    assert counted.total() == 0
+
+
 def test_the_bar_fits_80_columns_and_labels_what_it_shows():
     from transformers import TrainerState
 
     added, file = [], io.StringIO()
     plain = dict(force_terminal=True, color_system=None, _environ={})
     progress = Progress(Console(file=file, width=80, **plain))
-    trainer = SimpleNamespace(add_callback=added.append, remove_callback=lambda callback: None)
+    trainer = drawing(added)
     progress.take_over(trainer)
     (callback,) = added
     state = TrainerState(global_step=0, max_steps=12_000)
     callback.on_train_begin(None, state, None)
+    trainer.get_batch_samples(None, 2, "cpu")
     state.global_step = 900
     callback.on_step_end(None, state, None)
     callback.on_log(None, state, None, logs={"loss": 10.25})
     progress.bar.refresh()
     callback.on_train_end(None, state, None)
-    assert re.search(r"900/12000 steps \S+ steps/s \S+ left loss 10.250", file.getvalue())
+    bar = r"900/12000 steps \S+ steps/s [\d,]+ tokens/s \S+ left loss 10.250"
+    assert re.search(bar, file.getvalue())
 
 
 def test_losses_are_lines_where_there_is_no_bar(progress):
     from transformers import TrainerState
 
     added = []
-    trainer = SimpleNamespace(add_callback=added.append, remove_callback=lambda callback: None)
+    trainer = drawing(added)
     progress.take_over(trainer)
     (callback,) = added
     state = TrainerState(global_step=3, max_steps=10)
     callback.on_train_begin(None, state, None)
+    trainer.get_batch_samples(None, 2, "cpu")
     state.global_step = 5
     callback.on_log(None, state, None, logs={"loss": 1.25})
     callback.on_log(None, state, None, logs={"eval_loss": 1.5, "eval_accuracy": 0.75})
     callback.on_train_end(None, state, None)
     callback.on_log(None, state, None, logs={"eval_loss": 1.5, "eval_mean_token_accuracy": 0.5})
     lines = shown(progress).splitlines()
-    assert any(re.match(r"step 5  loss 1.250  \S+ steps/s  \d+:\d\d left$", x) for x in lines)
+    told = r"step 5  loss 1.250  \S+ steps/s [\d,]+ tokens/s  \d+:\d\d left$"
+    assert any(re.match(told, line) for line in lines)
     assert "step 5  development loss 1.5000  accuracy 0.750" in lines
     assert "step 5  development loss 1.5000  token accuracy 0.500" in lines
     assert any(line.startswith("5 steps in ") for line in lines)

@@ -28,6 +28,7 @@ from loralloc.allocation import replicas
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
 from loralloc.cli.console import Console
+from loralloc.cli.token_count import TokenCount
 from loralloc.methods.method import Method
 from loralloc.runs.flags import left_to_us
 from loralloc.runs.quiet import prepare_process as prepare_process
@@ -36,6 +37,9 @@ from loralloc.training.way_of_running import planned_length
 if TYPE_CHECKING:
     from loralloc.runs.run import Run
 
+
+EVERY_S = 0.5
+"""Seconds between two updates of the rates: counting tokens waits for a GPU."""
 
 GLUE = "\N{NO-BREAK SPACE}"
 FEWER, MORE = "red", "blue"
@@ -50,8 +54,8 @@ class Progress:
         self.console = console
         self._has_explained_churn = False
         self.bar = Bar(
-            TextColumn("training"),
-            BarColumn(bar_width=14),
+            # What there is beside the words, which take 74 columns in long runs.
+            BarColumn(bar_width=max(6, min(20, console.width - 74))),
             MofNCompleteColumn(),
             TextColumn("steps"),
             TextColumn("{task.fields[rate]}"),
@@ -107,7 +111,7 @@ class Progress:
         """Show this trainer's progress, in place of its own display."""
         for callback in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-        trainer.add_callback(_BarCallback(self))
+        trainer.add_callback(_BarCallback(self, TokenCount(trainer)))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
@@ -169,8 +173,10 @@ class Progress:
 class _BarCallback(TrainerCallback):
     """Feeds the bar from a trainer."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, tokens: TokenCount) -> None:
         self._progress = progress
+        self._tokens = tokens
+        self._told, self._rates = 0.0, ""
         self._task: Any = None
         self._begin = 0.0
         self._first = 0
@@ -187,8 +193,16 @@ class _BarCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        rate = f"{self._rate(state):.2g} steps/s"
-        self._progress.bar.update(self._task, completed=state.global_step, rate=rate)
+        now = time.perf_counter()
+        if now - self._told > EVERY_S:
+            self._told, self._rates = now, self._in_words(state)
+        self._progress.bar.update(self._task, completed=state.global_step, rate=self._rates)
+
+    def _in_words(self, state: TrainerState) -> str:
+        """Such as "1.2 steps/s 830 tok/s"; without tokens where the batches have none."""
+        tokens = self._tokens.total() / (time.perf_counter() - self._begin)
+        steps = f"{self._rate(state):.2g} steps/s"
+        return f"{steps} {float(f'{tokens:.3g}'):,.0f} tokens/s" if tokens else steps
 
     def _rate(self, state: TrainerState) -> float:
         """Optimiser steps a second since training began, all else that it does included."""
@@ -211,7 +225,8 @@ class _BarCallback(TrainerCallback):
                 rate = self._rate(state)
                 left = (state.max_steps - state.global_step) / rate if rate else 0.0
                 self._progress.console.print(
-                    f"step {state.global_step}  {loss}  {rate:.2g} steps/s  {in_time(left)} left",
+                    f"step {state.global_step}  {loss}  {self._in_words(state)}  "
+                    f"{in_time(left)} left",
                     highlight=False,
                 )
         if "held_out_loss" in logs:
