@@ -41,7 +41,7 @@ NOTES = """
   form; own with `loralloc.open_adapter`.
 - **fp16**: whether `fp16=True` is accepted.
 - **quantised backbone**: whether weights in 8 or 4 bits (bitsandbytes) are accepted below it. Of
-  the scores `ablation` is refused there.
+  the scores `ablation` is refused there, but for 4 bits that compute in float32.
 - **in a fleet**: whether runs of it [train at once](fleet.md) on one backbone.
 
 What does not go is refused at the start of a run, in a sentence. What holds the rest:
@@ -64,10 +64,18 @@ HELD = {
         "allocation/test_precision.py",
     ),
     "LoRA on quantised weights computes what PEFT's does": ("kernels/test_lora_quantised.py",),
+    "[quantised backbones](quantised.md): trained, scored, resized, saved, resumed, opened": (
+        "training/test_attach_quantised.py",
+        "cli/test_train_quantised.py",
+    ),
+    "whatever else trains beside the ranks, and other adapters": (
+        "training/test_attach_beside.py",
+    ),
     "compiled models": ("training/test_compiled.py",),
     "[several processes](distributed.md) that each have the whole model": (
         "processes/test_trained_together.py",
     ),
+    "a backbone that no process has whole (FSDP2)": ("processes/test_sharded.py",),
     "fp16, FSDP, DeepSpeed, a model over several devices: refused where they do not go": (
         "training/test_attach.py",
         "training/test_driver_in_a_users_trainer.py",
@@ -103,7 +111,7 @@ def _row(name: str, kind: type[Method]) -> str:
         ", ".join(HEADS[task] for task in kind.about.task_types),
         saved,
         _word(kind.about.merges),
-        _word(kind.bears_scaled_loss or not acts_between_steps(kind())),
+        _word(kind().bears_scaled_loss() or not acts_between_steps(kind())),
         _word(issubclass(kind, PeftMethod)),
         _word(name in FLEET),
     ]

@@ -65,7 +65,8 @@ def _let_libraries_speak_again():
     transformers.logging.set_verbosity_warning()
     transformers.logging.enable_progress_bar()
     datasets.enable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.NOTSET)
+    for name in ("trl", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture

@@ -152,7 +152,7 @@ def test_flags_that_cannot_be_used(flags, words, refused):
         (dict(resume_from_checkpoint="x"), "goes on from its last checkpoint by `--resume`"),
         (dict(dataset_streaming="true"), "which a stream does not have"),
         (dict(model_init_kwargs='{"dtype": "float16"}'), "use `--dtype`"),
-        (dict(load_in_4bit="true"), "pip install bitsandbytes"),
+        (dict(use_liger_kernel="true"), "pip install liger-kernel"),
         (
             dict(load_best_model_at_end="true", metric_for_best_model="f1"),
             "which no evaluation of the lm head computes; use loss or mean_token_accuracy",

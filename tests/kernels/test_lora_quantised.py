@@ -1,36 +1,21 @@
 """The fused LoRA step over base layers that bitsandbytes has quantised."""
 
+import kbit
 import pytest
 import tiny
 import torch
 from lora_steps import Calls, assert_equal_steps, fused_copy
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-bitsandbytes = pytest.importorskip("bitsandbytes")
-
-CONFIGS = {
-    "4bit": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
-    "8bit": dict(load_in_8bit=True),
-}
+CONFIGS = ("4bit", "8bit")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("wide-llama")
-    # Blocks of 64 numbers share a scale: narrower layers would not be quantised as real ones are.
-    tiny.llama(hidden_size=64, intermediate_size=128).save_pretrained(path)
-    return path
+    return kbit.save_wide(tmp_path_factory.mktemp("wide-llama"))
 
 
 def adapted(folder, kind, dtype):
-    options = CONFIGS[kind] | (dict(bnb_4bit_compute_dtype=dtype) if kind == "4bit" else {})
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        quantization_config=BitsAndBytesConfig(**options),
-        dtype=dtype,
-        device_map={"": "cpu"},
-    )
-    return tiny.with_trained_b(tiny.adapted(model))
+    return tiny.with_trained_b(tiny.adapted(kbit.llama(folder, kind, dtype)))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -21,6 +21,7 @@ from trainers import (
     without_seconds,
 )
 from transformers import TrainerCallback
+from transformers.distributed import DistributedConfig
 
 from loralloc import AllocationConfig, Scores, ScoringError, attach, plan
 from loralloc.allocation.layers import lora_layers, weight_b
@@ -407,10 +408,25 @@ def test_sharded_training_is_refused(way, trainer_of):
         attach(trainer, options())
 
 
-def test_a_model_that_is_loaded_in_parts_is_refused(trainer_of):
-    trainer = trainer_of("causal")
+def loaded_in_parts(trainer):
+    """As Transformers loads a model by a `distributed_config`, which takes several processes."""
     trainer.is_distributed_loading_by_transformers = True
-    with pytest.raises(TypeError, match="A model that is loaded in parts keeps a part of"):
+    trainer.model.get_base_model().config.distributed_config = DistributedConfig(fsdp_size=2)
+    return trainer
+
+
+@pytest.mark.parametrize("name", ("tp_size", "pp_size", "ep_size"))
+def test_a_model_whose_layers_are_computed_in_parts_is_refused(name, trainer_of):
+    trainer = loaded_in_parts(trainer_of("causal"))
+    setattr(trainer.model.get_base_model().config.distributed_config, name, 2)
+    with pytest.raises(TypeError, match=f"has `{name}` 2, by which a process .* use `fsdp_size`"):
+        attach(trainer, options())
+
+
+def test_a_part_that_trains_is_refused(trainer_of):
+    trainer = loaded_in_parts(trainer_of("causal"))
+    next(p for p in trainer.model.parameters() if p.requires_grad).placements = ()
+    with pytest.raises(TypeError, match=r"lora_A.*, which trains, is one of them; leave it out of"):
         attach(trainer, options())
 
 

@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from loralloc.allocation.layers import base_model
 from loralloc.allocation.supervised import IGNORED, SupervisedLoss
+from loralloc.kernels.quantised import keep_unpacked
 
 Batch = Mapping[str, Any]
 """Arguments of the model's forward, with the labels."""
@@ -66,6 +67,7 @@ class Objective:
         mixed: torch.dtype | None = None,
     ) -> None:
         self.model = model
+        keep_unpacked(model)  # training goes on after a look at importance
         self._loss = loss
         self._mixed = mixed
         self._shifts_labels = is_causal_lm(model)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional
 
 from loralloc.allocation.layers import base_model
@@ -98,7 +99,7 @@ class SupervisedLoss:
         targets = inputs["labels"].flatten()[positions + 1]
         base: Any = base_model(self._model)
         head = base.get_output_embeddings()
-        if self._passes_on is False or not _is_frozen_linear(head):
+        if self._passes_on is False or not _is_frozen_linear(head) or _is_sharded(base):
             outputs = _run(self._model, inputs, positions, through=through)
             losses, correct = _from_logits(outputs.logits[0], targets)
         else:
@@ -231,6 +232,11 @@ def _router_loss(base: Any, outputs: Any) -> Tensor | None:
         f"The outputs of {type(base).__name__} have an `aux_loss`, and its configuration has no "
         "`router_aux_loss_coef` to weigh it with; set one, or `output_router_logits` to False."
     )
+
+
+def _is_sharded(base: nn.Module) -> bool:
+    """Whether the head's weight is whole in the model's own forward pass only."""
+    return any(isinstance(module, FSDPModule) for module in base.modules())
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

@@ -53,7 +53,6 @@ class Alora(Lora):
         merges=True,
     )
     allocates: ClassVar[bool] = True
-    bears_scaled_loss: ClassVar[bool] = True
 
     adapter_name: str = field(default="default", init=False)
     """PEFT's name of the adapter whose ranks move."""
@@ -90,6 +89,13 @@ class Alora(Lora):
         method = cls(allocation=config)
         method.model, method.adapter_name = model, adapter_name
         return method
+
+    def bears_scaled_loss(self) -> bool:
+        """See `Method.bears_scaled_loss`: a score that is gathered reads gradients of training.
+
+        Fused optimisers skip steps by themselves, and nothing tells that they did.
+        """
+        return not is_gathered(self.allocation) or self.allocation.score == "random"
 
     @property
     def allocator(self) -> Allocator:

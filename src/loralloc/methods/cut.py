@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from peft import PeftConfig, TaskType
 from torch.optim import Optimizer
@@ -27,7 +27,9 @@ class CutLora(LoraShaped):
     """Share of the run after which it is cut, above 0; 1 cuts what has trained and trains no
     more."""
 
-    bears_scaled_loss: ClassVar[bool] = True
+    def bears_scaled_loss(self) -> bool:
+        """See `Method.bears_scaled_loss`."""
+        return True
 
     def __post_init__(self) -> None:
         """Check the options.

@@ -39,8 +39,6 @@ class Eva(LoraFromData):
     tau: float = 0.99
     """Cosine of a component before and after a batch from which on it has settled. Source: PEFT."""
 
-    bears_scaled_loss: ClassVar[bool] = True
-
     about: ClassVar[About] = About(
         name="eva",
         title="EVA",
@@ -54,6 +52,10 @@ class Eva(LoraFromData):
         "parameters only where modules are of one size.",
         merges=True,
     )
+
+    def bears_scaled_loss(self) -> bool:
+        """See `Method.bears_scaled_loss`."""
+        return True
 
     def start(self, session: Session, batches: Sequence[Batch]) -> None:
         """See `LoraFromData.start`.

@@ -115,9 +115,6 @@ class Method(ABC):
     equal_parameters: ClassVar[bool] = False
     """Whether the budget chooses its size where neither is given, in the place of LoRA's rank."""
 
-    bears_scaled_loss: ClassVar[bool] = False
-    """Whether what it does between steps is right in fp16 too, whose loss is scaled."""
-
     leaves_out: ClassVar[bool] = False
     """Whether a step may leave out some of what trains."""
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -187,6 +184,10 @@ class Method(ABC):
         Returns:
             The model to train: the same, or one around it.
         """
+
+    def bears_scaled_loss(self) -> bool:
+        """Whether what it does between steps is right in fp16 too, whose loss is scaled."""
+        return False
 
     def search_steps(self, num_steps: int) -> int:
         """Steps that search for a structure, on top of so many that train what was found."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -153,11 +154,15 @@ def load_with_new_head(
     """
     import transformers
 
+    from loralloc.kernels.quantised import keep_unpacked
     from loralloc.runs.checks import check_weights
     from loralloc.runs.heads.lm import LM
 
     head = head or LM
     options["dtype"] = dtype or head.dtype or fastest_dtype()
+    quantised = options.get("quantization_config")
+    if quantised is not None and quantised.load_in_4bit:
+        quantised.bnb_4bit_compute_dtype = options["dtype"]
     if labels:
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
@@ -166,6 +171,7 @@ def load_with_new_head(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     loader = getattr(transformers, head.auto_class)
     model, loading = _from_pretrained(loader, name_or_path, options)
+    keep_unpacked(model)
     return model, check_weights(name_or_path, model, loading, head_is_new=head.is_new)
 
 
@@ -195,7 +201,8 @@ def backbone_options(
         "revision": model.model_revision,
         "trust_remote_code": trust_remote_code,
         "attn_implementation": model.attn_implementation,
-        "quantization_config": get_quantization_config(model),
+        # It computes in the type of the weights, which is chosen when they are loaded.
+        "quantization_config": get_quantization_config(dataclasses.replace(model, dtype=None)),
     }
     optional = ("attn_implementation", "quantization_config")
     given = {name: value for name, value in options.items() if value or name not in optional}

@@ -19,4 +19,5 @@ def prepare_process() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    logging.getLogger("trl").setLevel(logging.ERROR)
+    for name in ("trl", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)

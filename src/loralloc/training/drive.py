@@ -20,6 +20,7 @@ from transformers import (
 from loralloc.allocation import replicas
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.record import Round
+from loralloc.kernels.quantised import keep_unpacked, train_in_float32
 from loralloc.methods.method import Method, Session
 from loralloc.training.adopt import adopt
 from loralloc.training.batches import draw, held_out
@@ -90,6 +91,9 @@ def drive(
     check_way_of_running(trainer, method)
     if method.model is None:
         adopt(trainer, method)
+    keep_unpacked(trainer.model)
+    if num_cast := train_in_float32(trainer.model, trainer.optimizer):
+        logger.info("loralloc: %d LoRA weights in half precision train in float32.", num_cast)
     driver = Driver(trainer, method, scoring_dataset, on_round)
     trainer.add_callback(driver)
     return driver
@@ -149,7 +153,10 @@ class Driver(TrainerCallback):
         self._saved_before = replace(self._model, self._save)
 
     def detach(self) -> None:
-        """Give the trainer and the model back as they were; the method does nothing more."""
+        """Give the trainer and the model back as they were; the method does nothing more.
+
+        LoRA weights that were in half precision stay in float32.
+        """
         self._trainer.remove_callback(self)
         give_back(self._trainer, self._while_attached, self._before)
         give_back(self._model, self._save, self._saved_before)

@@ -91,6 +91,8 @@ def rewrap(trainer: Trainer) -> None:
     Args:
         trainer: Its `model_wrapped` may be compiled. Nothing happens where no wrapper is in it.
     """
+    if trainer.is_distributed_loading_by_transformers:
+        trainer._sync_replicated_trainable_parameters(trainer.model)
     for wrapper in _wrappers(trainer.model_wrapped):
         _build_again(wrapper)
 

@@ -17,6 +17,8 @@ from torch import nn
 from transformers import Trainer
 
 from loralloc.allocation import replicas
+from loralloc.allocation.layers import base_model
+from loralloc.methods.alora import Alora
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import Length, Method
 
@@ -32,10 +34,10 @@ def check_way_of_running(trainer: Trainer, method: Method) -> None:
         ValueError: An option of the trainer's builds the model or its batches anew.
     """
     _check_processes(trainer, method)
-    _check_sharding(trainer)
+    _check_sharding(trainer, method)
     _check_unused(trainer, method)
     _check_seeds(trainer, method)
-    if acts_between_steps(method) and trainer.args.fp16 and not method.bears_scaled_loss:
+    if acts_between_steps(method) and trainer.args.fp16 and not method.bears_scaled_loss():
         raise TypeError(
             f"The run is in fp16, whose loss is scaled and whose steps may be skipped, and "
             f"{method.about.name} reads gradients between steps; train with bf16 or in float32."
@@ -106,21 +108,53 @@ def _check_processes(trainer: Trainer, method: Method) -> None:
         )
 
 
-def _check_sharding(trainer: Trainer) -> None:
+def _check_sharding(trainer: Trainer, method: Method) -> None:
     args = trainer.args
     # On a CPU Accelerate leaves out what was asked for, without a word.
     fsdp = trainer.is_fsdp_enabled or args.fsdp_plugin_args is not None or _asks("FSDP")
     for way, is_on in (
         ("FSDP", fsdp),
         ("DeepSpeed", trainer.is_deepspeed_enabled or args.deepspeed or _asks("DEEPSPEED")),
-        ("A model that is loaded in parts", trainer.is_distributed_loading_by_transformers),
     ):
         if is_on:
             raise TypeError(
                 f"{way} keeps a part of the parameters in each process, where adapters are not "
-                "trained or saved whole here; start the processes with `torchrun` or `accelerate "
-                "launch --multi_gpu`, so that each has the whole model."
+                "trained or saved whole here; load the model with "
+                "`distributed_config=DistributedConfig(fsdp_size=...)`, by which adapters stay "
+                "whole, or start the processes with `torchrun` or `accelerate launch "
+                "--multi_gpu`, so that each has the whole model."
             )
+    if trainer.is_distributed_loading_by_transformers:
+        _check_loaded_in_parts(trainer, method)
+
+
+def _check_loaded_in_parts(trainer: Trainer, method: Method) -> None:
+    """Refuse what is not whole, or not alike, in processes that hold parts of a backbone."""
+    if not isinstance(method, Alora) and acts_between_steps(method):
+        raise TypeError(
+            f"The model is loaded in parts, and {method.about.name} acts between steps on all of "
+            "it; start the processes with `torchrun`, so that each has the whole model."
+        )
+    base: Any = base_model(trainer.model)
+    config = base.config.distributed_config
+    for name in ("tp_size", "pp_size", "ep_size"):
+        if (getattr(config, name) or 1) > 1:
+            raise TypeError(
+                f"`distributed_config` has `{name}` {getattr(config, name)}, by which a process "
+                "computes a part of each layer and adapters are cut up with it; use `fsdp_size`."
+            )
+    cut = [name for name, p in trainer.model.named_parameters() if p.requires_grad and _is_cut(p)]
+    if cut:
+        raise TypeError(
+            f"The model is loaded in parts, and {cut[0]}, which trains, is one of them; leave it "
+            "out of `modules_to_save`, or start the processes with `torchrun`, so that each has "
+            "the whole model."
+        )
+
+
+def _is_cut(parameter: nn.Parameter) -> bool:
+    """Whether a process holds a part of the parameter, as a DTensor."""
+    return hasattr(parameter, "placements")
 
 
 def _asks(way: str) -> bool:
