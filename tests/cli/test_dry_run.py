@@ -4,6 +4,8 @@ import re
 
 import pytest
 
+from loralloc import prepare
+
 
 @pytest.fixture
 def rows_of(train):
@@ -186,3 +188,12 @@ def test_no_name_or_word_is_broken_at_80_columns(train, monkeypatch):
     exempt = re.compile(r"/|^\(?\d")
     words = {word for word in wide if not exempt.search(word)}
     assert words <= set(narrow.split())
+
+
+def test_no_folder_is_left_not_even_those_above_a_runs(llama_folder, write_rows, tmp_path):
+    rows = [{"text": f"the film {number} is good"} for number in range(24)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    options = {"dataset_name": str(data), "model_name_or_path": str(llama_folder)}
+    folder = str(tmp_path / "runs" / "mine" / "first")
+    prepare({**options, "output_dir": folder, "use_cpu": True, "validation_examples": 8})
+    assert not (tmp_path / "runs").exists()

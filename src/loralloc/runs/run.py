@@ -175,14 +175,14 @@ def prepare(
     )
     if checkpoint:
         settings = with_same_steps(settings, before=folder.claimed_processes(where))
-    existed = where.exists()
+    missing = [path for path in (where, *where.parents) if not path.exists()]
     try:
         run = _prepare(settings, on_round, load)
     finally:
-        # Trainer makes its output folder when it is built.
-        made = settings.training.should_save and not existed and where.is_dir()
-        if made and not any(where.iterdir()):
-            where.rmdir()
+        # Trainer makes its output folder when it is built, and those above it.
+        for made in missing if settings.training.should_save else ():
+            if made.is_dir() and not any(made.iterdir()):
+                made.rmdir()
     if resume and not force:
         check_same(where, folder.claimed_inputs(where), run.inputs)
     return dataclasses.replace(run, checkpoint=checkpoint, overwrite=overwrite)
