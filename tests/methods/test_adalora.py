@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from session import BUILDS, Drive, logits, prepared, task_type
 from test_parameter_counts import gpt2_large, llama_2_7b, roberta_large
 
+from loralloc.kernels.lora import fuse
 from loralloc.methods.adalora import AdaLora
 from loralloc.methods.method import Session
 
@@ -57,6 +58,21 @@ def test_the_budget_falls_by_a_cube(run):
     assert counts[21:] == [42] * 19
     options = dict(first=84, last=42, num_steps=40, tinit=4, tfinal=18)
     assert counts == [slow.budget(step, **options) for step in range(1, 41)]
+
+
+@pytest.mark.parametrize("shape", ["llama", "roberta"])
+def test_the_last_allocation_fits_the_budget_in_parameters(shape):
+    found = {}
+    for fits in (True, False):
+        method = made(shape, rank=8, fits_parameters=fits)
+        method.sized_for = 8 * sum(x.in_features + x.out_features for x in layers(method))
+        Drive(method).begin().train()
+        found[fits] = num_active(method), method.over_budget()
+    # One triplet is 1.2% of the Llama's budget.
+    assert abs(found[True][1]) < 0.01
+    assert found[False][0] == 8 * len(layers(method))
+    assert abs(found[False][1]) > abs(found[True][1])
+    assert found[True][0] != found[False][0]
 
 
 def test_a_long_run_allocates_three_hundred_times():
@@ -251,3 +267,14 @@ def test_the_papers_counts(build, at_the_end, at_the_start):
         assert method.count(model, method.rank) == at_the_end
         method.prepare(model, task_type=task_type(model))
     assert method.num_trained() == at_the_start
+
+
+def test_the_fused_step_allocates_alike():
+    kept = []
+    for fuses in (False, True):
+        method = made()
+        if fuses:
+            assert fuse(method.model) == 14
+        Drive(method).begin().train()
+        kept.append([layer.lora_E["default"].ne(0).flatten() for layer in layers(method)])
+    assert torch.equal(torch.cat(kept[0]), torch.cat(kept[1]))

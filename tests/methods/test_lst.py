@@ -190,8 +190,20 @@ def test_what_is_counted_is_what_trains(shape):
 def test_a_budget_chooses_the_nearest_width(budget, width):
     model, method = meta(RobertaForSequenceClassification, ROBERTA_LARGE), Lst()
     method.fit(model, budget)
-    counts = {w: method.count(model, w) for w in range(8, 200, 8)}
+    counts = {w: Lst().count(model, w) for w in range(8, 200, 8)}
     assert method.width == width == min(counts, key=lambda w: abs(counts[w] - budget))
+    assert method.count(model, width) == pytest.approx(budget, rel=1e-3)  # by the inner width
+
+
+def test_a_width_or_inner_width_that_is_given_stays():
+    model = meta(RobertaForSequenceClassification, ROBERTA_LARGE)
+    given = Lst(width=64)
+    given.fit(model, 3_538_944)
+    assert (given.width, given.inner) == (64, None)
+    narrow = Lst(inner=10)
+    narrow.fit(model, 3_538_944)
+    assert narrow.inner == 10
+    assert narrow.width > 72
 
 
 def test_a_budget_below_the_smallest_width_is_refused():

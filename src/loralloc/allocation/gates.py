@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from loralloc.allocation.layers import lora_layers, weight_b
-from loralloc.kernels.lora import RankGate
+from loralloc.kernels.covered import RankGate
 
 SCALED_WITH = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2, "momentum_buffer": -1}
 """Adam's and SGD's state follow a gradient: where B becomes B g, it becomes that over g."""

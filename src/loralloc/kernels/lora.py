@@ -24,14 +24,15 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from loralloc.kernels.covered import has_frozen_linear, is_linear_of_peft, is_plain, is_whole
 from loralloc.kernels.packed import Packed, Packs
 from loralloc.kernels.products import add_linear, autocast_dtype, linear, without_autocast
 
@@ -68,7 +69,7 @@ def fuse(model: nn.Module) -> int:
     packs = Packs()
     for name, layer in model.named_modules():
         cls: Any = type(layer)
-        if _is_linear_of_peft(cls):
+        if is_linear_of_peft(cls):
             layer.__class__ = _fused(cls)
             layer.packs = packs
             parent, _, own = name.rpartition(".")
@@ -100,30 +101,12 @@ def is_fused(layer: nn.Module) -> bool:
 
 def is_covered(layer: LoraLayer) -> bool:
     """Whether a layer has an adapter that the fused step covers in training, hooks aside."""
-    return (is_fused(layer) or _is_linear_of_peft(type(layer))) and any(
+    return (is_fused(layer) or is_linear_of_peft(type(layer))) and any(
         name not in layer.lora_variant
         and not layer.lora_bias.get(name)
         and isinstance(dropout, nn.Identity)
         for name, dropout in layer.lora_dropout.items()
     )
-
-
-class RankGate:
-    """A forward hook on A that multiplies every rank by a gate: y = W x + s B (g * (A x)).
-
-    Where the layer is fused the hook is not called: B diag(g) takes the place of B, so that a gated
-    layer costs what a plain one does, and gradients reach the gate through it.
-
-    Args:
-        gate: Gives the gates of the moment, shape (num_ranks,), in every forward pass.
-    """
-
-    def __init__(self, gate: Callable[[], Tensor]) -> None:
-        self.gate = gate
-
-    def __call__(self, module: nn.Module, inputs: object, hidden: Tensor) -> Tensor:
-        """A x, shape (..., num_ranks), times the gates."""
-        return hidden * self.gate().to(hidden)
 
 
 class SharedInput:
@@ -147,7 +130,7 @@ class SharedInput:
             if layer in self._outputs:
                 self._layers = [layer]  # cross-attention: they do not read the same tensor
             position = self._layers.index(layer) if layer in self._layers else len(self._layers)
-            later = [other for other in self._layers[position + 1 :] if _is_whole(other)]
+            later = [other for other in self._layers[position + 1 :] if is_whole(other)]
             output, *others = _lora_linears(x, [layer, *later])
             self._input, self._outputs = x, dict(zip(later, others, strict=True))
         if not self._outputs:
@@ -165,9 +148,9 @@ def _fused(cls: Any) -> Any:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Shape (..., in_features) to (..., out_features)."""
-            if args or kwargs or not _is_plain(self):
+            if args or kwargs or not is_plain(self):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
-            if not _has_frozen_linear(self):
+            if not has_frozen_linear(self):
                 return _lora_update(x, self)
             if self.shared_input:
                 return self.shared_input.output(self, x)
@@ -175,58 +158,6 @@ def _fused(cls: Any) -> Any:
 
     Fused.__name__ = Fused.__qualname__ = f"Fused{cls.__name__}"
     return Fused
-
-
-def _is_linear_of_peft(cls: type) -> bool:
-    """Whether a layer's forward is W x + s B (A x); the quantised ones are told by name.
-
-    Their module cannot be imported where bitsandbytes is missing.
-    """
-    quantised = ("Linear4bit", "Linear8bitLt")
-    return cls is Linear or (cls.__module__ == "peft.tuners.lora.bnb" and cls.__name__ in quantised)
-
-
-def _is_whole(layer: LoraLayer) -> bool:
-    """Whether all of the layer, its frozen linear too, is one fused function."""
-    return _is_plain(layer) and _has_frozen_linear(layer)
-
-
-def _is_plain(layer: LoraLayer) -> bool:
-    """Whether the layer is its base layer and s B (A x), and nothing else."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
-        return False
-    name = layer.active_adapters[0]
-    return (
-        name in layer.lora_A
-        and name not in layer.lora_variant
-        and not layer.lora_bias.get(name)
-        and not _is_hooked(layer.lora_A[name], besides=RankGate)
-        and not _is_hooked(layer.lora_B[name])
-        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
-        and not torch.compiler.is_compiling()
-    )
-
-
-def _has_frozen_linear(layer: LoraLayer) -> bool:
-    """Whether the base layer is an ordinary linear layer that does not train."""
-    base: Any = layer.base_layer  # not get_base_layer(), which looks through other adapters
-    return (
-        type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
-        and not any(parameter.requires_grad for parameter in base.parameters())
-        and not _is_hooked(base)
-    )
-
-
-def _is_hooked(module: nn.Module, *, besides: type | tuple[()] = ()) -> bool:
-    """Whether anything acts on a call of the module from outside, hooks of one class apart."""
-    return bool(
-        any(not isinstance(hook, besides) for hook in module._forward_hooks.values())
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-    )
 
 
 def _lora_linears(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Tensor, ...]:

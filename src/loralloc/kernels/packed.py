@@ -27,6 +27,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from loralloc.kernels.covered import adapter_of
+
 MULTIPLE = 8
 """Ranks of a product of half precision: oneDNN takes no longer for them than for fewer, and tensor
 cores want them."""
@@ -50,12 +52,8 @@ class Adapter(NamedTuple):
 
     @classmethod
     def of(cls, layer: LoraLayer) -> Adapter:
-        """Those of the active adapter; a gate on its ranks is put into B."""
-        name = layer.active_adapters[0]
-        a, b = layer.lora_A[name], layer.lora_B[name].weight
-        for hook in a._forward_hooks.values():
-            b = b * hook.gate().to(b)
-        return cls(a.weight, b, layer.scaling[name])
+        """Those of the active adapter, its gates and singular values among them."""
+        return cls(*adapter_of(layer))
 
     @property
     def is_kept(self) -> bool:

@@ -60,6 +60,10 @@ class AdaLora(LoraShaped):
     final_share: float = 0.45
     """t_final / T."""
 
+    fits_parameters: bool = True
+    """Whether the last allocation leaves as many triplets as come nearest to the parameters of the
+    budget, more or fewer than r M. As published there are r M, whatever these have."""
+
     about: ClassVar[About] = About(
         name="adalora",
         title="AdaLoRA",
@@ -70,8 +74,9 @@ class AdaLora(LoraShaped):
         learning_rate=8e-4,
         rate_from="the authors' script for SST-2 (DeBERTaV3-base)",
         differs="The scale is 8, as in its authors' script for SST-2 (alpha 16, 2 ranks at the "
-        "start), not LoRA's. The budget is in triplets, as published: it equals LoRA's in "
-        "ranks, and in parameters only where modules are of one size.",
+        "start), not LoRA's. The last allocation leaves as many triplets as fit the budget in "
+        "parameters; with `fits_parameters` false the budget is in triplets, as published, and "
+        "LoRA's in parameters only where modules are of one size.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {"rank": 8}
@@ -140,6 +145,9 @@ class AdaLora(LoraShaped):
 
     def step(self, number: int) -> None:
         """See `Method.step`."""
+        if number == self.first_eligible_step() and self.fits_parameters and self.sized_for:
+            allocator = self.model.base_model.rankallocator
+            allocator.target_bgt = min(self._num_that_fit(self.sized_for), allocator.init_bgt - 1)
         self.model.base_model.update_and_allocate(number)
         if number < self.first_eligible_step():
             # PEFT saves what the pattern names, but until then any triplet may come back.
@@ -217,6 +225,20 @@ class AdaLora(LoraShaped):
             for key in ("sensitivity", "uncertainty")
         )
         allocator.ipt = dict(allocator.exp_avg_ipt)  # only its names are read
+
+    def _num_that_fit(self, budget: int) -> int:
+        """How many triplets, from the most important on, come nearest to so many parameters."""
+        allocator = self.model.base_model.rankallocator
+        scores, costs = [], []
+        for name, layer in self.model.base_model.model.named_modules():
+            if not isinstance(layer, AdaLoraLayer):
+                continue
+            e, q, p = (allocator._element_score(f"{name}.lora_{part}.{ADAPTER}") for part in "EAB")
+            scores.append(e.flatten() + q.mean(dim=1) + p.mean(dim=0))
+            costs.append(torch.full_like(scores[-1], layer.in_features + layer.out_features + 1))
+        order = torch.cat(scores).argsort(descending=True)
+        spent = torch.cat(costs)[order].double().cumsum(dim=0)
+        return int((spent - budget).abs().argmin()) + 1
 
     def _layers(self) -> list[Any]:
         return [module for module in self.model.modules() if isinstance(module, AdaLoraLayer)]

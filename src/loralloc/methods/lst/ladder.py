@@ -49,13 +49,16 @@ class Ladder(nn.Module):
         model: The backbone with its head; it may be on "meta".
         width: Of the side blocks, one of `side_widths`.
         beside: Indices of the blocks that have a side block, in ascending order.
+        inner: Channels of the side blocks' feed-forward layers; as narrow as `width` by default.
     """
 
-    def __init__(self, model: Any, *, width: int, beside: Sequence[int]) -> None:
+    def __init__(
+        self, model: Any, *, width: int, beside: Sequence[int], inner: int | None = None
+    ) -> None:
         super().__init__()
         wide, hidden = blocks(model), hidden_size(model)
         self.beside = list(beside)
-        self.config = side_config(model.config, width, beside=beside)
+        self.config = side_config(model.config, width, beside=beside, inner=inner)
         self._wide_config = model.config
         self.downs = nn.ModuleList(nn.Linear(hidden, width) for _ in range(len(beside) + 1))
         self.gates = nn.Parameter(torch.zeros(len(beside)))

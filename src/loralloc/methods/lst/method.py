@@ -13,7 +13,7 @@ from torch import nn
 from loralloc.allocation.blocks import blocks
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.lst.ladder import Ladder
-from loralloc.methods.lst.narrow import side_widths
+from loralloc.methods.lst.narrow import side_inner, side_widths
 from loralloc.methods.lst.prune import prune_into
 from loralloc.methods.method import About, Session
 
@@ -30,8 +30,11 @@ class Lst(InPlaceMethod):
     """
 
     width: int | None = None
-    """Channels of the side network, a multiple of 8; its feed-forward layers are narrower than the
-    backbone's by the same factor. None for what the budget allows."""
+    """Channels of the side network, a multiple of 8. None for what the budget allows."""
+
+    inner: int | None = None
+    """Channels of its feed-forward layers. None for narrower than the backbone's by the same factor
+    as `width`, and where that is chosen by a budget, for what fits the budget best."""
 
     drop_every: int | None = None
     """Every n-th block has no side block, from the first on; None where all have one."""
@@ -69,6 +72,8 @@ class Lst(InPlaceMethod):
                 f"`drop_every` is {self.drop_every}, which leaves no side block; it must be at "
                 "least 2."
             )
+        if self.inner is not None and self.inner < 1:
+            raise ValueError(f"`inner` is {self.inner}; it must be at least 1.")
         if self.init not in get_args(Init):
             raise ValueError(f"`init` is {self.init!r}; it must be 'pruned' or 'random'.")
 
@@ -76,7 +81,10 @@ class Lst(InPlaceMethod):
         """See `Method.count`."""
         beside = self._beside(model)
         with torch.device("meta"):
-            ladders = [Ladder(model, width=size, beside=beside[:number]) for number in (1, 2)]
+            ladders = [
+                Ladder(model, width=size, beside=beside[:number], inner=self.inner)
+                for number in (1, 2)
+            ]
         one, two = (sum(p.numel() for p in ladder.parameters()) for ladder in ladders)
         return one + (len(beside) - 1) * (two - one)
 
@@ -95,11 +103,23 @@ class Lst(InPlaceMethod):
                 f"has {counts[best]:,} already; raise `--budget`."
             )
         self.width = best
+        if self.inner is None:
+            self._fit_inner(model, budget)
+
+    def _fit_inner(self, model: Any, budget: int) -> None:
+        """Widths lie far apart; what they leave of a budget is made up for between two of them."""
+        assert self.width is not None
+        usual = side_inner(model.config, self.width)
+        has = self.count(model, self.width)
+        self.inner = usual + 1
+        each = self.count(model, self.width) - has
+        most = side_inner(model.config, model.config.hidden_size)  # the backbone's own
+        self.inner = min(max(1, usual + round((budget - has) / each)), most)
 
     def insert(self, model: Any) -> None:
         """See `InPlaceMethod.insert`."""
         assert self.width is not None, "fit() chooses it"
-        ladder = Ladder(model, width=self.width, beside=self._beside(model))
+        ladder = Ladder(model, width=self.width, beside=self._beside(model), inner=self.inner)
         ladder.to(next(model.parameters()).device)
         if self.init == "pruned":
             prune_into(ladder, model)

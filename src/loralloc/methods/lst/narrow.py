@@ -37,7 +37,18 @@ def side_widths(config: Any) -> list[int]:
     return [width for width in widths if side_heads(config, width)]
 
 
-def side_config(config: Any, width: int, *, beside: Sequence[int]) -> Any:
+def side_inner(config: Any, width: int) -> int:
+    """Channels of the feed-forward layers of side blocks, narrowed as the residual stream is."""
+    hidden = int(config.hidden_size)
+    wide = int(getattr(config, _inner_name(config)) or 4 * hidden)  # GPT-2 leaves it open
+    return max(1, round(wide * width / hidden))
+
+
+def _inner_name(config: Any) -> str:
+    return "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
+
+
+def side_config(config: Any, width: int, *, beside: Sequence[int], inner: int | None = None) -> Any:
     """The configuration of side blocks.
 
     Every head has keys and values of its own, also where the backbone's heads share them.
@@ -47,6 +58,7 @@ def side_config(config: Any, width: int, *, beside: Sequence[int]) -> Any:
         width: One of `side_widths`.
         beside: Indices of the backbone's blocks that have a side block. In a cache, side blocks
             come after all of the backbone's.
+        inner: Channels of their feed-forward layers; `side_inner` by default.
 
     Raises:
         ValueError: The width cannot be split into heads.
@@ -57,10 +69,8 @@ def side_config(config: Any, width: int, *, beside: Sequence[int]) -> Any:
             f"`width` is {width}; for this backbone it must be a multiple of {STEP} up to "
             f"{side_widths(config)[-1]} that splits into heads of even width."
         )
-    inner = "intermediate_size" if hasattr(config, "intermediate_size") else "n_inner"
-    wide = getattr(config, inner) or 4 * config.hidden_size  # GPT-2 leaves it open
     widths = {
-        inner: max(1, round(wide * width / config.hidden_size)),
+        _inner_name(config): side_inner(config, width) if inner is None else inner,
         "hidden_size": width,
         "num_attention_heads": heads,
         "num_key_value_heads": heads,
