@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(args: argparse.Namespace, arm: str) -> None:
     """One run, unless its result is there."""
-    from loralloc.cli.progress import prepare_process
+    from loralloc.runs.quiet import prepare_process
 
     folder = args.out / arm
     kept = folder / "result.json"

@@ -191,8 +191,9 @@ def in_words(record: Record) -> str:
 
     Example:
         >>> in_words(Record.load("runs/sst2-shrink"))  # doctest: +SKIP
-        'r = 8 everywhere was 331,776 parameters; 27,648 do as well here: held-out loss 0.3186, at
-        best 0.3179. 19,200 are worse by 0.0213.'
+        'r = 8 everywhere was 331,776 parameters; 27,648 do as well as any size of this run:
+        held-out loss 0.3186, at best 0.3179. 19,200 are worse by 0.0213. Only the size that stays
+        trained to the end.'
     """
     sizes = record.frontier
     if not sizes:
@@ -208,6 +209,11 @@ def in_words(record: Record) -> str:
     elif record.config.get("target_parameters") is not None:
         found = f"{began} was {first.parameters:,} parameters; {last.parameters:,} are left"
     else:
-        found = f"{began} was {first.parameters:,} parameters; {last.parameters:,} do as well here"
+        found = (
+            f"{began} was {first.parameters:,} parameters; {last.parameters:,} do as well as any "
+            "size of this run"
+        )
     more = f" {worse.parameters:,} are worse by {worse.worse_by:.4f}." if worse else ""
+    if last.parameters != first.parameters:
+        more += " Only the size that stays trained to the end."
     return f"{found}: {loss}.{more}"

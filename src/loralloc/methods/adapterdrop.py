@@ -49,7 +49,7 @@ class AdapterDrop(Houlsby):
         initialisation="ours",
         settings="published",
         learning_rate=3e-4,
-        rate_from="Houlsby et al. 2019, whose adapters it trains",
+        rate_from="that of Houlsby et al. 2019, whose adapters it trains",
         differs="Numbers of blocks are the paper's for 12 blocks, as shares of the backbone's. "
         "After training the adapters of the first 5 are left out (`dropped_at_test`).",
     )

@@ -33,7 +33,7 @@ class BitFit(InPlaceMethod):
         initialisation="published",
         settings="published",
         learning_rate=1e-3,
-        rate_from="Ben Zaken et al. 2022, the largest of those they try",
+        rate_from="the default of the authors' script for GLUE (BERT-base)",
         differs="Where the blocks have no biases, as in Llama, their linear layers are given some.",
         merges=True,
     )

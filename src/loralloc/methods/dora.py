@@ -23,7 +23,7 @@ class Dora(FixedRanks):
         initialisation="published",
         settings="published",
         learning_rate=2e-4,
-        rate_from="the authors' script for commonsense reasoning (LLaMA-7B)",
+        rate_from="the authors' script for commonsense reasoning (LLaMA-2-7B)",
         merges=True,
     )
 

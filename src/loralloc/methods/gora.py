@@ -53,9 +53,11 @@ class Gora(LoraFromData):
         initialisation="published",
         settings="published",
         learning_rate=5e-5,
-        rate_from="He et al. 2025 (Llama-3.1-8B)",
+        rate_from="the authors' script for MetaMathQA (Llama-3.1-8B), which trains B at 16 times "
+        "that",
         differs="The total is the one for which the ranks fit the budget, where the authors take "
-        "what rounding gives; the scaling is LoRA's.",
+        "what rounding gives; the scaling is LoRA's. B begins down the gradient, as in the paper "
+        "and in the authors' code of commit b172003; in their commit 2f7d63c the minus is gone.",
         starts_as_base=False,
         why_not_base="It begins a step down the gradient from it.",
         merges=True,

@@ -34,7 +34,7 @@ class Houlsby(BottleneckMethod):
         initialisation="ours",
         settings="ours",
         learning_rate=3e-4,
-        rate_from="Houlsby et al. 2019, Section 3.1, the middle of three",
+        rate_from="the authors' README for MRPC (BERT-base)",
         differs="W_up begins at 0 rather than near it, layer norms stay frozen and there are no "
         "biases unless asked for, as the counts of Liu et al. 2024 have it.",
     )
