@@ -37,7 +37,7 @@ PACKAGES = ("torch", "transformers", "peft", "trl")
 
 def parser(description: str | None) -> argparse.ArgumentParser:
     """The options that every benchmark has."""
-    from loralloc.cli.progress import prepare_process
+    from loralloc.runs.quiet import prepare_process
 
     made = argparse.ArgumentParser(description=description)
     made.add_argument(

@@ -1,7 +1,5 @@
-import mixtures
 import pytest
 import tiny
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.config import KasaConfig, MontecloraConfig
 
 from loralloc.allocation.blocks import block_index, block_list, modules_per_block
@@ -139,28 +137,3 @@ def test_an_embedding_is_refused():
     model = tiny.adapted(tiny.llama(), target_modules=["q_proj", "embed_tokens"])
     with pytest.raises(TypeError, match=r"model\.embed_tokens is a Embedding; .*linear layers"):
         lora_layers(model)
-
-
-# PEFT warns of patterns of ranks that it has written itself.
-@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
-@pytest.mark.parametrize(
-    ("options", "use"),
-    [
-        (
-            dict(target_modules="all-linear"),
-            "name linear layers alone in `target_modules`: k_proj, o_proj, q_proj, v_proj.",
-        ),
-        (
-            dict(target_modules=[], target_parameters=["mlp.experts.down_proj"]),
-            "name linear layers in `target_modules` instead.",
-        ),
-    ],
-    ids=["all-linear", "parameters"],
-)
-@pytest.mark.parametrize("build", [mixtures.qwen3_moe, mixtures.mixtral])
-def test_experts_are_refused_by_whomever_they_were_named(build, options, use):
-    model = get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", **options))
-    with pytest.raises(TypeError, match=r"The adapter is on the parameters .*down_proj") as refused:
-        lora_layers(model)
-    assert str(refused.value).endswith(use)
-    assert "leave it out" not in str(refused.value)

@@ -141,7 +141,10 @@ def test_flags_that_cannot_be_used(flags, words, refused):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (dict(lora_target_parameters="no.such.weight"), "`lora_target_parameters` has no effect"),
+        (
+            dict(lora_target_parameters="mlp.experts.down_proj"),
+            "`lora_target_parameters` names 'mlp.experts.down_proj', and the Llama",
+        ),
         (
             dict(lora_task_type="NONSENSE"),
             "`lora_task_type` is 'NONSENSE', and follows from the lm",

@@ -4,6 +4,8 @@ from peft import LoraConfig, get_peft_model
 
 from loralloc.allocation.blocks import block_linears
 from loralloc.allocation.layers import lora_layers
+from loralloc.methods.catalog import get_method
+from loralloc.methods.expert_parameters import adapted_parameters
 from loralloc.methods.peft_method import resolve_targets
 
 
@@ -91,6 +93,7 @@ def test_all_linear_of_a_mixture_of_experts_is_refused_with_names_that_work(want
     sentence = str(refused.value)
     assert f"`lora_target_modules` is {wanted!r}, by which PEFT would adapt the experts" in sentence
     assert "(down_proj, gate.weight, gate_up_proj), which are parameters" in sentence
+    assert "name parameters in `lora_target_parameters`" in sentence
     names = sentence.rpartition("use ")[2].rstrip(".").split(", ")
     assert resolve_targets(tiny.mixture(), names) == names
 
@@ -109,3 +112,42 @@ def test_linear_layers_of_a_mixture_of_experts_can_be_named():
     model = tiny.mixture(mlp_only_layers=[0])
     assert resolve_targets(model, ["q_proj", "v_proj"]) == ["q_proj", "v_proj"]
     assert len(adapted_names(model, resolve_targets(model, ["q_proj", "v_proj"]))) == 4
+
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("method", ["lora", "alora"])
+def test_experts_are_adapted_beside_linear_layers_where_they_are_named(method):
+    chosen = get_method(method)(rank=2, parameters=EXPERTS)
+    model = tiny.mixture()
+    expected = chosen.count(model, 2)
+    assert adapted_parameters(model, EXPERTS) == {
+        f"model.layers.{i}.{name}": cost
+        for i in (0, 1)
+        for name, cost in zip(EXPERTS, (4 * (32 + 32), 4 * (16 + 32)), strict=True)
+    }
+    chosen.prepare(model, task_type="CAUSAL_LM")
+    assert chosen.num_trained() == expected
+    assert len(lora_layers(chosen.model)) == 8 + 4
+
+
+@pytest.mark.parametrize(
+    ("build", "wanted", "words"),
+    [
+        (tiny.mixture, ["experts.dwn_proj"], "did you mean 'mlp.experts.down_proj'"),
+        (tiny.mixture, "zz", "there are mlp.experts.gate_up_proj, mlp.experts.down_proj"),
+        (tiny.mixture, ["self_attn.q_proj.weight"], "matches no such parameter"),
+        (tiny.llama, EXPERTS, "LlamaForCausalLM has no experts that are one parameter"),
+    ],
+)
+def test_parameters_that_are_not_there_are_refused(build, wanted, words):
+    with pytest.raises(ValueError, match=words):
+        adapted_parameters(build(), wanted)
+
+
+@pytest.mark.parametrize("options", [dict(dropout=0.1), dict(use_dora=True)])
+def test_what_peft_does_not_have_for_parameters_is_refused(options):
+    method = get_method("lora")(rank=2, parameters=EXPERTS, **options)
+    with pytest.raises(ValueError, match="which PEFT does not have for parameters"):
+        method.prepare(tiny.mixture(), task_type="CAUSAL_LM")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,15 +76,23 @@ class Adapter:
     """By the module's full name in the backbone."""
 
     others: Mapping[str, Tensor]
-    """All other tensors by their names in the file: of whole modules, biases and the like."""
+    """All other tensors by their names in the file: of whole modules, biases, experts that are one
+    parameter."""
+
+    parameters: Sequence[str] = ()
+    """Full names of the parameters that ranks are on, a mixture's experts and routers, by which
+    PEFT's patterns find them."""
 
     @property
     def ranks(self) -> dict[str, int]:
         """The rank of every module."""
         return {name: module.rank for name, module in self.modules.items()}
 
-    def check_plain(self) -> None:
+    def check_plain(self, why: str = "this form cannot hold it; use `--to merged`") -> None:
         """Refuse what cannot be written as scaling * B (A x) on modules.
+
+        Args:
+            why: What that means for what is being done, and what to do instead.
 
         Raises:
             ValueError: Naming the option or tensor.
@@ -97,7 +105,7 @@ class Adapter:
         if found:
             raise ValueError(
                 f"The adapter in {self.path} has {found[0]}, so it is more than LoRA's B (A x) on "
-                "linear layers, and this form cannot hold it; use `--to merged`."
+                f"linear layers, and {why}."
             )
         for name, module in self.modules.items():
             if module.rank != module.declared_rank:
@@ -139,11 +147,36 @@ def read_adapter(folder: Path) -> Adapter:
             others[key] = tensor
     _check_pairs(folder, pairs)
     check_config(config, list(pairs), where=str(folder / CONFIG))
+    parameters, held = _on_parameters(config, pairs)
+    for name in held:
+        pair = pairs.pop(name)
+        others |= {f"{PREFIX}{name}.lora_{which}.weight": pair[which] for which in pair}
     modules = {}
     for name, pair in pairs.items():
         rank, scaling = declared(config, name)
         modules[name] = LoraModule(a=pair["A"], b=pair["B"], scaling=scaling, declared_rank=rank)
-    return Adapter(path=folder, config=config, modules=modules, others=others)
+    return Adapter(
+        path=folder, config=config, modules=modules, others=others, parameters=parameters
+    )
+
+
+def _on_parameters(config: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The parameters that `target_parameters` names, and the modules whose tensors are theirs.
+
+    PEFT calls the tensors of a parameter by the module that has it, with `base_layer` behind for
+    every further one of the same module.
+    """
+    parameters: dict[str, None] = {}
+    held = []
+    for name in names:
+        module = name.replace(".base_layer", "")
+        for target in config.get("target_parameters") or ():
+            owner, _, own = str(target).rpartition(".")
+            # A name alone is one that PEFT has made of the name of a linear layer of old.
+            if f".{module}".endswith(f".{owner}" if owner else ".experts"):
+                parameters[f"{module}.{own}"] = None
+                held += [name] * (name not in held)
+    return list(parameters), held
 
 
 def declared(config: Mapping[str, Any], name: str) -> tuple[int, float]:

@@ -80,7 +80,7 @@ def _peft(adapter: Adapter) -> Iterator[str]:
             )
             break
     for option, pattern in zip(("rank", "alpha"), patterns(adapter.config), strict=True):
-        taken = {matching(pattern, name) for name in adapter.modules}
+        taken = {matching(pattern, name) for name in (*adapter.modules, *adapter.parameters)}
         for key in pattern:
             if key not in taken:
                 yield (
@@ -94,7 +94,7 @@ def _peft_hotswap(adapter: Adapter) -> Iterator[str]:
 
 
 def _vllm(adapter: Adapter, *, notices_backbone: bool = True) -> Iterator[str]:
-    largest = max(_global_rank(adapter), *adapter.ranks.values())
+    largest = max(_global_rank(adapter), *adapter.ranks.values(), 0)
     if largest > LARGEST_VLLM_RANK:
         yield f"has ranks up to {LARGEST_VLLM_RANK}, and this adapter {largest}"
     projections: dict[str, set[int]] = {}
@@ -108,7 +108,13 @@ def _vllm(adapter: Adapter, *, notices_backbone: bool = True) -> Iterator[str]:
                 f"{max(ranks)}"
             )
             break
-    yield from _more_than_ranks(adapter, notices_backbone=notices_backbone)
+    if adapter.parameters:
+        yield (
+            "finds experts that are one parameter in some models only, as gate_up_proj and "
+            f"down_proj together: {adapter.parameters[0]}"
+        )
+    else:
+        yield from _more_than_ranks(adapter, notices_backbone=notices_backbone)
 
 
 def _vllm_before_patterns(adapter: Adapter) -> Iterator[str]:
@@ -120,7 +126,7 @@ def _vllm_before_patterns(adapter: Adapter) -> Iterator[str]:
 
 def _vllm_omni(adapter: Adapter) -> Iterator[str]:
     yield from _scaled_wrongly(adapter, _one_scaling(adapter), "ignores patterns")
-    r, largest = _global_rank(adapter), max(adapter.ranks.values())
+    r, largest = _global_rank(adapter), max(adapter.ranks.values(), default=0)
     if largest > r:
         yield (
             f"has buffers for `r` = {r} and cannot copy {_widest(adapter)}, which has {largest} "

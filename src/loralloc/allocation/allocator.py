@@ -24,6 +24,7 @@ from loralloc.allocation.importance import unexplained
 from loralloc.allocation.importance.unexplained import Unexplained
 from loralloc.allocation.layers import (
     active_adapter,
+    experts_of,
     lora_config,
     lora_layers,
     rank_cost,
@@ -41,6 +42,7 @@ from loralloc.allocation.refusals import (
     CURE,
     ScoringError,
     check_counted,
+    check_experts,
     check_finite,
     check_ranks,
     check_trains_and_is_saved,
@@ -109,6 +111,7 @@ class Allocator:
             min_rank=config.min_rank,
             adapter_name=self.adapter_name,
         )
+        check_experts(layers, self.config)
         start = ranks(layers, self.adapter_name)
         self.record = record or Record(
             config=self.config.as_data(),
@@ -367,6 +370,7 @@ class Allocator:
             },
             young=young,
             cost=self._cost,
+            experts=experts_of(lora_layers(self.model, self.adapter_name)),
             spare=self.record.spare,
         )
 

@@ -30,7 +30,8 @@ class Score(Protocol):
                 `objective.evaluating()`; and what they are rounded to (`objective.rounding`).
             weights_b: B_m by module, shape (out_features, num_ranks), the model's own parameters in
                 model order; a gate of rank r multiplies column r.
-            limits: What the round may prune.
+            limits: What the round may prune; and `limits.experts`, the modules of which a rank is a
+                column for each of E experts, so that B is of shape (out_features, num_ranks E).
 
         Returns:
             For each term a tensor of shape (num_ranks,) for every module of `weights_b`, finite; a
@@ -68,7 +69,9 @@ def measured_by(config: AllocationConfig, policy: Policy) -> Score:
         return cast(Score, functools.partial(measure, first_order=ranked))
 
     def checked(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits) -> Scores:
-        num_ranks = {name: b.shape[1] for name, b in weights_b.items()}
+        num_ranks = {
+            name: b.shape[1] // limits.experts.get(name, 1) for name, b in weights_b.items()
+        }
         return check_scores(measure(objective, weights_b, limits), num_ranks, config)
 
     return cast(Score, functools.partial(potential.score, measure=checked))

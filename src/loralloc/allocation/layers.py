@@ -7,7 +7,10 @@ from typing import cast
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+
+from loralloc.allocation.experts import num_experts, parameter_name
 
 PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of `init_lora_weights` that leave the backbone as it is."""
@@ -92,6 +95,8 @@ def lora_config(model: nn.Module, adapter_name: str = "default") -> LoraConfig:
 def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, LoraLayer]:
     """The layers whose rank can be changed, by their name in the base model, in model order.
 
+    Experts that are one parameter are named by it; see `allocation/experts.py`.
+
     Raises:
         TypeError: The adapter has a part that rank allocation is not defined for.
     """
@@ -105,8 +110,6 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
     for option in NOT_PLAIN:
         if getattr(config, option, None):
             raise _not_plain(f"`{option}`")
-    if config.target_parameters:
-        raise _on_parameters(config)
     layers = {}
     for name, module in base_model(model).named_modules():
         if not isinstance(module, LoraLayer):
@@ -128,7 +131,8 @@ def lora_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Lo
                 "`target_modules`."
             )
         if has_linear:
-            layers[name] = module
+            wraps = isinstance(module, ParamWrapper)
+            layers[parameter_name(name, module) if wraps else name] = module
     return layers
 
 
@@ -144,29 +148,13 @@ def has_own_bias(layer: LoraLayer, config: LoraConfig) -> bool:
     return config.bias == "lora_only" and getattr(layer.get_base_layer(), "bias", None) is not None
 
 
-def _on_parameters(config: LoraConfig) -> TypeError:
-    """Whoever named them: PEFT makes "all-linear", and names of experts, into parameters."""
-    modules = config.target_modules or ()
-    names = [modules] if isinstance(modules, str) else sorted(modules)
-    use = (
-        f"name linear layers alone in `target_modules`: {', '.join(names)}"
-        if names
-        else ("name linear layers in `target_modules` instead")
-    )
-    return TypeError(
-        f"The adapter is on the parameters {', '.join(sorted(config.target_parameters))}, which "
-        "are experts where PEFT finds them by `target_modules`, and ranks can be allocated on "
-        f"linear layers only; {use}."
-    )
-
-
 def weight_a(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
-    """A_m, shape (num_ranks, in_features)."""
+    """A_m, shape (num_ranks, in_features), of E experts (E num_ranks, in_features)."""
     return cast(nn.Parameter, layer.lora_A[adapter_name].weight)
 
 
 def weight_b(layer: LoraLayer, adapter_name: str = "default") -> nn.Parameter:
-    """B_m, shape (out_features, num_ranks)."""
+    """B_m, shape (out_features, num_ranks), of E experts (out_features, E num_ranks)."""
     return cast(nn.Parameter, layer.lora_B[adapter_name].weight)
 
 
@@ -185,9 +173,14 @@ def weights_ab(
     }
 
 
+def experts_of(layers: Mapping[str, LoraLayer]) -> dict[str, int]:
+    """How many experts each of the modules has whose ranks are those of several."""
+    return {name: count for name, layer in layers.items() if (count := num_experts(layer)) > 1}
+
+
 def rank_cost(layer: LoraLayer) -> int:
-    """Parameters of one rank: a row of A and a column of B."""
-    return int(layer.in_features) + int(layer.out_features)
+    """Parameters of one rank: a row of A and a column of B, of every expert where it has some."""
+    return num_experts(layer) * (int(layer.in_features) + int(layer.out_features))
 
 
 def ranks(layers: Mapping[str, LoraLayer], adapter_name: str = "default") -> dict[str, int]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from loralloc.allocation.layers import lora_layers, weights_ab
+from loralloc.allocation.layers import lora_layers, ranks, weights_ab
 from loralloc.allocation.optimizer_state import bare_optimizer
 
 
@@ -94,8 +94,9 @@ class ModuleRates:
     def _remember(self, *_: Any) -> None:
         layers = lora_layers(self._model, self._adapter_name)
         self._before = []
+        now = ranks(layers, self._adapter_name)
         for name, pair in weights_ab(layers, self._adapter_name).items():
-            factor = self.factor(name, pair[0].shape[0])
+            factor = self.factor(name, now[name])
             if factor != 1:
                 self._before += [(weight, weight.clone(), factor) for weight in pair]
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.experts import ranked
 from loralloc.allocation.transfers import followed_by, slices
 
 SHARED = frozenset({"step", "mu_product"})
@@ -158,6 +159,7 @@ def swap(
     added: int,
     *,
     dim: int,
+    experts: int = 1,
     new_state: str = "zero",
     gradient: Tensor | None = None,
 ) -> None:
@@ -170,6 +172,7 @@ def swap(
         kept: Indices of the old ranks that are the first of the new.
         added: Number of new ranks behind them.
         dim: Dimension of the ranks, 0 of A and 1 of B.
+        experts: How many experts have a part of every rank; see `ranked`.
         new_state: What new ranks begin with; see `resize`.
         gradient: How large the gradient of each new rank is, in units of those that stay, shape
             (added,); as large by default.
@@ -187,7 +190,9 @@ def swap(
             group["params"][slot] = new
             if state is not None:
                 handed_on = _by_gradient(optimizer, state) if new_state == "survivors" else {}
-                optimizer.state[new] = _carried(state, group, kept, added, dim, handed_on, gradient)
+                optimizer.state[new] = _carried(
+                    state, group, kept, added, dim, experts, handed_on, gradient
+                )
             return
 
 
@@ -205,6 +210,7 @@ def _carried(
     kept: tuple[int, ...],
     added: int,
     dim: int,
+    experts: int,
     handed_on: Mapping[str, int],
     gradient: Tensor | None,
 ) -> dict[str, Any]:
@@ -218,18 +224,21 @@ def _carried(
         if key not in BY_ELEMENT or value is None:
             continue
         in_blocks = _blocks(key, state)
-        whole = _dequantised(*in_blocks) if in_blocks else value
+        flat = _dequantised(*in_blocks) if in_blocks else value
+        whole, at = ranked(flat, experts, dim=dim)
         shape = list(whole.shape)
-        shape[dim] = added
+        shape[at] = added
         if key in handed_on:
-            stay = torch.cat(slices(kept, whole, dim=dim), dim=dim) if kept else whole
-            new = stay.mean(dim=dim, keepdim=True).expand(shape)
+            stay = torch.cat(slices(kept, whole, dim=at), dim=at) if kept else whole
+            new = stay.mean(dim=at, keepdim=True).expand(shape)
             if gradient is not None:
                 times = gradient.to(new) ** handed_on[key]
-                new = new * (times if dim else times[:, None])
+                new = new * times.view(-1, *[1] * (whole.ndim - 1 - at))
         else:
             new = whole.new_full(shape, float(group.get(BEGINS_WITH.get(key, ""), 0.0)))
-        resized = followed_by(kept, whole, new, dim=dim).contiguous()
+        resized = followed_by(kept, whole, new, dim=at).contiguous()
+        if experts > 1:
+            resized = resized.flatten(dim, dim + 1)
         if in_blocks:
             carried[key], carried[QUANTISED[key][1]] = _quantised(resized, in_blocks[1])
         else:

@@ -126,6 +126,10 @@ class Limits:
     spare: int = 0
     """Units of the budget that earlier rounds could not spend."""
 
+    experts: Mapping[str, int] = field(default_factory=dict)
+    """How many columns of B one rank has, by module, where that is not one: a column of each
+    expert, column k E + e being rank k's of expert e (see `allocation/experts.py`)."""
+
     def cost_of(self, name: str) -> int:
         """Units of the budget that one rank of the module costs."""
         return self.cost.get(name, 1)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 
 from loralloc.allocation import named
 from loralloc.allocation.config import AllocationConfig
@@ -13,6 +14,13 @@ from loralloc.allocation.layers import has_own_bias, weights_b
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Scores
 from loralloc.allocation.record import Record
+
+NOT_ON_PARAMETERS = {
+    "score": dict.fromkeys(("ablation", "screened", "architecture"), "'gradient' or 'shapley'"),
+    "policy": {"worth": "'paper'"},
+    "new_rows": {"gradient": "'kaiming'"},
+}
+"""Options with values that cannot be where PEFT adapts parameters, and what to use there."""
 
 CURE = "lower the learning rate or check the data"
 
@@ -73,6 +81,23 @@ def check_finite(scores: Scores, number: int, step: int) -> None:
 def refused(number: int, step: int) -> str:
     """How the message of a `ScoringError` begins."""
     return f"Round {number} at step {step} was refused and the model left as it was"
+
+
+def check_experts(layers: Mapping[str, LoraLayer], config: AllocationConfig) -> None:
+    """Refuse what is not defined where a rank is one of every expert, of one parameter.
+
+    Raises:
+        ValueError: Naming the option, and a parameter.
+    """
+    wrapped = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    for option, values in NOT_ON_PARAMETERS.items():
+        value = named.name_of(getattr(config, option))
+        if wrapped and value in values:
+            raise ValueError(
+                f"`{option}` is {value!r}, which reads what a linear layer is given and gives, and "
+                f"the adapter is on the parameter {wrapped[0]} too, to which nothing is given; use "
+                f"{values[value]}, or leave `target_parameters` out of the adapter."
+            )
 
 
 def check_counted(config: AllocationConfig, record: Record, *, step: int) -> None:

@@ -5,15 +5,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loralloc.allocation.config import NEW_STATES
+from loralloc.allocation.experts import (
+    num_experts,
+    path_of,
+    put_in_place,
+    rank_norms,
+    ranks_followed_by,
+)
 from loralloc.allocation.layers import (
     base_model,
     has_own_bias,
@@ -26,7 +34,7 @@ from loralloc.allocation.layers import (
 from loralloc.allocation.new_rows import NewRows
 from loralloc.allocation.optimizer_state import bare_optimizer, check_shapes, check_state, swap
 from loralloc.allocation.policy import Plan
-from loralloc.allocation.transfers import followed_by, from_cpu
+from loralloc.allocation.transfers import from_cpu
 
 
 def resize(
@@ -84,12 +92,15 @@ def resize(
             continue
         old_a, old_b = weight_a(layer, adapter_name), weight_b(layer, adapter_name)
         begin = (new_rows or {}).get(name) if added else None
-        new_a = _resized(old_a, kept, rows[name] if added else old_a[:0], dim=0)
-        new_b = _resized(old_b, kept, old_b.new_zeros(old_b.shape[0], added), dim=1)
+        experts = num_experts(layer)
+        columns = old_b.new_zeros(old_b.shape[0], experts * added)
+        new_a = _resized(old_a, kept, rows[name] if added else old_a[:0], experts, dim=0)
+        new_b = _resized(old_b, kept, columns, experts, dim=1)
         if bare is not None:
-            swap(bare, old_a, new_a, kept, added, dim=0, new_state=new_state)
+            options: dict[str, Any] = {"experts": experts, "new_state": new_state}
+            swap(bare, old_a, new_a, kept, added, dim=0, **options)
             sizes = _gradient_sizes(added, begin)
-            swap(bare, old_b, new_b, kept, added, dim=1, new_state=new_state, gradient=sizes)
+            swap(bare, old_b, new_b, kept, added, dim=1, gradient=sizes, **options)
         _set_rank(layer, new_a, new_b, adapter_name)
         if new_a.shape[0] == 0:
             _remove_from_adapter(model, name, layer, adapter_name)
@@ -178,7 +189,8 @@ def _plan_by_norm(
         layer = layers[name]
         rank = int(layer.r[adapter_name])
         a, b = weight_a(layer, adapter_name).detach(), weight_b(layer, adapter_name).detach()
-        order = torch.argsort(a.norm(dim=1) * b.norm(dim=0), descending=True, stable=True)
+        sizes = rank_norms(a, b, num_experts(layer))
+        order = torch.argsort(sizes, descending=True, stable=True)
         kept[name] = tuple(sorted(order[:wanted].tolist()))
         added[name] = max(0, wanted - rank)
         if wanted < rank:
@@ -208,7 +220,7 @@ def _new_rows(
 ) -> dict[str, Tensor]:
     """New rows of A by module, shape (added, in_features): those that were found, then drawn ones.
 
-    All are drawn before any is sent to its device.
+    Of experts that are one parameter there are as many for each. All are drawn before any is sent to its device.
     """
     rows = {}
     for name in plan.kept:
@@ -216,7 +228,7 @@ def _new_rows(
             continue
         width = weight_a(layers[name], adapter_name).shape[1]
         found = begins[name].rows.float().cpu() if name in begins else torch.empty(0, width)
-        drawn = _kaiming_rows(added - len(found), width, generator)
+        drawn = _kaiming_rows(num_experts(layers[name]) * added - len(found), width, generator)
         rows[name] = torch.cat([found, drawn])
     return from_cpu(rows, {name: weight_a(layers[name], adapter_name) for name in rows})
 
@@ -238,9 +250,11 @@ def _kaiming_rows(num_rows: int, width: int, generator: torch.Generator | None) 
     return rows.uniform_(-bound, bound, generator=generator)
 
 
-def _resized(old: nn.Parameter, kept: tuple[int, ...], new: Tensor, *, dim: int) -> nn.Parameter:
-    """The kept slices of `old` along `dim`, then `new`."""
-    values = followed_by(kept, old.detach(), new.detach(), dim=dim)
+def _resized(
+    old: nn.Parameter, kept: tuple[int, ...], new: Tensor, experts: int, *, dim: int
+) -> nn.Parameter:
+    """The kept ranks of `old`, whose dimension is `dim`, then `new`; of each expert's, its own."""
+    values = ranks_followed_by(kept, old.detach(), new.detach(), experts, dim=dim)
     return nn.Parameter(values.contiguous(), requires_grad=old.requires_grad)
 
 
@@ -248,10 +262,10 @@ def _set_rank(
     layer: LoraLayer, new_a: nn.Parameter, new_b: nn.Parameter, adapter_name: str
 ) -> None:
     """Give the layer its new weights and keep its scaling: alpha_m = s * r_m."""
-    rank, scaling = new_a.shape[0], layer.scaling[adapter_name]
+    rank, scaling = new_a.shape[0] // num_experts(layer), layer.scaling[adapter_name]
     linear_a, linear_b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
-    linear_a.weight, linear_a.out_features = new_a, rank
-    linear_b.weight, linear_b.in_features = new_b, rank
+    linear_a.weight, linear_a.out_features = new_a, new_a.shape[0]
+    linear_b.weight, linear_b.in_features = new_b, new_b.shape[1]
     layer.r[adapter_name] = rank
     per_rank = math.sqrt(rank) if layer.use_rslora.get(adapter_name) else rank
     alpha = scaling * per_rank
@@ -261,7 +275,13 @@ def _set_rank(
 def _remove_from_adapter(model: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
     """Take an emptied module out of the adapter; PEFT refuses rank 0."""
     config = lora_config(model, adapter_name)
-    if isinstance(config.exclude_modules, str):
+    if isinstance(layer, ParamWrapper):  # named one by one, since PEFT excludes modules only
+        config.target_parameters = [
+            other
+            for other, held in lora_layers(model, adapter_name).items()
+            if isinstance(held, ParamWrapper) and other != name
+        ]
+    elif isinstance(config.exclude_modules, str):
         config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?{re.escape(name)}"
     else:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), name})
@@ -270,5 +290,5 @@ def _remove_from_adapter(model: nn.Module, name: str, layer: LoraLayer, adapter_
     for values in (layer.r, layer.lora_alpha, layer.scaling):
         values.pop(adapter_name)
     if not layer.lora_A:
-        parent_name, _, child = name.rpartition(".")
-        setattr(base_model(model).get_submodule(parent_name), child, layer.get_base_layer())
+        inner = layer.base_layer if isinstance(layer, ParamWrapper) else layer.get_base_layer()
+        put_in_place(base_model(model), path_of(base_model(model), layer), inner)

@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.experts import num_experts, put_in_place
 from loralloc.allocation.layers import (
     base_model,
     lora_config,
@@ -20,6 +21,9 @@ from loralloc.allocation.layers import (
 )
 from loralloc.allocation.optimizer_state import bare_optimizer, check_shapes
 from loralloc.allocation.resize import write_patterns
+
+TARGETED = ("exclude_modules", "target_parameters")
+"""Options of PEFT's configuration that change where a module loses its last rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,9 @@ class _Layer:
     rank: int
     alpha: float
     scaling: float
+    path: str
+    """Where it is in the base model."""
+
     name_a: str
     """Of the parameter A in the model."""
 
@@ -48,7 +55,9 @@ class Snapshot:
     """
 
     adapter_name: str
-    exclude_modules: Any
+    targeted: Mapping[str, Any]
+    """What PEFT's configuration says of modules that have left the adapter."""
+
     layers: dict[str, _Layer]
     """By the module's name in the base model."""
 
@@ -65,9 +74,13 @@ class Snapshot:
     def of_structure(cls, model: nn.Module, adapter_name: str = "default") -> Snapshot:
         """The model's LoRA layers as they are now; what is in them is to come from `load_state`."""
         names = {id(p): name for name, p in model.named_parameters()}
+        paths = {id(module): path for path, module in base_model(model).named_modules()}
         return cls(
             adapter_name=adapter_name,
-            exclude_modules=copy.copy(lora_config(model, adapter_name).exclude_modules),
+            targeted={
+                option: copy.copy(getattr(lora_config(model, adapter_name), option))
+                for option in TARGETED
+            },
             layers={
                 name: _Layer(
                     layer=layer,
@@ -77,6 +90,7 @@ class Snapshot:
                     rank=layer.r[adapter_name],
                     alpha=layer.lora_alpha[adapter_name],
                     scaling=layer.scaling[adapter_name],
+                    path=paths[id(layer)],
                     name_a=names[id(weight_a(layer, adapter_name))],
                     name_b=names[id(weight_b(layer, adapter_name))],
                 )
@@ -151,19 +165,19 @@ class Snapshot:
     def _restore_layers(self, model: nn.Module) -> None:
         """Give every module its layer and its rank again, with new parameters of the old shapes."""
         base, adapter = base_model(model), self.adapter_name
-        lora_config(model, adapter).exclude_modules = copy.copy(self.exclude_modules)
-        for name, was in self.layers.items():
+        for option, value in self.targeted.items():
+            setattr(lora_config(model, adapter), option, copy.copy(value))
+        for was in self.layers.values():
             layer: Any = was.layer
             for linear, weight in ((was.linear_a, was.name_a), (was.linear_b, was.name_b)):
-                values = self.weights[weight].to(layer.get_base_layer().weight.device)
+                values = self.weights[weight].to(next(layer.get_base_layer().parameters()).device)
                 linear.weight = nn.Parameter(values.clone())
-            was.linear_a.out_features = was.linear_b.in_features = was.rank
+            was.linear_a.out_features = was.linear_b.in_features = was.rank * num_experts(layer)
             layer.lora_A[adapter], layer.lora_B[adapter] = was.linear_a, was.linear_b
             layer.lora_dropout[adapter] = was.dropout
             layer.r[adapter], layer.lora_alpha[adapter] = was.rank, was.alpha
             layer.scaling[adapter] = was.scaling
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, layer)
+            put_in_place(base, was.path, layer)
             layer.train(base.training)
         write_patterns(model, adapter)
 

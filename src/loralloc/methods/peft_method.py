@@ -86,9 +86,13 @@ class LoraShaped(PeftMethod):
         """What PEFT's options have beyond those of plain LoRA."""
         return {}
 
+    def rank_cost(self, model: nn.Module) -> int:
+        """Parameters of one rank of LoRA on all that is adapted."""
+        return rank_parameters(model, self.targeted(model))
+
     def count(self, model: nn.Module, size: int) -> int:
         """See `Method.count`."""
-        return size * rank_parameters(model, self.targeted(model))
+        return size * self.rank_cost(model)
 
     def peft_config(self, model: Any, *, task_type: TaskType, heads: Sequence[str]) -> PeftConfig:
         """See `PeftMethod.peft_config`."""
@@ -191,8 +195,8 @@ def resolve_targets(model: nn.Module, wanted: Sequence[str] | str | None) -> lis
     if experts:
         raise ValueError(
             f"`lora_target_modules` is {wanted!r}, by which PEFT would adapt the experts of the "
-            f"{type(model).__name__} too ({experts}), which are parameters, and ranks are those of "
-            f"linear layers; use {', '.join(_plain_linears(model))}."
+            f"{type(model).__name__} too ({experts}), which are parameters; name parameters in "
+            f"`lora_target_parameters`, and here use {', '.join(_plain_linears(model))}."
         )
     return targets
 

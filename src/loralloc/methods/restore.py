@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from peft import LoraConfig, set_peft_model_state_dict
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import nn
 from torch.optim import Optimizer
@@ -81,7 +83,9 @@ def restore_shapes(
     Raises:
         ValueError: The saved adapter has a module that the model's adapter lacks.
     """
-    target = saved_ranks(adapter_folder(folder, adapter_name))
+    saved, layers = adapter_folder(folder, adapter_name), lora_layers(model, adapter_name)
+    wrapped = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    target = _by_parameter(saved, saved_ranks(saved), wrapped)
     give_ranks(model, target, str(folder), optimizer=optimizer, adapter_name=adapter_name)
 
 
@@ -114,6 +118,29 @@ def give_ranks(
         )
     wanted = {name: target.get(name, 0) for name in now}
     resize(model, wanted, optimizer=optimizer, adapter_name=adapter_name)
+
+
+def _by_parameter(folder: Path, saved: Mapping[str, int], wrapped: Sequence[str]) -> dict[str, int]:
+    """Saved ranks with those of experts by the names of their parameters.
+
+    Tensors are named by the module that has the parameters, and by `base_layer` within it for all
+    but the last; which are which, and how many ranks each has, only the configuration tells.
+
+    Args:
+        folder: Where the adapter was saved.
+        saved: Rows of A, by the names of tensors.
+        wrapped: Parameters that the model's adapter is on.
+    """
+    config, found = LoraConfig.from_pretrained(str(folder)), dict(saved)
+    wanted, pattern = config.target_parameters or (), config.rank_pattern
+    for name in wrapped:
+        module = name.rpartition(".")[0]
+        tensors = (key for key in found if key.replace(".base_layer", "") == module)
+        key = next(tensors, None)
+        if key and any(name == one or name.endswith(f".{one}") for one in wanted):
+            del found[key]
+            found[name] = pattern.get(get_pattern_key(pattern.keys(), name), config.r)
+    return found
 
 
 def load_weights(model: Any, folder: str | Path) -> None:

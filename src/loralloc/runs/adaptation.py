@@ -19,7 +19,6 @@ from loralloc.methods.peft_method import (
     LoraShaped,
     PeftMethod,
     default_budget,
-    rank_parameters,
 )
 from loralloc.runs.arguments import BLOCK, OPTIONS
 from loralloc.runs.heads.head import Head
@@ -34,6 +33,7 @@ LORA_FLAGS = {
     "lora_alpha": "scale",
     "lora_dropout": "dropout",
     "lora_target_modules": "targets",
+    "lora_target_parameters": "parameters",
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
     "lora_modules_to_save": "targets",
@@ -121,7 +121,7 @@ def fit(method: Method, model: nn.Module, budget: int | None) -> None:
     if is_open:
         method.sized_for = budget
     elif isinstance(method, LoraShaped):  # LoRA's parameters at the rank that was given
-        method.sized_for = method.chosen_size() * rank_parameters(model, method.targeted(model))
+        method.sized_for = method.chosen_size() * method.rank_cost(model)
     elif method.size:
         method.sized_for = method.count(model, method.chosen_size())
     if method.size:
@@ -160,6 +160,7 @@ def _lora_values(settings: Settings, kind: type[Method], fields: set[str]) -> di
         "scale": lora.lora_alpha / lora.lora_r,
         "dropout": lora.lora_dropout,
         "targets": lora.lora_target_modules,
+        "parameters": lora.lora_target_parameters,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
     }

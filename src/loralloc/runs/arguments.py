@@ -116,6 +116,9 @@ HELP = {
     "bf16": "Compute in bfloat16 where weights are float32 (mixed precision).",
     "lora_target_modules": "Modules to adapt, by the ends of their names with blanks between; by "
     "default every linear layer of a block.",
+    "lora_target_parameters": "Parameters to adapt beside them, by the ends of their names: a "
+    "mixture's experts (mlp.experts.gate_up_proj mlp.experts.down_proj). For lora and the methods "
+    "that allocate.",
 }
 """What an option is, where TRL's and Transformers' words are those of other defaults."""
 

@@ -59,6 +59,7 @@ ALONE = {
 OF_LORA = {
     "dropout": "what it drops would be drawn for all runs at once",
     "use_dora": "a layer is B (A x) and no more",
+    "parameters": "experts that are one parameter are not shared",
 }
 """The same of LoRA's own options, however they are given."""
 

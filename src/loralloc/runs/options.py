@@ -120,14 +120,14 @@ READ_BY: Mapping[str, Reading] = {
         (
             *("model_name_or_path", "model_revision", "dtype", "attn_implementation"),
             *("load_in_8bit", "load_in_4bit", "use_peft", "lora_r", "lora_alpha", "lora_dropout"),
-            *("lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"),
+            *("lora_target_modules", "lora_target_parameters"),
+            *("lora_modules_to_save", "use_rslora", "use_dora"),
         ),
         EVERY,
     ),
     **dict.fromkeys(
         ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), QUANTISED
     ),
-    "lora_target_parameters": Reading(never="ranks are those of linear layers, not of parameters"),
     "lora_task_type": Reading(follows=lambda head: head.task_type.value),
     # SFTConfig beyond TrainingArguments
     **dict.fromkeys(("model_init_kwargs", "trust_remote_code", "max_length", "pad_token"), EVERY),

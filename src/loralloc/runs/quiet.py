@@ -16,6 +16,8 @@ def prepare_process() -> None:
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning)
+    # PEFT looks for keys of parameters among modules, warns, and uses them; lint tells idle ones.
+    warnings.filterwarnings("ignore", "The following .* keys did not match", RuntimeWarning)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

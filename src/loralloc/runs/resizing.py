@@ -146,7 +146,7 @@ def resize_folder(
     adapter = read_adapter(folder)
     backbone = source.load()
     check_shapes(adapter, linear_shapes(backbone))
-    adapter.check_plain()
+    adapter.check_plain("ranks are changed of that alone here; name another adapter")
     model = open_on(backbone, folder).eval()
     before = ranks(lora_layers(model))
     scoring, judging = (

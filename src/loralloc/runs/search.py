@@ -110,6 +110,12 @@ def search(
         raise ValueError(
             f"`method` is {settings.run.method!r}, but a search shrinks LoRA; leave it out."
         )
+    if settings.model.lora_target_parameters:
+        raise ValueError(
+            "`lora_target_parameters` is given, and a search writes its ranks in the words of "
+            "trainers that have them for linear layers only; use `--method shrink`, whose adapter "
+            "PEFT opens."
+        )
     shrunk = _run(settings, "shrink", num_steps, {}, on_round)
     _train(shrunk, on_run)
     assert shrunk.allocation is not None, "shrink allocates"

@@ -21,10 +21,10 @@ def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits)
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
-        limits: Not read: this score does not depend on what will be pruned.
+        limits: Its `experts` are read; what will be pruned decides nothing here.
     """
-    without, s_full = derivative(objective, weights_b, 1)
-    only, s_base = derivative(objective, weights_b, 0)
+    without, s_full = derivative(objective, weights_b, 1, limits.experts)
+    only, s_base = derivative(objective, weights_b, 0, limits.experts)
     return Scores(
         terms={"without": without, "only": only}, s_full=s_full, s_base=s_base, settled=False
     )

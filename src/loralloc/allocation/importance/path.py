@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from loralloc.allocation.experts import over_ranks, ranked
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.transfers import to_cpu
 
@@ -33,7 +34,10 @@ def gates_at(weights_b: Mapping[str, Tensor], t: float) -> Iterator[dict[str, Te
 
 
 def derivative(
-    objective: Objective, weights_b: Mapping[str, Tensor], t: float
+    objective: Objective,
+    weights_b: Mapping[str, Tensor],
+    t: float,
+    experts: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Tensor], float]:
     """dS/dg of every rank with all gates at `t`, by one backward pass over the scoring batch.
 
@@ -45,6 +49,7 @@ def derivative(
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         t: The point on the path, 0 for the base model and 1 for the trained one.
+        experts: As `Limits.experts`: a rank's gate is one for its columns of all experts.
 
     Returns:
         A float32 tensor of shape (num_ranks,) for each module, on the CPU, and S at that point.
@@ -56,15 +61,22 @@ def derivative(
             loss += batch_loss
             for name, gradient in gradients.items():
                 totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
-    return to_cpu(totals), -loss
+    experts = experts or {}
+    by_rank = {name: over_ranks(x, experts.get(name, 1)) for name, x in totals.items()}
+    return to_cpu(by_rank), -loss
 
 
-def gradient_norms(objective: Objective, weights_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gradient_norms(
+    objective: Objective,
+    weights_b: Mapping[str, Tensor],
+    experts: Mapping[str, int] | None = None,
+) -> dict[str, Tensor]:
     """|dL/dB_r| of every rank at the trained adapter, by one backward pass over the scoring batch.
 
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
+        experts: As `Limits.experts`: the gradient of a rank is by its columns of all experts.
 
     Returns:
         A float32 tensor of shape (num_ranks,) for each module, on the CPU.
@@ -74,7 +86,11 @@ def gradient_norms(objective: Objective, weights_b: Mapping[str, Tensor]) -> dic
         for _, gradients in passes:
             for name, gradient in gradients.items():
                 totals[name] += gradient
-    return to_cpu({name: total.norm(dim=0) for name, total in totals.items()})
+    norms = {}
+    for name, total in totals.items():
+        columns, at = ranked(total, (experts or {}).get(name, 1), dim=1)
+        norms[name] = columns.norm(dim=[dim for dim in range(columns.ndim) if dim != at])
+    return to_cpu(norms)
 
 
 @contextmanager

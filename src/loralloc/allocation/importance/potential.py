@@ -47,14 +47,14 @@ def score(
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
-        limits: Its `young` is read.
+        limits: Its `young` and `experts` are read.
         measure: The score that the potential is added to.
     """
     scores = measure(objective, weights_b, limits)
     importance = scores.importance
     potential = {name: torch.zeros_like(values) for name, values in importance.items()}
     if any(limits.young.values()):
-        norms = gradient_norms(objective, weights_b)
+        norms = gradient_norms(objective, weights_b, limits.experts)
         rate = _rate(importance, norms, limits.young)
         for name, of in norms.items():
             chosen = sorted(limits.young.get(name, ()))

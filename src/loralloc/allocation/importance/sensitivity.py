@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loralloc.allocation.experts import over_ranks, ranked, ranks_followed_by
 from loralloc.allocation.importance.tracker import Tracker
-from loralloc.allocation.layers import lora_layers, weight_a, weight_b
+from loralloc.allocation.layers import experts_of, lora_layers, weight_a, weight_b
 from loralloc.allocation.policy import Plan, Scores
-from loralloc.allocation.transfers import followed_by, to_cpu
+from loralloc.allocation.transfers import to_cpu
 
 BETA_1 = 0.85
 """Share of the old mean of I in the new (b1). Source: AdaLoRA."""
@@ -48,6 +49,7 @@ class Sensitivity(Tracker):
         self._model, self._adapter_name = model, adapter_name
         self._mean: dict[tuple[str, str], Tensor] = {}
         self._deviation: dict[tuple[str, str], Tensor] = {}
+        self._experts = experts_of(lora_layers(model, adapter_name))
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -78,7 +80,8 @@ class Sensitivity(Tracker):
         for (name, part), mean in self._mean.items():
             value = self.element_score(mean, self._deviation[name, part])
             if value.ndim == 2:
-                value = value.mean(dim=1 - RANK_DIM[part])
+                value, at = ranked(value, self._experts.get(name, 1), dim=RANK_DIM[part])
+                value = value.mean(dim=[dim for dim in range(value.ndim) if dim != at])
             terms[part][name] = value
         return Scores(
             terms={part: to_cpu(by_module) for part, by_module in terms.items()}, settled=False
@@ -95,7 +98,8 @@ class Sensitivity(Tracker):
                 kept, added = plan.kept[name], plan.added[name]
                 value = means.pop((name, part))
                 if kept or added:
-                    means[name, part] = _carried(value, kept, added, dim=RANK_DIM[part])
+                    experts = self._experts.get(name, 1) if value.ndim == 2 else 1
+                    means[name, part] = _carried(value, kept, added, experts, dim=RANK_DIM[part])
 
     def finish(self) -> None:
         """See `Tracker.finish`."""
@@ -115,9 +119,9 @@ class Sensitivity(Tracker):
         means: dict[str, dict[tuple[str, str], Tensor]] = {"mean": {}, "deviation": {}}
         layers = lora_layers(self._model, self._adapter_name)
         for name, layer in layers.items():
-            b = weight_b(layer, self._adapter_name)
+            b, rank = weight_b(layer, self._adapter_name), int(layer.r[self._adapter_name])
             shapes = {
-                "gate": b.shape[1:],
+                "gate": (rank,),
                 "row": weight_a(layer, self._adapter_name).shape,
                 "column": b.shape,
             }
@@ -126,8 +130,8 @@ class Sensitivity(Tracker):
                     value = state.get(f"{name}.{part}.{kind}")
                     if value is None or value.shape != shape:
                         raise ValueError(
-                            f"The sensitivity of {name} is not that of a module with "
-                            f"{b.shape[1]} ranks; restore the adapter of the same checkpoint first."
+                            f"The sensitivity of {name} is not that of a module with {rank} ranks; "
+                            "restore the adapter of the same checkpoint first."
                         )
                     of[name, part] = value.to(b.device)
         self._mean, self._deviation = means["mean"], means["deviation"]
@@ -155,7 +159,7 @@ class Sensitivity(Tracker):
         ]
         products = dict(zip(keys, torch._foreach_mul(weights, given), strict=True))
         gates = {
-            (name, "gate"): product.sum(dim=0)
+            (name, "gate"): over_ranks(product.sum(dim=0), self._experts.get(name, 1))
             for (name, part), product in products.items()
             if part == "column"
         }
@@ -164,8 +168,10 @@ class Sensitivity(Tracker):
         return seen
 
 
-def _carried(value: Tensor, kept: Sequence[int], num_added: int, *, dim: int) -> Tensor:
+def _carried(
+    value: Tensor, kept: Sequence[int], num_added: int, experts: int, *, dim: int
+) -> Tensor:
     """The slices of the kept ranks along `dim`, then zeros for the new ranks."""
     shape = list(value.shape)
-    shape[dim] = num_added
-    return followed_by(kept, value, value.new_zeros(shape), dim=dim)
+    shape[dim] = num_added * experts
+    return ranks_followed_by(kept, value, value.new_zeros(shape), experts, dim=dim)

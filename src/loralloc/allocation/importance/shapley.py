@@ -31,7 +31,7 @@ def score(
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
-        limits: Not read: this score does not depend on what will be pruned.
+        limits: Its `experts` are read; what will be pruned decides nothing here.
         num_nodes: Points of the path where the derivative is taken, one backward pass each. They
             are doubled, up to three times, until the shares sum to the whole within `TOLERANCE`:
             after a steep descent S is far from a polynomial along the path.
@@ -42,7 +42,7 @@ def score(
             s_base = -objective.mean_loss()
     improvement = s_full - s_base
     for doublings in range(MOST_DOUBLINGS + 1):
-        share = _integral(objective, weights_b, num_nodes * 2**doublings)
+        share = _integral(objective, weights_b, num_nodes * 2**doublings, limits.experts)
         total = sum(float(part.double().sum()) for part in share.values())
         if abs(total - improvement) <= TOLERANCE * abs(improvement):
             break
@@ -50,13 +50,16 @@ def score(
 
 
 def _integral(
-    objective: Objective, weights_b: Mapping[str, Tensor], num_nodes: int
+    objective: Objective,
+    weights_b: Mapping[str, Tensor],
+    num_nodes: int,
+    experts: Mapping[str, int],
 ) -> dict[str, Tensor]:
     """The integral of dS/dg over the path for every rank, by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)  # on (-1, 1)
     share: dict[str, Tensor] = {}
     for node, weight in zip(nodes, weights, strict=True):
-        at_node, _ = derivative(objective, weights_b, (1 + float(node)) / 2)
+        at_node, _ = derivative(objective, weights_b, (1 + float(node)) / 2, experts)
         for name, slope in at_node.items():
             part = slope * (float(weight) / 2)
             share[name] = share[name] + part if name in share else part
