@@ -22,11 +22,10 @@ from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
 from loralloc.methods.restore import (
-    adapter_folder,
     check_scaling,
     give_ranks,
     load_weights,
-    saved_ranks,
+    ranks_for,
 )
 
 logger = logging.getLogger(__name__)
@@ -235,7 +234,8 @@ class Alora(Lora):
             return
         assert self._session is not None, "a run calls join()"
         record = Record.load(folder)
-        self._give_ranks(saved_ranks(adapter_folder(folder, self.adapter_name)), str(folder))
+        saved = ranks_for(self.model, folder, adapter_name=self.adapter_name)
+        self._give_ranks(saved, str(folder))
         load_weights(self.model, folder)
         self._allocate(record)
 

@@ -83,10 +83,23 @@ def restore_shapes(
     Raises:
         ValueError: The saved adapter has a module that the model's adapter lacks.
     """
+    target = ranks_for(model, folder, adapter_name=adapter_name)
+    give_ranks(model, target, str(folder), optimizer=optimizer, adapter_name=adapter_name)
+
+
+def ranks_for(
+    model: nn.Module, folder: str | Path, *, adapter_name: str = "default"
+) -> dict[str, int]:
+    """The ranks of a saved adapter, by the names that a model's adapter of the same kind has.
+
+    Args:
+        model: A PEFT model with a LoRA adapter.
+        folder: Where a model was saved.
+        adapter_name: PEFT's name of the adapter.
+    """
     saved, layers = adapter_folder(folder, adapter_name), lora_layers(model, adapter_name)
     wrapped = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
-    target = _by_parameter(saved, saved_ranks(saved), wrapped)
-    give_ranks(model, target, str(folder), optimizer=optimizer, adapter_name=adapter_name)
+    return _by_parameter(saved, saved_ranks(saved), wrapped)
 
 
 def give_ranks(
