@@ -220,7 +220,8 @@ def _new_rows(
 ) -> dict[str, Tensor]:
     """New rows of A by module, shape (added, in_features): those that were found, then drawn ones.
 
-    Of experts that are one parameter there are as many for each. All are drawn before any is sent to its device.
+    Of experts that are one parameter there are as many for each. All are drawn before any is sent
+    to its device.
     """
     rows = {}
     for name in plan.kept:
