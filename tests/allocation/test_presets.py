@@ -6,7 +6,8 @@ import tiny
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.presets import check_read, read_by
-from loralloc.methods.alora import Alora, AloraSensi
+from loralloc.methods.alora import Alora
+from loralloc.methods.alora_variants import AloraSensi
 from loralloc.methods.shrink import Shrink
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from loralloc.allocation.config import AllocationConfig
-from loralloc.methods.alora import Alora, AloraDnas, AloraSensi
+from loralloc.methods.alora import Alora
+from loralloc.methods.alora_variants import AloraDnas, AloraSensi
 
 
 @pytest.mark.parametrize(

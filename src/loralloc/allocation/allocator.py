@@ -327,9 +327,8 @@ class Allocator:
         """The scores with what next ranks are worth, where the policy reads it."""
         if self.config.policy != "worth":
             return scores, {}
-        names = list(scores.importance)
-        count = num_known(limits.num_pruned, len(names))
-        found = self._unexplained(dict.fromkeys(names, count), generator)
+        count = num_known(limits.num_pruned, len(scores.importance))
+        found = self._unexplained(dict.fromkeys(scores.importance, count), generator)
         worth = {name: of.values for name, of in found.items()}
         return dataclasses.replace(scores, worth=worth), found
 
@@ -345,9 +344,9 @@ class Allocator:
     def _unexplained(
         self, wanted: Mapping[str, int], generator: torch.Generator
     ) -> dict[str, Unexplained]:
-        layers = lora_layers(self.model, self.adapter_name)
+        layers, name = lora_layers(self.model, self.adapter_name), self.adapter_name
         return unexplained.measure(
-            self._objective, layers, wanted, generator=generator, adapter_name=self.adapter_name
+            self._objective, layers, wanted, generator=generator, adapter_name=name
         )
 
     def _limits(self, number: int, step: int) -> Limits:
@@ -363,9 +362,9 @@ class Allocator:
             min_rank=config.min_rank,
             max_rank=config.max_rank,
             protected={
-                name: frozenset(
+                name: spared.get(name, frozenset()).union(
                     i for i, b in enumerate(born) if b and number - b <= config.grace_rounds
-                ).union(spared.get(name, ()))
+                )
                 for name, born in births.items()
             },
             young=young,

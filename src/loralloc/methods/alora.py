@@ -1,4 +1,4 @@
-"""ALoRA (Liu et al. 2024) and its two ablation variants: LoRA whose ranks move while it trains."""
+"""ALoRA (Liu et al. 2024): LoRA whose ranks move while it trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -298,67 +298,6 @@ class Alora(Lora):
             schedule=self._schedule,
             record=record,
         )
-
-
-class _Variant(Alora):
-    """ALoRA with one other score."""
-
-    score: ClassVar[Literal["architecture", "sensitivity"]]
-
-    def __post_init__(self) -> None:
-        """Take the variant's score.
-
-        Raises:
-            ValueError: The options ask for another score, or for shrinking.
-        """
-        super().__post_init__()
-        given = self.allocation.score
-        if given not in (AllocationConfig.score, self.score):
-            raise ValueError(
-                f"`score` is {given!r}, but {self.about.name} is ALoRA with `score` of "
-                f"{self.score!r}; leave it out, or use alora."
-            )
-        self.allocation = dataclasses.replace(self.allocation, score=self.score)
-
-
-@dataclass(kw_only=True)
-class AloraDnas(_Variant):
-    """Importance is the gate's value, learned as in DARTS."""
-
-    about: ClassVar[About] = About(
-        name="alora-dnas",
-        title="ALoRA-DNAS",
-        paper="Liu et al. 2024, Appendix F",
-        status="reconstruction",
-        initialisation="published",
-        settings="ours",
-        learning_rate=5e-4,
-        rate_from="LoRA's, which it is between rounds",
-        differs="The paper leaves open when and by which optimiser gates are updated, and what "
-        "becomes of them at a round: DARTS's first order and Adam are taken, and gates go into B.",
-        merges=True,
-    )
-    score: ClassVar[Literal["architecture", "sensitivity"]] = "architecture"
-
-
-@dataclass(kw_only=True)
-class AloraSensi(_Variant):
-    """Importance is AdaLoRA's sensitivity."""
-
-    about: ClassVar[About] = About(
-        name="alora-sensi",
-        title="ALoRA-Sensi",
-        paper="Liu et al. 2024, Appendix F",
-        status="reconstruction",
-        initialisation="published",
-        settings="published",
-        learning_rate=5e-4,
-        rate_from="LoRA's, which it is between rounds",
-        differs="How a rank's elements are put together is AdaLoRA's rule, with the gate, which is "
-        "always 1, in the place of the singular value.",
-        merges=True,
-    )
-    score: ClassVar[Literal["architecture", "sensitivity"]] = "sensitivity"
 
 
 def _numbers(entry: Round) -> dict[str, float]:

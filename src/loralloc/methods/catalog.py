@@ -12,8 +12,8 @@ from loralloc.methods.method import About, Method
 METHODS = {
     "lora": "lora:Lora",
     "alora": "alora:Alora",
-    "alora-dnas": "alora:AloraDnas",
-    "alora-sensi": "alora:AloraSensi",
+    "alora-dnas": "alora_variants:AloraDnas",
+    "alora-sensi": "alora_variants:AloraSensi",
     "shrink": "shrink:Shrink",
     "random": "controls:RandomRounds",
     "inverse": "controls:InverseRounds",
