@@ -30,7 +30,7 @@ from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
 from loralloc.training.learning_rate import restart_schedule
 from loralloc.training.loss import mean_loss, objective, with_method
-from loralloc.training.processes import Processes
+from loralloc.training.processes import Processes, set_epoch
 from loralloc.training.replaced import give_back, replace, replaced
 from loralloc.training.saving import refuse_unfinished, saving_with
 from loralloc.training.seal import check_whole, newest_whole, sealing
@@ -174,6 +174,12 @@ class Driver(TrainerCallback):
         self.method.begin(self._session)
         self._processes.begin()
         self._is_training = True
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Tell the sampler, which Trainer does not reach in several processes that go on."""
+        set_epoch(kwargs["train_dataloader"], int((state.epoch or 0) + 1e-6))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any

@@ -83,6 +83,23 @@ class Processes:
         replicas.check_equal(tensors, bare_optimizer(self._trainer.optimizer), when=when)
 
 
+def set_epoch(loader: Any, epoch: int) -> None:
+    """Tell the sampler of a loader which epoch begins, however deep it lies.
+
+    Of a run that goes on within an epoch, Accelerate puts what skips batches around what shares
+    them out, and the epoch does not reach the sampler: it would begin the first epoch's order anew.
+
+    Args:
+        loader: Of the training examples.
+        epoch: Counted from 0.
+    """
+    part = getattr(loader, "batch_sampler", None)
+    while part is not None:
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+        part = getattr(part, "batch_sampler", None) or getattr(part, "sampler", None)
+
+
 def rewrap(trainer: Trainer) -> None:
     """Let the wrapper of a trainer's model know the parameters that the model has now.
 
