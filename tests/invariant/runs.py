@@ -76,7 +76,8 @@ def spans(folder: Path) -> Trajectory:
 
 
 def adalora(folder: Path) -> Trajectory:
-    options = dict(method="adalora", lora_r=2, learning_rate=2e-2)
+    options = {"method": "adalora", "lora_r": 2, "learning_rate": 2e-2}
+    options["method.fits_parameters"] = False
     return _run(folder, _decoder(tiny.llama, folder), _phrases, **options)
 
 
@@ -86,7 +87,8 @@ def sora(folder: Path) -> Trajectory:
 
 
 def lst(folder: Path) -> Trajectory:
-    return _run(folder, _decoder(tiny.llama, folder), _phrases, method="lst")
+    options = {"method": "lst", "method.width": 16}
+    return _run(folder, _decoder(tiny.llama, folder), _phrases, **options)
 
 
 def resumed(folder: Path) -> Trajectory:
