@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -77,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.rest = rest
     if launched.count() > 1:  # PyTorch's own voice, of sockets and of gradients it looks for
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # Wherever it is installed PEFT imports it, and it complains of a package that it could use.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     args.wait_policy = let_idle_threads_sleep()
     # Nothing here may wait for a network that is not asked for.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
