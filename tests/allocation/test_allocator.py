@@ -236,7 +236,12 @@ def under_the_name(name, build=tiny.llama):
 
 
 @pytest.mark.parametrize(
-    "score", ["gradient", "screened", "ablation", "shapley", "architecture", "sensitivity"]
+    "score",
+    [
+        *("gradient", "shapley", "architecture", "sensitivity"),
+        pytest.param("screened", marks=pytest.mark.slow),
+        pytest.param("ablation", marks=pytest.mark.slow),
+    ],
 )
 def test_an_adapters_name_makes_no_difference(score, tmp_path):
     records = []

@@ -127,6 +127,7 @@ def weights(model):
     return weights_ab(lora_layers(model)).items()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_rates_of_the_unbroken_one(tmp_path):
     changes = dict(save_strategy="steps", save_steps=4)
     config = options(rank_lr_power=0.7, new_state="survivors", newborns="protected")

@@ -26,7 +26,7 @@ def num_verified(scores):
 
 
 @pytest.mark.parametrize("build", tiny.MODELS)
-@pytest.mark.parametrize("num_steps", [5, 40])
+@pytest.mark.parametrize("num_steps", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_prunes_what_ablation_prunes(build, num_steps):
     model = tiny.adapted(build(), r=3)
     batch = tiny.batch_for(model, num_examples=16, seed=7)

@@ -233,7 +233,7 @@ def test_an_error_on_a_terminal_leaves_it_as_it_was(train_words, monkeypatch, ca
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, legacy_windows=False)
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr("loralloc.cli.train.Console", lambda: console)
+    monkeypatch.setattr("loralloc.cli.train.Console", lambda **_: console)
     streams = sys.stdout, sys.stderr
     try:
         assert main(train_words(learning_rate="1e38")) == 2

@@ -45,8 +45,11 @@ def test_it_takes_25_lines(shown):
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_it_passes_the_table_of_checks(check, shape, shown, tmp_path, monkeypatch):
     monkeypatch.setitem(table.LEARNING_RATES, NAME, 0.3)
-    takes_folder = "tmp_path" in check.__code__.co_varnames[: check.__code__.co_argcount]
-    check(NAME, shape, **({"tmp_path": tmp_path / "saved"} if takes_folder else {}))
+    names = check.__code__.co_varnames[: check.__code__.co_argcount]
+    given = {"tmp_path": tmp_path / "saved", "name": NAME, "shape": shape}
+    if "trained" in names:
+        given["trained"] = table.trained_once(NAME, shape)
+    check(**{name: given[name] for name in names})
 
 
 def test_resumed_it_trains_as_if_it_had_not_stopped(shown, tmp_path):

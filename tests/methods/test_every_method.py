@@ -98,15 +98,19 @@ class Trained:
     """The backbone's weights before it was adapted."""
 
 
-@pytest.fixture(scope="module")
-def trained(request):
-    """One training for all tests of a method on a shape, which leave it as it is."""
-    name, shape = request.param
+def trained_once(name: str, shape: str) -> Trained:
+    """A training of a method on a shape."""
     base = BUILDS[shape]().state_dict()
     method = made(name, shape)
     losses = Drive(method, lr=LEARNING_RATES.get(name, 1e-2)).begin().train()
     method.finish()
     return Trained(name, shape, method, losses, base)
+
+
+@pytest.fixture(scope="module")
+def trained(request):
+    """One training for all tests of a method on a shape, which leave it as it is."""
+    return trained_once(*request.param)
 
 
 def trainings(found):

@@ -93,7 +93,7 @@ def test_the_multipliers_climb_while_too_much_is_left():
     assert linear > 0.02 and quadratic > 2
 
 
-@pytest.mark.parametrize("num_steps", [40, 100, 300])
+@pytest.mark.parametrize("num_steps", [40, 100, pytest.param(300, marks=pytest.mark.slow)])
 def test_the_density_reaches_its_target_however_short_the_run_is(num_steps):
     method = made()
     Drive(method, num_steps=num_steps).begin().train()

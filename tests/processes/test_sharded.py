@@ -30,6 +30,7 @@ def check(found, number, name):
         assert_alike(each[name], alone)
 
 
+@pytest.mark.slow
 def test_two_processes_come_to_what_one_does_and_save_a_whole_adapter(quick):
     check(quick, 2, "saved")
 

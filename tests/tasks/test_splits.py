@@ -75,7 +75,14 @@ def about(printed, size):
     return abs(size / 1000 - float(printed.removesuffix("k"))) < 10**-places
 
 
-@pytest.mark.parametrize("name", OFFICIAL)
+LARGE = ("qnli", "record", "squad", "sst2")
+"""Data sets whose rows take seconds to make up."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in LARGE else []) for n in OFFICIAL],
+)
 def test_the_sizes_of_the_paper_come_out_of_the_official_sizes(name, hub):
     task = get_task(name)
     asked = hub(OFFICIAL[name], hidden_test=name not in ("e2e", "alpaca"))

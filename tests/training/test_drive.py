@@ -231,8 +231,8 @@ ONCE = {
 }
 """Methods without a search, for which one kill in the midst of what they do is enough."""
 
-IN_EVERY_RUN = {("alora", 9), ("sora", 9), ("ssp", 9), ("lst", 9), ("shrink", 9)}
-"""Kills that every run of the tests makes: rounds, gates, a search, a method not of PEFT, sizes."""
+IN_EVERY_RUN = {("alora", 9), ("sora", 9), ("lst", 9)}
+"""Kills that every run of the tests makes: rounds, gates, a method not of PEFT."""
 
 KILLS = [
     pytest.param(name, at, marks=[] if (name, at) in IN_EVERY_RUN else [pytest.mark.slow])

@@ -102,7 +102,8 @@ def check_config(config: Mapping[str, Any], names: Sequence[str], *, where: str)
                 f"`{option}` of {where} is a {type(value).__name__}; it must be an object."
             )
         for key, number in value.items():
-            if not _is_rank(number) if option == "rank_pattern" else not is_number(number):
+            fits = _is_rank if option == "rank_pattern" else is_number
+            if not fits(number) and not (_is_of_triplets(config) and _all_are(number, bool)):
                 raise ValueError(f"`{option}` of {where} gives {key!r:.60} {number!r:.60}.")
         expressions += value
     if not is_number(config.get("lora_alpha", 8)):
@@ -209,6 +210,11 @@ def _widths(module: nn.Module) -> tuple[int, int] | None:
 
 def _all_are(value: Any, kind: type) -> bool:
     return isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_of_triplets(config: Mapping[str, Any]) -> bool:
+    """Whether it is AdaLoRA's, whose pattern says of every triplet whether it stayed."""
+    return config.get("peft_type") == "ADALORA"
 
 
 def _is_rank(value: Any) -> bool:

@@ -7,11 +7,12 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial"
 """Ends the name of a file that is being written."""
@@ -109,6 +110,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise ValueError(f"{path} is not there, or no file; take it from the run again.")
+    from safetensors.torch import load_file  # a page of ranks is drawn without PyTorch
+
     try:
         return load_file(path)
     except SafetensorError as error:

@@ -367,7 +367,12 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "score"), [("bert", "screened"), ("roberta", "screened"), ("bert", "ablation")]
+    ("kind", "score"),
+    [
+        ("roberta", "screened"),
+        pytest.param("bert", "screened", marks=pytest.mark.slow),
+        pytest.param("bert", "ablation", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_learns_spans_while_its_ranks_move(kind, score, finished):
     prepared = finished(kind, score)
