@@ -20,6 +20,7 @@ from typing import Any
 
 from loralloc.cli import main as loralloc
 from loralloc.experiments.tiny_backbones import build
+from loralloc.runs.folder import SETTINGS
 from loralloc.training.seal import newest_whole
 
 OPTIONS = {
@@ -59,7 +60,8 @@ class Place:
 
     def go_on(self, folder: Path) -> list[str]:
         """What a person does after a run died: resume it where it can be, else begin anew."""
-        if newest_whole(folder) is not None:
+        has_settings = (folder / SETTINGS).is_file()  # or the command says that there is no run
+        if has_settings and newest_whole(folder) is not None:
             return ["train", "--resume", "--output_dir", str(folder)]
         return [*self.words(folder), "--overwrite"]
 
