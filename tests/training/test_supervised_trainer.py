@@ -48,7 +48,7 @@ def test_a_step_waits_for_the_device_once(tmp_path):
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     own = waits_of(lambda: trainer.model(**inputs).logits.sum().backward())
     use_supervised_loss(trainer)
-    for extra in (3, 1, 1):  # the first example also shows what becomes of the logits
+    for extra in (2, 1, 1):  # the first batch also shows what becomes of the logits
         options = dict(num_items_in_batch=torch.tensor(40))
         waits = waits_of(trainer.compute_loss, trainer.model, dict(batch), **options)
         assert len(waits) == len(own) + extra

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +73,18 @@ class SupervisedLoss:
         base: Any = base_model(self._model)
         if not _is_frozen_linear(base.get_output_embeddings()):
             return False
-        return self._finds_that_logits_are_passed_on(base, inputs)
+        if self._passes_on is None:
+            examples = len(inputs["labels"])
+            first = {
+                name: value[:1] if _is_of_examples(value, examples) else value
+                for name, value in inputs.items()
+            }
+            device: torch.device = inputs["labels"].device
+            devices = [device] if device.type == "cuda" else []
+            # A run that is resumed asks again, and draws what the one that went on has drawn.
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                self(first)
+        return bool(self._passes_on)
 
     def __call__(
         self,
@@ -96,41 +106,17 @@ class SupervisedLoss:
         targets = inputs["labels"].flatten()[positions + 1]
         base: Any = base_model(self._model)
         head = base.get_output_embeddings()
-        is_whole = _is_frozen_linear(head) and not _is_sharded(base)
-        if is_whole and self._finds_that_logits_are_passed_on(base, inputs):
-            hidden, outputs = self._run_without_head(head, inputs, positions, through)
-            losses, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
-        else:
+        if self._passes_on is False or not _is_frozen_linear(head) or _is_sharded(base):
             outputs = _run(self._model, inputs, positions, through=through)
             losses, correct = _from_logits(outputs.logits[0], targets)
+        else:
+            draw_again = _from_here(positions.device) if self._passes_on is None else None
+            hidden, outputs = self._run_without_head(head, inputs, positions, through)
+            if draw_again and not self._passes_on:
+                draw_again()
+                return self(inputs, positions=positions, through=through)
+            losses, correct = linear_cross_entropy(hidden, head.weight, targets, head.bias)
         return Supervised(losses, correct, _router_loss(base, outputs))
-
-    def _finds_that_logits_are_passed_on(self, base: Any, inputs: Mapping[str, Any]) -> bool:
-        """Whether the model gives its head's logits as they are, which its first example tells.
-
-        Known numbers that the head puts out show whether they are scaled or capped. No random
-        number of training is drawn for it: a run that is resumed asks once more.
-        """
-        if self._passes_on is None:
-            head = base.get_output_embeddings()
-            device, examples = head.weight.device, len(inputs["labels"])
-            known = torch.linspace(-100, 100, len(head.weight), device=device)
-            known = known.to(head.weight.dtype)[None, None]
-            first = {
-                name: value[:1]
-                if isinstance(value, Tensor) and value.shape[:1] == (examples,)
-                else value
-                for name, value in inputs.items()
-            }
-            devices = [device] if device.type == "cuda" else []
-            with (
-                torch.no_grad(),
-                torch.random.fork_rng(devices),
-                _in_the_place(head, lambda hidden: known),
-            ):
-                logits = _call(self._model, first).logits
-            self._passes_on = torch.equal(logits.to(known.dtype), known)
-        return self._passes_on
 
     def _run_without_head(
         self,
@@ -141,16 +127,26 @@ class SupervisedLoss:
     ) -> tuple[Tensor, Any]:
         """Hidden states at supervised positions, in the dtype of the head's arithmetic."""
         kept: list[Tensor] = []
-        size = len(head.weight)
+        size, known = len(head.weight), None
+        if self._passes_on is None:
+            # Known numbers that the head puts out show whether the model scales or caps them.
+            known = torch.linspace(-100, 100, size, device=head.weight.device)
+            known = known.to(head.weight.dtype)[None, None]
 
-        def logits_of_none(hidden: Tensor) -> Tensor:
+        def stand_in(hidden: Tensor) -> Tensor:
             hidden = _at(positions, hidden, inputs)
             kept.append(hidden.to(autocast_dtype(hidden) or hidden.dtype))
-            # Of no position; with a graph, which a wrapper may follow.
-            return hidden[None, :0, :1].expand(-1, -1, size)
+            # Logits of no position, or the known ones; with a graph, which a wrapper may follow.
+            none = hidden[None, :0, :1].expand(-1, -1, size)
+            return none if known is None else known + none.sum()
 
-        with _in_the_place(head, logits_of_none):
+        vars(head)["forward"] = stand_in
+        try:
             outputs = _call(self._model if through is None else through, inputs)
+        finally:
+            del vars(head)["forward"]
+        if known is not None:
+            self._passes_on = torch.equal(outputs.logits.to(known.dtype), known)
         return kept[0], outputs
 
 
@@ -159,14 +155,17 @@ def _is_of_examples(value: Any, examples: int) -> bool:
     return isinstance(value, Tensor) and value.shape[:1] == (examples,)
 
 
-@contextmanager
-def _in_the_place(head: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Something else is called in the place of the head."""
-    vars(head)["forward"] = forward
-    try:
-        yield
-    finally:
-        del vars(head)["forward"]
+def _from_here(device: torch.device) -> Callable[[], None]:
+    """What lets the random numbers that will be drawn be drawn once more."""
+    state = torch.get_rng_state()
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def draw_again() -> None:
+        torch.set_rng_state(state)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+
+    return draw_again
 
 
 def supervised_positions(labels: Tensor) -> Tensor:
