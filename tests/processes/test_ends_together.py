@@ -55,6 +55,7 @@ def test_one_that_is_asked_to_stop_stops_both_and_they_go_on(found):
     assert "adapter:" in again[0]["out"]
 
 
+@pytest.mark.slow
 def test_what_the_main_process_alone_finds_is_told_once(quick):
     ends = quick["a locked folder"]
     (sentence,) = sentences(ends)

@@ -61,7 +61,13 @@ def logits(model):
     return model.eval()(**BATCH).logits
 
 
-@pytest.mark.parametrize("case", CASES)
+IN_EVERY_RUN = list(CASES)[::4]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[] if c in IN_EVERY_RUN else [pytest.mark.slow]) for c in CASES],
+)
 def test_ranks_move_and_what_is_saved_is_whole(case, tmp_path):
     build, lora = CASES[case]
 
