@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--seconds", type=int, default=600, help="longest time of a target [600]")
     parser.add_argument("--inputs", type=int, default=10**6, help="inputs of a target [1,000,000]")
-    parser.add_argument("--corpus", type=Path, default=Path("/tmp/loralloc-corpus"))
+    parser.add_argument("--corpus", type=Path, default=ROOT / "runs" / "fuzz")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the results go")
     args = parser.parse_args()
     data: dict[str, Any] = {"targets": {}}
