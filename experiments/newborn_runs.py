@@ -11,7 +11,7 @@ A run whose result is in the output folder is taken as it is. Writes
 experiments/results/newborns.json and, from it, the table in docs/alora.md.
 
 Run: python experiments/newborn_runs.py --data FOLDER [--out FOLDER] [--steps N --first N --gap N
-     --rounds N] [--only ARM ...] [--page]
+     --rounds N] [--only ARM ...] [--page | --runs]
 """
 
 from __future__ import annotations
@@ -73,12 +73,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--only", nargs="*", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--page", action="store_true", help="only write the table again")
+    parser.add_argument("--runs", action="store_true", help="write no table: others run beside")
     args = parser.parse_args(argv)
     if args.data is None and not args.page:
         parser.error("name the folder of the data sets with --data or LORALLOC_DATA")
     if not args.page:
         for arm in args.only:
             run(args, arm)
+        if args.runs:
+            return
         write_results(args)
     write_table(json.loads(RESULTS.read_text(encoding="utf-8")))
 
@@ -115,6 +118,8 @@ def run(args: argparse.Namespace, arm: str) -> None:
         "pruned_again": pruned_again(record),
         "updates": watch.updates,
         "round_seconds": [entry.seconds for entry in record.rounds],
+        "packages": packages(),
+        "device": device(),
     }
     kept.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -199,10 +204,17 @@ def write_results(args: argparse.Namespace) -> None:
     """Collect every run's result."""
     found = [args.out / arm / "result.json" for arm in ARMS]
     runs = [json.loads(path.read_text("utf-8")) for path in found if path.is_file()]
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
-    data = {"packages": packages, "device": device(), "runs": runs}
+    where = {
+        name: runs[0].get(name, here) if runs else here
+        for name, here in (("packages", packages()), ("device", device()))
+    }
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    RESULTS.write_text(json.dumps({**where, "runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def packages() -> dict[str, str]:
+    """Versions of what the runs ran with."""
+    return {name: version(name) for name in ("torch", "transformers", "peft", "trl")}
 
 
 def device() -> str:

@@ -1,12 +1,13 @@
 """Runs the experiments behind docs/methods.md and docs/study.md, and writes those pages.
 
-Each is a YAML file as `loralloc reproduce` takes it, run task by task and method by method, so that
-rows of its table are whole as early as can be. What came of a run is a `result.json` below
+Each is a YAML file as `loralloc reproduce` takes it. One run at a time goes task by task and method
+by method, so that rows of its table are whole as early as can be; an executor that works on many at
+once has a whole experiment, or what is asked for of it. What came of a run is a `result.json` below
 experiments/results; what is there is not run again, so the command may be stopped and given again,
 here or on another machine.
 
 Run: python experiments/study.py --data FOLDER [NAME ...] [--only METHOD ...] [--tasks TASK ...]
-     [--minutes N] [--executor fleet] [--page]
+     [--ranks N ...] [--minutes N] [--executor fleet] [--page | --runs]
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from loralloc.runs.quiet import prepare_process
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "experiments"
 METHODS = "methods"
+ONE_AT_A_TIME = "process"
 
 NAMES = (
     "ceiling-minilm-few",
@@ -54,10 +56,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=os.environ.get("LORALLOC_DATA"))
     parser.add_argument("--only", nargs="+", metavar="METHOD")
     parser.add_argument("--tasks", nargs="+", metavar="TASK")
+    parser.add_argument("--ranks", nargs="+", type=int, metavar="N")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after")
-    parser.add_argument("--executor", default="process", choices=sorted(EXECUTORS))
-    parser.add_argument("--workers", type=int, default=2, help="of a pool")
+    parser.add_argument("--executor", default=ONE_AT_A_TIME, choices=sorted(EXECUTORS))
+    parser.add_argument("--workers", type=int, default=2, help="of a pool, and to test a fleet")
+    parser.add_argument("--at-once", type=int, default=16, help="runs of a fleet")
     parser.add_argument("--page", action="store_true", help="only write the pages")
+    parser.add_argument("--runs", action="store_true", help="write no page")
     args = parser.parse_args(argv)
     unknown = [name for name in args.names if name not in NAMES]
     if unknown:
@@ -67,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     if not args.page:
         run(args)
+    if args.runs:
+        return 0
     found = {name: section(experiment(name), args.data, get_executor("none")) for name in NAMES}
     methods = method_page(experiment(METHODS), found.pop(METHODS))
     (ROOT / "docs" / "methods.md").write_text(methods, encoding="utf-8")
@@ -78,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> None:
     """Everything that is asked for and missing, until the time is over."""
     until = time.monotonic() + 60 * args.minutes
-    executor, resources = get_executor(args.executor), Resources(workers=args.workers)
+    executor = get_executor(args.executor)
+    resources = Resources(workers=args.workers, at_once=args.at_once)
 
     def until_then(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
         for outcome in executor(cells, resources):
@@ -91,7 +99,8 @@ def run(args: argparse.Namespace) -> None:
 
     try:
         for name in args.names or NAMES:
-            for part in parts(experiment(name), only=args.only, tasks=args.tasks):
+            asked = chosen(experiment(name), only=args.only, tasks=args.tasks, ranks=args.ranks)
+            for part in parts(asked) if args.executor == ONE_AT_A_TIME else [asked]:
                 section(part, args.data, until_then, resources)
     except TimeoutError:
         print("The time is over; the same command goes on.")  # noqa: T201
@@ -103,12 +112,22 @@ def experiment(name: str) -> Experiment:
     return load_experiment(str(folder / f"{name}.yaml"))
 
 
-def parts(
-    whole: Experiment, *, only: Sequence[str] | None, tasks: Sequence[str] | None
-) -> Iterator[Experiment]:
+def chosen(
+    whole: Experiment,
+    *,
+    only: Sequence[str] | None,
+    tasks: Sequence[str] | None,
+    ranks: Sequence[int] | None,
+) -> Experiment:
+    """What is asked for of an experiment; None for all."""
+    some = whole.only(only) if only else whole
+    return replace(some, tasks=tuple(tasks or some.tasks), ranks=tuple(ranks or some.ranks))
+
+
+def parts(whole: Experiment) -> Iterator[Experiment]:
     """What becomes a row or two of its tables, in their order."""
-    for task in tasks or whole.tasks:
-        for method in only or whole.methods:
+    for task in whole.tasks:
+        for method in whole.methods:
             one = replace(whole.only([method]), tasks=(task,))
             if whole.kind == "sweep":
                 yield from (replace(one, ranks=(rank,)) for rank in whole.ranks)

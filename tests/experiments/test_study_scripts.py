@@ -80,6 +80,28 @@ def test_a_search_begins_with_as_many_rates_as_the_experiment_says(grid):
     assert {len(search.losses) for search in tried.values()} == {3}
 
 
+def test_a_search_begins_with_the_half_powers_that_the_experiment_says(make):
+    grid = make(tasks=("sst2",), methods=("lora", "gora"), ladder=False, half_powers=(0, 1, 3))
+    tried = search_rates(grid, every(lambda cell: {"dev_loss": abs(cell.learning_rate - 2e-3)}))
+    rates = {method: sorted(search.losses) for (_, method, _), search in tried.items()}
+    assert rates["lora"] == [5e-4, 1.6e-3, 1.6e-2]
+    assert rates["gora"][:3] == [5e-5, 1.6e-4, 1.6e-3]
+    with pytest.raises(ValueError, match="both trials and half_powers"):
+        make(tasks=("sst2",), trials=3, half_powers=(0, 1))
+
+
+def test_an_experiment_tests_in_its_own_way(make, quick):
+    scale = replace(quick, test={"num_beams": 2, "limit": 3})
+    own = {"num_beams": None, "decode": "greedy", "batch_size": 8}
+    grid = make(tasks=("sst2",), methods=("lora",), scale=scale, test=own)
+    expected = {"decode": "greedy", "limit": 3, "batch_size": 8}
+    encoder = replace(grid, is_encoder=True)
+    for one, test in ((grid, expected), (encoder, {"limit": 3, "batch_size": 8})):
+        assert {tuple(sorted(cell.test.items())) for cell in one.at_one_rate("fair", {})} == {
+            tuple(sorted(test.items()))
+        }
+
+
 def test_the_same_rows_in_another_folder_are_the_same_run(make, write_rows, tmp_path):
     folders = []
     for name, words in (("one", "fine"), ("two", "fine"), ("three", "bad")):
@@ -149,11 +171,16 @@ def test_every_run_of_the_scripts_can_be_begun(study, make):
 
 
 def test_rows_come_one_after_another(study):
-    parts = list(study.parts(study.experiment("ceiling-minilm-few"), only=None, tasks=["rte"]))
+    nothing = {"only": None, "tasks": None, "ranks": None}
+    whole = study.experiment("ceiling-minilm-few")
+    parts = list(study.parts(study.chosen(whole, **{**nothing, "tasks": ["rte"]})))
     assert [(part.tasks, part.ranks) for part in parts] == [
         (("rte",), (r,)) for r in (1, 2, 4, 8, 16)
     ]
-    (part,) = study.parts(study.experiment("methods"), only=["sora"], tasks=["sst2"])
+    asked = study.chosen(whole, **{**nothing, "ranks": [1, 4]})
+    assert (asked.ranks, asked.tasks) == ((1, 4), whole.tasks)
+    methods = study.experiment("methods")
+    (part,) = study.parts(study.chosen(methods, only=["sora"], tasks=["sst2"], ranks=None))
     assert (part.methods, part.ladder) == (("sora",), False)
 
 

@@ -1,5 +1,7 @@
 """A search finds the optimum, says where it lies, and gives the numbers of runs one by one."""
 
+from dataclasses import replace
+
 import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -8,7 +10,7 @@ from loralloc.cli import main
 from loralloc.experiments import sweep
 from loralloc.experiments.executors import fleet
 from loralloc.experiments.executors.executor import Resources, get_executor
-from loralloc.experiments.work import Outcome
+from loralloc.experiments.work import TRAINED, Outcome
 
 QUICK = {
     "max_steps": 2,
@@ -90,6 +92,23 @@ def test_where_memory_is_short_fewer_go_at_once(options, tmp_path, monkeypatch):
     made = cells(options, tmp_path, ranks=[1, 2], learning_rates=[1e-3])
     assert [o.cell for o in fleet.run(made, Resources())] == made
     assert tried == [2, 1, 1]
+
+
+def test_several_workers_test_what_a_fleet_has_trained(options, tmp_path, monkeypatch):
+    def told(where):
+        return lambda cells, _: (Outcome(cell=cell, result=None, failure=where) for cell in cells)
+
+    monkeypatch.setattr(fleet, "_train_at_once", lambda cells: {})
+    monkeypatch.setattr(fleet, "run_pool", told("a pool"))
+    monkeypatch.setattr(fleet, "run_one_by_one", told("here"))
+    searched, tested, trained = cells(options, tmp_path, learning_rates=[1e-3, 2e-3, 3e-3])
+    made = [searched, replace(tested, test={}), replace(trained, test={})]
+    trained.folder.mkdir(parents=True)
+    (trained.folder / TRAINED).touch()
+    for workers, where in ((1, "here"), (2, "a pool")):
+        found = {o.cell.folder: o.failure for o in fleet.run(made, Resources(workers=workers))}
+        assert list(found.values()) == ["here", where, where]
+    assert [cell.folder for cell in made] == sorted(found)
 
 
 def outcome(options, root, rank, rate, seed, loss):

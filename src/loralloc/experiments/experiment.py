@@ -76,6 +76,13 @@ class Experiment:
     trials: int | None = None
     """Learning rates that a search begins with; None for the usual number."""
 
+    half_powers: tuple[int, ...] | None = None
+    """Those rates by half powers of ten above each method's own, in the place of `trials`: short
+    runs of few ranks want more than what is recommended."""
+
+    test: Mapping[str, Any] = field(default_factory=dict)
+    """Options of every test, over those of the scale; with null one of the scale's is left out."""
+
     rows: Mapping[str, int] | None = None
     """The first so many of each split; None for the scale's, the shortest."""
 
@@ -94,8 +101,15 @@ class Experiment:
             get_method(self.variant(name).method)
         for task in self.tasks:
             get_task(task)
-        for what in ("tasks", "methods", "ranks"):
+        if self.trials is not None and self.half_powers is not None:
+            raise ValueError(
+                f"The experiment {self.name} has both trials and half_powers, which say the same; "
+                "leave one of the two out."
+            )
+        for what in ("tasks", "methods", "ranks", "half_powers"):
             values = getattr(self, what)
+            if values is None:
+                continue
             if not values or len(set(values)) < len(values):
                 raise ValueError(
                     f"The experiment {self.name} has {what} {list(values)}; it needs at least one, "
@@ -222,7 +236,8 @@ def _build(name: str, text: str, *, source: str) -> Experiment:
             own = _variant(entry, source=source)
             data["methods"][at] = own[0]
             variants[own[0]] = own[1]
-    lists = {key: tuple(data[key]) for key in ("tasks", "methods", "ranks") if key in data}
+    names = ("tasks", "methods", "ranks", "half_powers")
+    lists = {key: tuple(data[key]) for key in names if key in data}
     return Experiment(**{"name": name, "source": "", **data, **lists, "variants": variants})
 
 

@@ -63,7 +63,7 @@ class Search:
 def search_rates(grid: Grid, carry_out: CarryOut) -> dict[Key, Search]:
     """Search every method's learning rate with the first seed, on development loss.
 
-    All methods have the same number of trials around the rate that is recommended for each. Where
+    All methods have the same trials, relative to the rate that is recommended for each. Where
     the best one is at an edge, one rate beyond it is tried, until it is not or `MOST_WIDER` were.
 
     Args:
@@ -94,8 +94,12 @@ def first_trials(grid: Grid) -> list[Cell]:
 
 
 def _first_rates(grid: Grid, key: Key) -> list[float]:
-    method = get_method(grid.experiment.variant(key[1]).method)
-    return learning_rates(method.about, grid.experiment.trials or NUM_TRIALS)
+    about = get_method(grid.experiment.variant(key[1]).method).about
+    experiment = grid.experiment
+    if experiment.half_powers is None:
+        return learning_rates(about, experiment.trials or NUM_TRIALS)
+    (own,) = learning_rates(about, 1)
+    return [float(f"{own * 10 ** (power / 2):.2g}") for power in experiment.half_powers]
 
 
 def off_budget(result: Result) -> float | None:

@@ -172,7 +172,8 @@ class Grid:
         if self.experiment.kind == "judged":
             return {"questions": self.judged_data, **self.scale.judged}
         drop = GENERATING if self.is_encoder else ()
-        return {name: value for name, value in self.scale.test.items() if name not in drop}
+        test = {**self.scale.test, **self.experiment.test}
+        return {name: v for name, v in test.items() if name not in drop and v is not None}
 
 
 def make_grid(

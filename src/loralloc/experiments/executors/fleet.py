@@ -1,4 +1,7 @@
-"""This process, cells of one backbone at once; one by one where a fleet cannot take them."""
+"""This process, cells of one backbone at once; one by one where a fleet cannot take them.
+
+With several workers they test what is trained, which a fleet does not do at once.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ import torch
 
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.executors.executor import Resources
+from loralloc.experiments.executors.pool import run as run_pool
 from loralloc.experiments.executors.process import run as run_one_by_one
 from loralloc.experiments.files import locked, write_json
 from loralloc.experiments.work import (
@@ -79,10 +83,12 @@ def run(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
     A fleet that is killed goes on from the last checkpoint of each of its cells; a cell without one
     is begun again.
     """
-    left = []
+    left, trained = [], []
     for cell in cells:
-        if finished(cell) is not None or (cell.folder / TRAINED).is_file():
+        if finished(cell) is not None:
             yield attempt(cell)
+        elif (cell.folder / TRAINED).is_file():
+            trained.append(cell)
         else:
             left.append(cell)
     waiting = deque(groups(left, at_once=resources.at_once))
@@ -106,8 +112,18 @@ def run(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
         except TypeError as error:  # a backbone that cannot be shared, which its first step shows
             waiting.appendleft(Group(cells=group.cells, why_alone=str(error)))
             continue
-        for cell in group.cells:
-            yield failures.get(cell.folder) or attempt(cell)
+        yield from failures.values()
+        trained += [cell for cell in group.cells if cell.folder not in failures]
+        yield from _finish(trained, resources)
+        trained = []
+    yield from _finish(trained, resources)
+
+
+def _finish(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
+    """What is left of cells that are trained, or that could only be trained alone."""
+    test = run_pool if resources.workers > 1 else run_one_by_one
+    yield from run_one_by_one([cell for cell in cells if cell.test is None], resources)
+    yield from test([cell for cell in cells if cell.test is not None], resources)
 
 
 def _train_at_once(cells: Sequence[Cell]) -> dict[Path, Outcome]:
