@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -22,7 +23,9 @@ def study_page(found: Sequence[tuple[Experiment, Section]]) -> str:
     lines = [*INTRODUCTION]
     for experiment, section in found:
         run = replace_entries(section)
-        tables = _ceilings(experiment, run) if experiment.kind == "sweep" else _shares(run)
+        tables = (
+            _ceilings(experiment, run) if experiment.kind == "sweep" else _shares(experiment, run)
+        )
         command = f"`python experiments/study.py --data DATA {experiment.name}`"
         lines += [f"## {experiment.title}", ""]
         missing = _missing(section)
@@ -77,12 +80,19 @@ def _ceilings(experiment: Experiment, section: Section) -> list[Table]:
     return found
 
 
-def _shares(section: Section) -> list[Table]:
+def _shares(experiment: Experiment, section: Section) -> list[Table]:
     """Methods beside LoRA of the same parameters, and what share of the ceiling they win back."""
     found = []
-    for task in dict.fromkeys(entry.task for entry in section.entries):
-        entries = [entry for entry in section.entries if entry.task == task]
-        budget = min(e.rank for e in entries if e.method != BASELINE or len(entries) == 1)
+    for task, budget in itertools.product(experiment.tasks, experiment.ranks):
+        steps = (budget // 2, 2 * budget, 4 * budget)
+        entries = [
+            entry
+            for entry in section.entries
+            if entry.task == task
+            and (entry.rank == budget or (entry.method == BASELINE and entry.rank in steps))
+        ]
+        if not entries:
+            continue
         lora, more = (section.find(task, BASELINE, rank) for rank in (budget, 4 * budget))
         rows = []
         for entry in entries:
@@ -102,7 +112,8 @@ def _shares(section: Section) -> list[Table]:
             "method", "learning rate", "parameters", "test cross-entropy, every seed", "mean",
             f"less LoRA's at r={budget}", f"share of what r={4 * budget} gains",
         ]  # fmt: skip
-        found.append(Table(title=task, columns=columns, rows=rows, notes=[NOISE]))
+        title = f"{task}, r = {budget}" if len(experiment.ranks) > 1 else task
+        found.append(Table(title=title, columns=columns, rows=rows, notes=[NOISE]))
     return found
 
 

@@ -195,6 +195,22 @@ def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid):
     assert rows["late r=2"][-3].strip() == "-0.1000"
 
 
+def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make):
+    methods = ("lora", "alora")
+    grid = make(tasks=("sst2",), methods=methods, ranks=(1, 2), seeds=(0, 1, 2), source="")
+    rows = list(grid.rows("fair"))
+    assert len(rows) == len(set(rows))
+    assert {(method, rank) for _, method, rank in rows} == {
+        *(("lora", rank) for rank in (1, 2, 4, 8)),
+        *(("alora", rank) for rank in (1, 2)),
+    }
+    page = study.study_page([(grid.experiment, told(grid))])
+    assert "### sst2, r = 1" in page
+    _, second = page.split("### sst2, r = 2")
+    methods = [line.split("|")[1].strip() for line in second.splitlines() if "r=" in line]
+    assert methods[1:] == ["lora r=1", "lora r=2", "alora r=2", "lora r=4", "lora r=8"]
+
+
 def test_without_a_ceiling_there_is_no_share(study, grid):
     flat = carry_out_all(grid, "fair", every(lambda cell: {"dev_loss": 1.0}))
     page = study.study_page([(grid.experiment, flat)])

@@ -122,10 +122,11 @@ class Grid:
                 for rank in self.ranks:
                     yield task, method, rank
             if terms == "fair" and experiment.ladder and experiment.kind in ("scores", "judged"):
-                (rank,) = self.ranks
-                others = [other for other in (rank // 2, 2 * rank, 4 * rank) if other]
-                for other in others if BASELINE in methods else [*others, rank]:
-                    yield task, BASELINE, other
+                steps = [step for r in self.ranks for step in (r // 2, 2 * r, 4 * r) if step]
+                there = self.ranks if BASELINE in methods else ()
+                for rank in dict.fromkeys((*steps, *self.ranks)):
+                    if rank not in there:
+                        yield task, BASELINE, rank
 
     def _options(
         self, task: str, method: str, rank: int, seed: int, learning_rate: float, terms: Terms
