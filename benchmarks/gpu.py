@@ -5,7 +5,7 @@ limit of time, and the JSON is written after each, so that a machine that is tak
 it measured. Without a GPU the same stages run on a tiny shape: that shows that they run, and
 nothing else. What a stage raises is written down in its place.
 
-    equal       gradients of one block: ours to PEFT's, in float32, under autocast, in bfloat16
+    equal       gradients of a small model: ours, with CUDA graphs too, and PEFT's, by precision
     launches    kernels of one block, forward and backward, as the profiler sees them
     long        4 x 1,024 tokens, all supervised: seconds and memory beyond the model
     short       16 x 72 tokens, a third supervised
@@ -42,10 +42,12 @@ import torch
 from contestants import Step, contestants, stock
 
 from loralloc.allocation.allocator import Allocator
+from loralloc.allocation.blocks import blocks
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import base_model, lora_layers
 from loralloc.allocation.resize import resize
 from loralloc.allocation.supervised import SupervisedLoss
+from loralloc.kernels.graphs import GraphedBlocks
 from loralloc.kernels.lora import fuse, unfuse
 from loralloc.training.replaced import replaced
 
@@ -97,18 +99,23 @@ def over(found: dict[str, Any], above: str, below: str, of: str = "seconds") -> 
 def equal(bench: Bench) -> dict[str, Any]:
     """Distance of gradients to those of float64, relative, as PEFT has it and as we do."""
     model = shapes.build("tiny", dtype=torch.float32)
-    batch = shapes.batch("tiny", 4, 24, supervised=0.5)
-    truth = gradients(copy.deepcopy(model).double(), batch)
+    batches = [shapes.batch("tiny", 4, 24, supervised=0.5) for _ in range(4)]
+    truth = gradients(copy.deepcopy(model).double(), batches[-1])
     found: dict[str, Any] = {}
     for kind in ("float32", "autocast", "bfloat16"):
-        each = copy.deepcopy(model)
-        if kind == "bfloat16":
-            each.to(torch.bfloat16)
-        for name, change in (("peft", unfuse), ("ours", fuse)):
-            change(each)
-            with autocast() if kind == "autocast" else nullcontext():
-                got = gradients(each, batch)
-            found.setdefault(kind, {})[name] = float((got - truth).norm() / truth.norm())
+        for name in ("peft", "ours", "graphed"):
+            each = copy.deepcopy(model)
+            if kind == "bfloat16":
+                each.to(torch.bfloat16)
+            (unfuse if name == "peft" else fuse)(each)
+            graphs = nullcontext()
+            if name == "graphed" and torch.cuda.is_available():
+                graphs = GraphedBlocks(blocks(base_model(each))).on()
+            with graphs, autocast() if kind == "autocast" else nullcontext():
+                for batch in batches:  # recorded at the second
+                    got = gradients(each, batch)
+            error = float((got - truth).norm() / truth.norm())
+            found.setdefault(kind, {})[name] = error
     return {"relative_error": found}
 
 
@@ -166,12 +173,34 @@ def long(bench: Bench) -> dict[str, Any]:
 def short(bench: Bench, shape: str = "") -> dict[str, Any]:
     """Short batches, which a GPU may wait for the processor in."""
     shape = shape or bench.large
-    batch = shapes.batch(shape, *bench.short, supervised=1 / 3)
-    found = bench.take(contestants(bench.model(shape), batch))
+    model, batch = bench.model(shape), shapes.batch(shape, *bench.short, supervised=1 / 3)
+    steps = contestants(model, batch)
+    found = bench.take(steps)
+    found["ours_over_floor"] = over(found, "ours", "floor")
+    found["ours_over_peft"] = over(found, "ours", "peft")
+    if not torch.cuda.is_available():
+        return found
+    ours, graphs = steps["ours"], GraphedBlocks(blocks(base_model(model)))
+
+    def graphed() -> None:
+        with graphs.on():
+            ours()
+
+    try:
+        begin = time.perf_counter()
+        graphed()
+        graphed()  # recorded
+        recording_s = time.perf_counter() - begin
+        with_graphs = bench.take({"ours": ours, "graphed": graphed})
+    finally:
+        graphs.remove()
+    for kind, measured in with_graphs.items():
+        found[kind]["graphed"] = measured["graphed"]
     return {
         **found,
-        "ours_over_floor": over(found, "ours", "floor"),
-        "ours_over_peft": over(found, "ours", "peft"),
+        "recording_s": recording_s,
+        "graphed_over_ours": over(with_graphs, "graphed", "ours"),
+        "graphed_over_peft": over(found, "graphed", "peft"),
     }
 
 
@@ -208,27 +237,40 @@ def halves(bench: Bench) -> dict[str, Any]:
     """Training steps, the optimiser too, in the half precisions that users train in."""
     result: dict[str, Any] = {}
     batch = shapes.batch(bench.small, *bench.short, supervised=1 / 3)
+    names = ("peft", "ours", "graphed") if torch.cuda.is_available() else ("peft", "ours")
     for kind, dtype in (("autocast", torch.bfloat16), ("bfloat16", None), ("fp16", torch.float16)):
         base = torch.bfloat16 if dtype is None else torch.float32
-        models = {name: shapes.build(bench.small, dtype=base) for name in ("peft", "ours")}
-        fuse(models["ours"])
-        steps = {name: training(model, batch, dtype) for name, model in models.items()}
+        models = {name: shapes.build(bench.small, dtype=base) for name in names}
+        for name in names[1:]:
+            fuse(models[name])
+        steps = {
+            name: training(model, batch, dtype, with_graphs=name == "graphed")
+            for name, model in models.items()
+        }
         seconds = harness.by_turns(steps, repeats=bench.repeats, warmup=2)
         losses = {name: float(step()) for name, step in steps.items()}
-        ratio = harness.ratio(seconds["ours"], seconds["peft"])
-        result[kind] = {"seconds": seconds, "losses": losses, "ours_over_peft": ratio}
+        ratios = {
+            f"{name}_over_peft": harness.ratio(seconds[name], seconds["peft"]) for name in names[1:]
+        }
+        result[kind] = {"seconds": seconds, "losses": losses, **ratios}
     return result
 
 
-def training(model: Any, batch: dict[str, Any], dtype: torch.dtype | None) -> Step:
+def training(
+    model: Any, batch: dict[str, Any], dtype: torch.dtype | None, *, with_graphs: bool
+) -> Step:
     """A whole step under autocast to a dtype, with a GradScaler where that is float16."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4, fused=True)
     kind = shapes.device().type
     scaler = torch.amp.GradScaler(kind, enabled=dtype == torch.float16)
+    graphs = GraphedBlocks(blocks(base_model(model))) if with_graphs else None
 
     def step() -> Any:
-        with torch.autocast(kind, dtype) if dtype else nullcontext():
+        with (
+            torch.autocast(kind, dtype) if dtype else nullcontext(),
+            graphs.on() if graphs else nullcontext(),
+        ):
             loss = model(**batch, use_cache=False).loss
         scaler.scale(loss).backward()
         scaler.step(optimizer)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loralloc.training.drive import detach as detach
     from loralloc.training.drive import drive as drive
     from loralloc.training.follow import follow as follow
+    from loralloc.training.graphs import use_cuda_graphs as use_cuda_graphs
     from loralloc.training.loss import use_supervised_loss as use_supervised_loss
     from loralloc.training.speed_up import speed_up as speed_up
 
@@ -66,6 +67,7 @@ _HOMES = {
     "resize": "allocation.resize",
     "speed_up": "training.speed_up",
     "train": "runs.run",
+    "use_cuda_graphs": "training.graphs",
     "use_supervised_loss": "training.loss",
 }
 

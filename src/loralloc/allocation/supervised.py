@@ -263,7 +263,12 @@ def _router_loss(base: Any, outputs: Any) -> Tensor | None:
 
 def _is_sharded(base: nn.Module) -> bool:
     """Whether the head's weight is whole in the model's own forward pass only."""
-    return any(isinstance(module, FSDPModule) for module in base.modules())
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and any(isinstance(module, FSDPModule) for module in base.modules())
+    )
 
 
 def _is_frozen_linear(head: nn.Module) -> bool:

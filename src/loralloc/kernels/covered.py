@@ -55,40 +55,56 @@ def is_whole(layer: LoraLayer) -> bool:
 
 
 def is_plain(layer: LoraLayer) -> bool:
-    """Whether the layer is its base layer and s B (A x), and nothing else."""
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+    """Whether the layer is its base layer and s B (A x), and nothing else.
+
+    Asked of every layer in every pass, so submodules are looked up as modules keep them:
+    `nn.Module.__getattr__` would take longer than the rest together.
+    """
+    if layer.disable_adapters or layer.merged or torch.compiler.is_compiling():
         return False
-    name = layer.active_adapters[0]
+    names = layer.active_adapters
+    if len(names) != 1:
+        return False
+    (name,), parts = names, layer._modules
+    a: Any = parts["lora_A"]
+    b: Any = parts["lora_B"]
     return (
-        name in layer.lora_A
+        name in a
         and name not in layer.lora_variant
         and not layer.lora_bias.get(name)
-        and not _is_hooked(layer.lora_A[name], besides=RankGate)
-        and not _is_hooked(layer.lora_B[name])
-        and (isinstance(layer.lora_dropout[name], nn.Identity) or not layer.training)
-        and not torch.compiler.is_compiling()
+        and not _is_hooked(a[name], besides=RankGate)
+        and not _is_hooked(b[name])
+        and (not layer.training or isinstance(_in(parts["lora_dropout"], name), nn.Identity))
     )
 
 
 def has_frozen_linear(layer: LoraLayer) -> bool:
     """Whether the base layer is an ordinary linear layer that does not train."""
-    base: Any = layer.base_layer  # not get_base_layer(), which looks through other adapters
+    base: Any = layer._modules["base_layer"]  # not what other adapters hide
+    if type(base) is not nn.Linear:
+        return False
+    weight, bias = base._parameters.get("weight"), base._parameters["bias"]
     return (
-        type(base) is nn.Linear
-        and type(base.weight) is nn.Parameter
-        and not any(parameter.requires_grad for parameter in base.parameters())
+        type(weight) is nn.Parameter
+        and not weight.requires_grad
+        and (bias is None or not bias.requires_grad)
         and not _is_hooked(base)
     )
 
 
-def _is_hooked(module: nn.Module | Tensor, *, besides: type | tuple[()] = ()) -> bool:
+def _is_hooked(module: nn.Module | Tensor, *, besides: type | None = None) -> bool:
     """Whether anything acts on a call of the module from outside, hooks of one class apart.
 
     AdaLoRA's A and B are parameters, which nobody calls.
     """
-    return isinstance(module, nn.Module) and bool(
-        any(not isinstance(hook, besides) for hook in module._forward_hooks.values())
-        or module._forward_pre_hooks
+    if not isinstance(module, nn.Module):
+        return False
+    if module._forward_hooks and (
+        besides is None or any(not isinstance(hook, besides) for hook in _hooks(module))
+    ):
+        return True
+    return bool(
+        module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
@@ -101,7 +117,19 @@ def adapter_of(layer: LoraLayer) -> tuple[Tensor, Tensor, float]:
     if isinstance(layer, SVDLinear):  # PEFT divides what it puts out, element by element
         e = layer.lora_E[name] / (layer.ranknum[name] + EPSILON)
         return layer.lora_A[name] * e, layer.lora_B[name], layer.scaling[name]
-    a, b = layer.lora_A[name], layer.lora_B[name].weight
-    for hook in a._forward_hooks.values():
-        b = b * hook.gate().to(b)
-    return a.weight, b, layer.scaling[name]
+    parts = layer._modules
+    a, b = _in(parts["lora_A"], name), _in(parts["lora_B"], name)._parameters["weight"]
+    assert b is not None, "B is linear"
+    if a._forward_hooks:
+        for hook in _hooks(a):
+            b = b * hook.gate().to(b)
+    return a._parameters["weight"], b, layer.scaling[name]
+
+
+def _in(modules: Any, name: str) -> Any:
+    """One of a dictionary of modules."""
+    return modules._modules[name]
+
+
+def _hooks(module: nn.Module) -> Any:
+    return module._forward_hooks.values()

@@ -162,25 +162,27 @@ def _fused(cls: Any) -> Any:
 
 def _lora_linears(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Tensor, ...]:
     """The outputs of plain LoRA linears that read the same x."""
-    bases: list[Any] = [layer.base_layer for layer in layers]
-    weights, biases = [base.weight for base in bases], [base.bias for base in bases]
-    packed = _packed(x, layers)
-    a, b = zip(*((adapter.a, adapter.b) for adapter in packed.adapters), strict=True)
-    outputs: tuple[Tensor, ...] = _apply(_LoraLinears, x, packed, *weights, *biases, *a, *b)
+    bases: list[Any] = [layer._modules["base_layer"]._parameters for layer in layers]
+    frozen = tuple((base["weight"], base["bias"]) for base in bases)
+    packed, cast_to = _packed(x, layers)
+    outputs: tuple[Tensor, ...] = _apply(
+        _LoraLinears, x, packed, frozen, cast_to, *packed.a, *packed.b
+    )
     return outputs
 
 
 def _lora_update(x: Tensor, layer: LoraLayer) -> Tensor:
     """The output of a plain LoRA linear whose base layer has arithmetic of its own."""
-    base, packed = layer.base_layer(x), _packed(x, [layer])
-    (adapter,) = packed.adapters
-    return cast(Tensor, _apply(_LoraUpdate, x, packed, base, adapter.a, adapter.b))
+    base, (packed, _) = layer.base_layer(x), _packed(x, [layer])
+    return cast(Tensor, _apply(_LoraUpdate, x, packed, base, *packed.a, *packed.b))
 
 
-def _packed(x: Tensor, layers: Sequence[LoraLayer]) -> Packed:
+def _packed(x: Tensor, layers: Sequence[LoraLayer]) -> tuple[Packed, torch.dtype | None]:
+    """A and B of layers, and what autocast casts to, if it does."""
     first: Any = layers[0]
     packs: Packs = first.packs
-    return packs.get(layers, autocast_dtype(x) or x.dtype)
+    cast_to = autocast_dtype(x)
+    return packs.get(layers, cast_to or x.dtype), cast_to
 
 
 def _apply(function: Any, *args: Any) -> Any:
@@ -188,57 +190,68 @@ def _apply(function: Any, *args: Any) -> Any:
 
 
 class _LoraLinears(torch.autograd.Function):
-    """y_i = x W_i^T + bias_i + s_i (x A_i^T) B_i^T for n frozen W_i, from n of each in turn.
+    """y_i = x W_i^T + bias_i + s_i (x A_i^T) B_i^T for n frozen W_i, bias_i; n A, then n B.
 
     Of A and B the packed form is read; they are given so that their gradients are asked for.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, packed: Packed, *tensors: Any) -> tuple[Tensor, ...]:
-        n = len(packed.bt)
-        w, bias, a, b = (tensors[start : start + n] for start in range(0, 4 * n, n))
-        flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
-        if cast_to := autocast_dtype(x):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        packed: Packed,
+        frozen: Sequence[tuple[Tensor, Tensor | None]],
+        cast_to: torch.dtype | None,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        shape = x.shape
+        flat = x.reshape(-1, shape[-1])  # (tokens, in)
+        if cast_to:  # so that autocast finds nothing left to cast
             flat = flat.to(cast_to)
-            w = tuple(w_i.to(cast_to) for w_i in w)
-            bias = tuple(bias_i if bias_i is None else bias_i.to(cast_to) for bias_i in bias)
-        sa, bt = packed.sa, packed.bt  # (R, in), (R_i, out)
-        with without_autocast(x):
-            h = sa @ flat.t()  # (R, tokens)
-            outputs = []
-            for w_i, bias_i, h_i, bt_i in zip(w, bias, _parts(h, bt), bt, strict=True):
-                y = linear(flat, w_i, bias_i).addmm_(h_i.t(), bt_i)
-                # Not a view, which may not be changed in place.
-                outputs.append(y.resize_(*x.shape[:-1], len(w_i)))
-        ctx.save_for_backward(flat, h, sa, *bt, *(w if ctx.needs_input_grad[0] else ()))
-        ctx.scalings, ctx.ranks = _told_apart(packed)
-        ctx.shape, ctx.dtypes = x.shape, (x.dtype, a[0].dtype, b[0].dtype)
+            frozen = [(w, b if b is None else b.to(cast_to)) for w, b in frozen]
+            frozen = [(w.to(cast_to), b) for w, b in frozen]
+        h = packed.sa @ flat.t()  # (R, tokens)
+        outputs = []
+        for (w, bias), h_i, bt_i in zip(frozen, _parts(h, packed), packed.bt, strict=True):
+            y = linear(flat, w, bias).addmm_(h_i.t(), bt_i)
+            # Not a view, which may not be changed in place.
+            outputs.append(y if len(shape) == 2 else y.resize_(*shape[:-1], y.shape[1]))
+        needs_dx = ctx.needs_input_grad[0]
+        ctx.save_for_backward(flat, h, *((w for w, _ in frozen) if needs_dx else ()))
+        ctx.packed, ctx.shape = packed, shape
+        ctx.dtypes = x.dtype, weights[0].dtype, weights[-1].dtype
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        n = len(ctx.scalings)
-        flat, h, sa, *rest = ctx.saved_tensors
-        bt, w = rest[:n], rest[n:]
+        packed: Packed = ctx.packed
+        flat, h, *ws = ctx.saved_tensors
+        needed = ctx.needs_input_grad
         flat_dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+        dx = None
         with without_autocast(flat):
+            needs_da = any(needed[FIRST_WEIGHT : FIRST_WEIGHT + len(dys)])
             dh, da, db = _update_gradients(
-                flat if any(ctx.needs_input_grad[2 + 2 * n : 2 + 3 * n]) else None,
-                *(h, sa, bt, flat_dys, ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
+                flat if needs_da else None, h, packed, flat_dys, ctx.dtypes[1:]
             )
-            dx = None
-            if ctx.needs_input_grad[0]:
-                (w_0, dy_0), *others = (
-                    (w_i, dy) for w_i, dy in zip(w, flat_dys, strict=True) if dy is not None
-                )
+            if needed[0]:
                 # Summed in x's dtype, as autograd sums the gradients of several readers.
-                dx = linear(dy_0, w_0.t()).addmm_(dh.t(), sa).to(ctx.dtypes[0])
-                for w_i, dy_i in others:
-                    add_linear(dx, dy_i, w_i.t())
+                for w, dy in zip(ws, flat_dys, strict=True):
+                    if dy is None:
+                        continue
+                    if dx is None:
+                        dx = linear(dy, w.t()).addmm_(dh.t(), packed.sa).to(ctx.dtypes[0])
+                    else:
+                        add_linear(dx, dy, w.t())
+                assert dx is not None, "one of the outputs has a gradient"
                 dx = dx.view(ctx.shape)
-        return dx, None, *[None] * (2 * n), *da, *db
+        return dx, None, None, None, *da, *db
+
+
+FIRST_WEIGHT = 4
+"""Where the A begin among the arguments of `_LoraLinears`."""
 
 
 class _LoraUpdate(torch.autograd.Function):
@@ -247,49 +260,40 @@ class _LoraUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, base: Tensor, a: Tensor, b: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1]).to(autocast_dtype(x) or x.dtype)
-        sa, (bt,) = packed.sa, packed.bt
+        (bt,) = packed.bt
         with without_autocast(x):
-            h = sa @ flat.t()
+            h = packed.sa @ flat.t()
             update = h.t().to(base.dtype), bt.to(base.dtype)
             y = torch.addmm(base.reshape(-1, base.shape[-1]), *update)
-        ctx.save_for_backward(flat, h, sa, bt)
-        ctx.scalings, ctx.ranks = _told_apart(packed)
-        ctx.shape, ctx.dtypes = x.shape, (x.dtype, a.dtype, b.dtype)
+        ctx.save_for_backward(flat, h)
+        ctx.packed, ctx.shape, ctx.dtypes = packed, x.shape, (x.dtype, a.dtype, b.dtype)
         return y.resize_(base.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        flat, h, sa, bt = ctx.saved_tensors
+        flat, h = ctx.saved_tensors
         flat_dy = dy.reshape(-1, dy.shape[-1]).to(flat.dtype)
         with without_autocast(flat):
             dh, (da,), (db,) = _update_gradients(
-                flat if ctx.needs_input_grad[3] else None,
-                *(h, sa, [bt], [flat_dy], ctx.scalings, ctx.ranks, ctx.dtypes[1:]),
+                flat if ctx.needs_input_grad[3] else None, h, ctx.packed, [flat_dy], ctx.dtypes[1:]
             )
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = (dh.t() @ sa).to(ctx.dtypes[0]).view(ctx.shape)
+                dx = (dh.t() @ ctx.packed.sa).to(ctx.dtypes[0]).view(ctx.shape)
         return dx, None, dy, da, db
 
 
-def _told_apart(packed: Packed) -> tuple[list[float], list[int]]:
-    """The scaling and the rank of each layer."""
-    return [of.scaling for of in packed.adapters], [len(of.a) for of in packed.adapters]
-
-
-def _parts(stacked: Tensor, bt: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return torch.split(stacked, [len(bt_i) for bt_i in bt])
+def _parts(stacked: Tensor, packed: Packed) -> Sequence[Tensor]:
+    """The rows of each layer."""
+    return stacked.split_with_sizes(packed.heights) if len(packed.heights) > 1 else (stacked,)
 
 
 def _update_gradients(
     x: Tensor | None,
     h: Tensor,
-    sa: Tensor,
-    bt: Sequence[Tensor],
+    packed: Packed,
     dys: Sequence[Tensor | None],
-    scalings: Sequence[float],
-    ranks: Sequence[int],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """dh, of shape (R, tokens), and every dA and dB in the master weights' dtypes.
@@ -298,22 +302,26 @@ def _update_gradients(
     """
     dh = torch.zeros_like(h) if None in dys else torch.empty_like(h)
     db: list[Tensor | None] = []
-    for dy, bt_i, dh_i, h_i, rank in zip(
-        dys, bt, _parts(dh, bt), _parts(h, bt), ranks, strict=True
-    ):
+    parts = _parts(dh, packed), _parts(h, packed)
+    for dy, bt_i, rank, dh_i, h_i in zip(dys, packed.bt, packed.ranks, *parts, strict=True):
         if dy is None:
             db.append(None)
         else:
             torch.mm(bt_i, dy.t(), out=dh_i)
             db.append(_gradient_of_b(h_i, dy, rank, dtypes[1]))
     if x is None:
-        return dh, [None] * len(bt), db
-    scaling = scalings[0] if len(set(scalings)) == 1 else 1.0
+        return dh, [None] * len(dys), db
     # By beta = 0 nothing is read of `sa`, whose shape this has.
-    stacked = torch.addmm(sa, dh, x, beta=0, alpha=scaling).to(dtypes[0])
-    da = [da_i[:rank] for da_i, rank in zip(_parts(stacked, bt), ranks, strict=True)]
-    if scaling != scalings[0]:
-        torch._foreach_mul_(da, list(scalings))
+    scaling = 1.0 if packed.scaling is None else packed.scaling
+    stacked = torch.addmm(packed.sa, dh, x, beta=0, alpha=scaling).to(dtypes[0])
+    da = [
+        da_i if rank == height else da_i[:rank]
+        for da_i, rank, height in zip(
+            _parts(stacked, packed), packed.ranks, packed.heights, strict=True
+        )
+    ]
+    if packed.scaling is None:
+        torch._foreach_mul_(da, packed.scalings)
     return dh, [*da], db
 
 

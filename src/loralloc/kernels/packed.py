@@ -58,8 +58,13 @@ class Adapter(NamedTuple):
     @property
     def is_kept(self) -> bool:
         """Whether the weights are the layer's own, with versions, and not made for one call."""
-        weights = (self.a, self.b)
-        return all(isinstance(w, nn.Parameter) and not w.is_inference() for w in weights)
+        return _is_own(self.a) and _is_own(self.b)
+
+
+def _is_own(weight: Tensor) -> bool:
+    # By its type first: `isinstance` asks a Parameter's metaclass, which takes ten times as long.
+    is_parameter = type(weight) is nn.Parameter or isinstance(weight, nn.Parameter)
+    return is_parameter and not weight.is_inference()
 
 
 class Packed:
@@ -69,23 +74,34 @@ class Packed:
         adapters: Of each layer.
         sa: s_i A_i one below the other, shape (R, in_features).
         bt: B_i^T, each of shape (R_i, out_features), where the R_i add up to R.
+        kept: Whether the weights are the layers' own.
     """
 
-    def __init__(self, adapters: Sequence[Adapter], sa: Tensor, bt: Sequence[Tensor]) -> None:
-        self.adapters, self.sa, self.bt = adapters, sa, bt
-        self._state = _state(adapters) if all(of.is_kept for of in adapters) else None
+    def __init__(
+        self, adapters: Sequence[Adapter], sa: Tensor, bt: Sequence[Tensor], *, kept: bool
+    ) -> None:
+        self.sa, self.bt = sa, bt
+        self.a, self.b, scalings = zip(*adapters, strict=True)
+        self.heights = [bt_i.shape[0] for bt_i in bt]
+        """The R_i, which may be padded."""
+        self.ranks = [a.shape[0] for a in self.a]
+        self.scalings = list(scalings)
+        self.scaling = scalings[0] if len(set(scalings)) == 1 else None
+        """The one that all layers have, if they do."""
+        self._state = _state(adapters) if kept else None
         # An alias keeps the memory, so that no other weight can come to lie at its address.
-        self._aliases = [w.detach() for of in adapters for w in (of.a, of.b)]
+        self._aliases = [w.detach() for w in (*self.a, *self.b)] if kept else []
 
     def is_of(self, adapters: Sequence[Adapter]) -> bool:
         """Whether these are the weights it was made of, as far as can be told."""
-        return self._state == _state(adapters)
+        return self._state is not None and self._state == _state(adapters)
 
 
-def _state(adapters: Sequence[Adapter]) -> list[tuple[Any, ...]]:
-    return [
-        (of.scaling, *((id(w), w.data_ptr(), w._version) for w in (of.a, of.b))) for of in adapters
-    ]
+def _state(adapters: Sequence[Adapter]) -> list[Any]:
+    state: list[Any] = []
+    for a, b, scaling in adapters:
+        state += (scaling, id(a), a.data_ptr(), a._version, id(b), b.data_ptr(), b._version)
+    return state
 
 
 Key = tuple[tuple[LoraLayer, ...], torch.dtype]
@@ -103,6 +119,8 @@ class Packs:
         self._read: list[Key] = []  # in this pass
         self._place: float = -1  # of the last that was read
         self._lasts = False
+        self.is_apart = False
+        """Whether layers read weights of their own: what is recorded makes them in every replay."""
         forget = functools.partial(_forget, weakref.ref(self))
         weakref.finalize(self, register_optimizer_step_post_hook(forget).remove)
 
@@ -112,31 +130,32 @@ class Packs:
 
     def get(self, layers: Sequence[LoraLayer], dtype: torch.dtype) -> Packed:
         """The weights of layers that read one input, in the dtype of its products."""
-        adapters = tuple(map(Adapter.of, layers))
-        if not all(adapter.is_kept for adapter in adapters):
-            return _pack([(adapters, dtype)])[0]
+        adapters = [Adapter.of(layer) for layer in layers]
         key = (tuple(layers), dtype)
+        packed = self._packs.get(key)
+        fits = packed is not None and packed.is_of(adapters)
+        if self.is_apart or not (fits or all(adapter.is_kept for adapter in adapters)):
+            return _pack([(adapters, dtype)], kept=False)[0]
         if not _in_backward():
             if self._order.get(key, math.inf) <= self._place:
+                self._begin(anew=not (self._lasts and fits))
                 packed = self._packs.get(key)
-                self._begin(anew=not (self._lasts and packed and packed.is_of(adapters)))
+                fits = packed is not None and packed.is_of(adapters)
             # One that the pass before has not read, as another expert, comes in between.
             self._place = self._order.setdefault(key, self._place)
             self._read.append(key)
-        packed = self._packs.get(key)
-        if packed is None or not packed.is_of(adapters):
+        if packed is None or not fits:
             (packed,) = _pack([(adapters, dtype)])
             self._packs[key] = packed
         return packed
 
     def _begin(self, *, anew: bool) -> None:
         """A pass begins, which will read what the one before has read."""
-        read = [key for key in self._read if all(map(_is_plain, key[0]))]
+        wanted = {key: (own, key[1]) for key in self._read if (own := _own(key[0]))}
         if anew:
             self._packs = {}  # gives the memory back first
-            wanted = [(tuple(map(Adapter.of, layers)), dtype) for layers, dtype in read]
-            self._packs = dict(zip(read, _pack(wanted), strict=True))
-        self._order = {key: place for place, key in enumerate(read)}
+            self._packs = dict(zip(wanted, _pack(list(wanted.values())), strict=True))
+        self._order = {key: place for place, key in enumerate(wanted)}
         self._read, self._place = [], -1
         self._lasts = not GradientState().sync_gradients  # no optimiser steps after this pass
 
@@ -151,10 +170,14 @@ def _forget(packs: weakref.ref[Packs], *_: Any) -> None:
         those.forget()
 
 
-def _is_plain(layer: LoraLayer) -> bool:
-    """Whether a layer that was called once still has the one adapter that a pass would read."""
-    active = layer.active_adapters
-    return len(active) == 1 and active[0] in layer.lora_A and Adapter.of(layer).is_kept
+def _own(layers: Sequence[LoraLayer]) -> list[Adapter] | None:
+    """The weights of layers that were called once; None where a pass may not read them now."""
+    for layer in layers:
+        active = layer.active_adapters
+        if len(active) != 1 or active[0] not in layer.lora_A:
+            return None
+    adapters = [Adapter.of(layer) for layer in layers]
+    return adapters if all(adapter.is_kept for adapter in adapters) else None
 
 
 def _in_backward() -> bool:
@@ -164,7 +187,9 @@ def _in_backward() -> bool:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _pack(wanted: Sequence[tuple[Sequence[Adapter], torch.dtype]]) -> list[Packed]:
+def _pack(
+    wanted: Sequence[tuple[Sequence[Adapter], torch.dtype]], *, kept: bool = True
+) -> list[Packed]:
     """The weights of several groups of layers, by a few operations for all."""
     stack = _Stack()
     adapters = [adapter for group, _ in wanted for adapter in group]
@@ -179,7 +204,12 @@ def _pack(wanted: Sequence[tuple[Sequence[Adapter], torch.dtype]]) -> list[Packe
     stack.close()
     return [
         # Rows of A came one after the other, so that they are one part.
-        Packed(group, stack.part(a[0][0], a[0][1], a[-1][2]), [stack.part(*place) for place in b])
+        Packed(
+            group,
+            stack.part(a[0][0], a[0][1], a[-1][2]),
+            [stack.part(*place) for place in b],
+            kept=kept,
+        )
         for (group, _), (a, b) in zip(wanted, places, strict=True)
     ]
 
@@ -207,9 +237,10 @@ class _Stack:
 
     def add(self, rows: Tensor, dtype: torch.dtype) -> tuple[Any, int, int]:
         """Put rows, shape (num_ranks, width), below the others; where they lie."""
-        kind = (rows.shape[1], rows.dtype, rows.device, dtype)
-        begin, height = self._heights[kind], padded_rank(len(rows), dtype)
-        self._parts[kind].append((rows, height - len(rows)))
+        num_rows, width = rows.shape
+        kind = (width, rows.dtype, rows.device, dtype)
+        begin, height = self._heights[kind], padded_rank(num_rows, dtype)
+        self._parts[kind].append((rows, height - num_rows))
         self._heights[kind] = begin + height
         return kind, begin, begin + height
 

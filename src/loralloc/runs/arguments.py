@@ -69,6 +69,13 @@ class RunArguments:
         default=None,
         metadata={"help": "Evaluations without a better one after which training stops."},
     )
+    cuda_graphs: bool = field(
+        default=False,
+        metadata={
+            "help": "Record the blocks of the model once for each length of batch and replay them: "
+            "for small models and short batches on one GPU."
+        },
+    )
 
 
 DEFAULTS: dict[str, Any] = {

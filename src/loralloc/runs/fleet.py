@@ -13,8 +13,6 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
 from loralloc.allocation.choices import is_gathered
 from loralloc.allocation.layers import lora_layers
 from loralloc.allocation.record import Round
@@ -23,6 +21,7 @@ from loralloc.runs.models import load_with_new_head
 from loralloc.runs.run import Run, prepare
 from loralloc.runs.run import train as train_run
 from loralloc.runs.settings import Settings, resolve, resolve_again
+from loralloc.training.dropout import dropout
 from loralloc.training.fleet import Fleet, body_of
 from loralloc.training.lockstep import World
 
@@ -173,21 +172,7 @@ def check_settings(settings: Settings) -> None:
     Raises:
         ValueError: Naming the option.
     """
-    method = settings.run.method
-    if method not in METHODS:
-        raise ValueError(
-            f"`method` is {method!r}, and a fleet trains {', '.join(METHODS)}; train it one by one."
-        )
-    allocation = settings.allocation
-    if (
-        method_of(settings).allocates
-        and is_gathered(allocation)
-        and allocation.score != "sensitivity"
-    ):
-        raise ValueError(
-            f"`score` is {allocation.as_data()['score']!r}, which is gathered in forward passes of "
-            "a run's own model, through which a fleet's steps do not go; train it one by one."
-        )
+    check_plain(settings, what="a fleet trains", otherwise="train it one by one")
     chosen = method_of(settings)
     values = {name: _value(settings, name) for name in ALONE}
     values |= {name: getattr(chosen, name, None) for name in OF_LORA}
@@ -204,6 +189,28 @@ def check_settings(settings: Settings) -> None:
         )
 
 
+def check_plain(settings: Settings, *, what: str, otherwise: str) -> None:
+    """Refuse a method that is more than plain LoRA within a step.
+
+    Args:
+        settings: Of the run.
+        what: What is to be done with its steps, for the sentence.
+        otherwise: What can be done instead.
+
+    Raises:
+        ValueError: Naming the method, or the score that is gathered within passes.
+    """
+    method, allocation = settings.run.method, settings.allocation
+    if method not in METHODS:
+        raise ValueError(f"`method` is {method!r}, and {what} {', '.join(METHODS)}; {otherwise}.")
+    gathers = is_gathered(allocation) and allocation.score != "sensitivity"
+    if method_of(settings).allocates and gathers:
+        raise ValueError(
+            f"`score` is {allocation.as_data()['score']!r}, which is gathered in forward passes of "
+            f"a run's own model, and {what} what is not; {otherwise}."
+        )
+
+
 def check_model(model: Any) -> None:
     """Refuse a model in which the rows of several runs would not be what they are alone.
 
@@ -211,13 +218,12 @@ def check_model(model: Any) -> None:
         ValueError: It draws dropout, adapts what is outside of the backbone's body, or is spread.
     """
     body = body_of(model)
-    for name, module in body.named_modules():
-        for option, rate in _dropout(module):
-            raise ValueError(
-                f"{name or 'The backbone'} has dropout (`{option}` of {rate}), which is drawn for "
-                "the rows of all runs at once, so that none would be as it is alone; switch it off "
-                "in `model_init_kwargs`, or train one by one."
-            )
+    for name, option, rate in dropout(body):
+        raise ValueError(
+            f"{name or 'The backbone'} has dropout (`{option}` of {rate}), which is drawn for the "
+            "rows of all runs at once, so that none would be as it is alone; switch it off in "
+            "`model_init_kwargs`, or train one by one."
+        )
     inside = {id(module) for module in body.modules()}
     outside = [name for name, layer in lora_layers(model).items() if id(layer) not in inside]
     if outside:
@@ -256,14 +262,3 @@ def _value(settings: Settings, name: str) -> Any:
     """What an option is; None where the installed TRL and Transformers have no such option."""
     groups = (settings.model, settings.training, settings.run)
     return next((getattr(group, name) for group in groups if hasattr(group, name)), None)
-
-
-def _dropout(module: nn.Module) -> list[tuple[str, float]]:
-    """Rates above 0 of a module, by the names that they have in it."""
-    if isinstance(module, nn.Dropout):
-        return [("p", module.p)] if module.p else []
-    return [
-        (name, value)
-        for name, value in vars(module).items()
-        if "drop" in name and isinstance(value, float) and value > 0
-    ]

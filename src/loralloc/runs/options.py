@@ -109,7 +109,7 @@ READ_BY: Mapping[str, Reading] = {
     **dict.fromkeys(
         (
             *("task", "method", "budget", "paper", "head", "validation_examples", "protocol"),
-            "early_stopping_patience",
+            *("early_stopping_patience", "cuda_graphs"),
         ),
         EVERY,
     ),

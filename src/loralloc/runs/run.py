@@ -233,6 +233,10 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load:
 
         fit_liger(settings.training, base_model(model))
     trainer = head.trainer(model, tokenizer, ready, settings)
+    if settings.run.cuda_graphs:
+        from loralloc.runs.graphs import fit_graphs
+
+        fit_graphs(trainer, settings)
     settings = protocol.follow(trainer, settings)
     drive(trainer, method, on_round=on_round)
     return Run(
