@@ -18,6 +18,7 @@ from loralloc.allocation.layers import lora_layers
 from loralloc.allocation.record import Round
 from loralloc.runs.adaptation import method_of
 from loralloc.runs.models import load_with_new_head
+from loralloc.runs.prepared_rows import shared_rows
 from loralloc.runs.run import Run, prepare
 from loralloc.runs.run import train as train_run
 from loralloc.runs.settings import Settings, resolve, resolve_again
@@ -81,6 +82,7 @@ class FleetRuns:
         self.runs: list[Run] = []
         """The runs, in the order in which they were added."""
         self._backbone = SharedBackbone()
+        self._rows: dict[str, Any] = {}
         self._worlds: list[World] = []
 
     def add(
@@ -102,9 +104,10 @@ class FleetRuns:
         else:
             settings = resolve_again(options) if resume else resolve(options)
         check_settings(settings)
-        run = prepare(
-            settings, resume=resume, overwrite=overwrite, on_round=on_round, load=self._backbone
-        )
+        with shared_rows(self._rows):
+            run = prepare(
+                settings, resume=resume, overwrite=overwrite, on_round=on_round, load=self._backbone
+            )
         check_model(run.model)
         if self.runs:
             _check_alike(self.runs[0].settings, run.settings)

@@ -20,6 +20,7 @@ from transformers import (
 
 from loralloc.runs.heads.head import Head
 from loralloc.runs.models import longest_input
+from loralloc.runs.prepared_rows import once
 from loralloc.tasks.classification import to_classification
 from loralloc.tasks.source import Split
 from loralloc.training.batches import LengthBuckets
@@ -51,12 +52,12 @@ def classification_trainer(
         encoded = encode(tokenizer, rows["text"], rows.get("text_pair"), max_length=max_length)
         return {**encoded, "labels": rows["label"]}
 
-    data = {
-        name: splits[name].dataset.map(
-            tokenize, batched=True, remove_columns=splits[name].dataset.column_names
+    def prepared(rows: Dataset) -> Dataset:
+        return once(
+            rows, lambda: rows.map(tokenize, batched=True, remove_columns=rows.column_names)
         )
-        for name in ("train", "validation")
-    }
+
+    data = {name: prepared(splits[name].dataset) for name in ("train", "validation")}
     return encoder_trainer(model, tokenizer, args, data, compute_metrics=accuracy)
 
 

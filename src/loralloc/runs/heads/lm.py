@@ -18,6 +18,7 @@ from loralloc.allocation import replicas
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
 from loralloc.runs.data import ROW
 from loralloc.runs.heads.head import Head
+from loralloc.runs.prepared_rows import once
 from loralloc.tasks.columns import conversation_column, to_sft
 from loralloc.tasks.conversations import template_options
 from loralloc.tasks.source import Split
@@ -58,6 +59,10 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
     @functools.cached_property
     def _is_compiled(self) -> bool:
         return is_compiled(self)
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        prepare = functools.partial(super()._prepare_dataset, dataset, *args, **kwargs)
+        return once(dataset, prepare)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
