@@ -33,6 +33,7 @@ import loralloc
 from loralloc import Record, Round
 from loralloc.allocation.layers import lora_layers, weights_ab
 from loralloc.allocation.optimizer_state import bare_optimizer
+from loralloc.experiments.files import write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "newborns.json"
@@ -127,11 +128,10 @@ def run(args: argparse.Namespace, arm: str) -> None:
 def rows(args: argparse.Namespace) -> Path:
     """A folder with the first rows of E2E to train on, and its development rows."""
     source, folder = args.data / "e2e_nlg", args.out / "data"
-    folder.mkdir(parents=True, exist_ok=True)
     for split, count in (("train", NUM_ROWS), ("validation", None)):
         with (source / f"{split}.jsonl").open(encoding="utf-8") as lines:
             text = "".join(islice(lines, count))
-        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+        write_text(folder / f"{split}.jsonl", text)  # in one step: another arm may be reading
     return folder
 
 
