@@ -41,6 +41,9 @@ RESULTS = ROOT / "experiments" / "results" / "shrink"
 RANK = 8
 ARMS = ("shrink", "lora-8", "lora", "random", "truncate")
 
+EVAL_BATCH = 32
+"""Development rows at once."""
+
 RATES = (5e-4, 1e-3, 2e-3)
 """Learning rates of every arm: LoRA's best is larger where there are few ranks."""
 
@@ -172,6 +175,7 @@ def cell(
         "learning_rate": rate,
         "max_steps": args.steps or setting.steps,
         "per_device_train_batch_size": setting.batch,
+        "per_device_eval_batch_size": EVAL_BATCH,
         "eval_strategy": "no",
         "save_strategy": "no",
         "disable_tqdm": True,
