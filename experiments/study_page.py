@@ -161,9 +161,9 @@ def _share(entry: Entry, lora: Entry | None, more: Entry | None) -> str:
 
 
 NOISE = (
-    "~: inside the noise, by paired tests over seeds and over examples. Learning rates: three by "
-    "half powers of ten around LoRA's 5e-4, widened while the best is at an edge, by development "
-    "loss of seed 0; then seeds 0, 1, 2."
+    "~: inside the noise, by paired tests over seeds and over examples. Learning rates: each "
+    "method's own (LoRA's is 5e-4) and three more, half a power of ten apart, widened while the "
+    "best is at an edge, by development loss of seed 0; then seeds 0, 1, 2."
 )
 
 INTRODUCTION = (
