@@ -260,8 +260,9 @@ class Allocator:
             new_state=self.config.new_state,
             new_rows=new_rows,
         )
-        self._share_new(decided)
-        replicas.check_equal(replicas.by_part(self._weights()), bare_optimizer(optimizer))
+        weights = self._weights()
+        _share_new(decided, weights)
+        replicas.check_equal(replicas.by_part(weights), bare_optimizer(optimizer))
         if self._tracker:
             self._tracker.follow(decided, optimizer=optimizer)
         after = {name: decided.rank_after(name) if name in decided.kept else 0 for name in before}
@@ -297,14 +298,6 @@ class Allocator:
     def _weights(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         layers = lora_layers(self.model, self.adapter_name)
         return weights_ab(layers, self.adapter_name)
-
-    def _share_new(self, plan: Plan) -> None:
-        """Give the rows of A that were drawn for new ranks the first process's values."""
-        weights = self._weights()
-        for name, count in plan.added.items():
-            if count:
-                a, _ = weights[name]
-                replicas.share([a.data[len(a) - count :]])
 
     def _scores(self, limits: Limits) -> Scores:
         """Importance of every rank now, of this process alone."""
@@ -372,6 +365,14 @@ class Allocator:
             experts=experts_of(lora_layers(self.model, self.adapter_name)),
             spare=self.record.spare,
         )
+
+
+def _share_new(plan: Plan, weights: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Give the rows of A that were drawn for new ranks the first process's values."""
+    for name, count in plan.added.items():
+        if count:
+            a, _ = weights[name]
+            replicas.share([a.data[len(a) - count :]])
 
 
 def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]) -> int:

@@ -71,6 +71,7 @@ class Objective:
         self._loss = loss
         self._mixed = mixed
         self._shifts_labels = is_causal_lm(model)
+        self._is_evaluating = False
         self._is_known = loss is None and _has_known_loss(model)
         self._supervised = SupervisedLoss(model)
         self.batches = [b for b in batches or () if self.count_targets(b)]
@@ -164,14 +165,32 @@ class Objective:
 
         What training computes again to save memory is computed again here too.
         """
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+        if self._is_evaluating:
+            yield
+            return
+        self._is_evaluating = True
         try:
-            with full_precision(self.model, mixed=self._mixed), checkpointing_kept(self.model):
+            with (
+                evaluation_mode(self.model),
+                full_precision(self.model, mixed=self._mixed),
+                checkpointing_kept(self.model),
+            ):
                 yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            self._is_evaluating = False
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards the modules train that trained."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            vars(module)["training"] = True  # past `__setattr__`, which looks at much more
 
 
 def count_examples(batch: Any) -> int:

@@ -21,8 +21,9 @@ MOST_LOGITS = {"cpu": 2**22}
 """Logits held at once by kind of device: 16 MiB in float32 on a CPU, which its heap gives back to
 the next chunk; larger ones are mapped and faulted in anew every time."""
 
-MOST_LOGITS_ELSEWHERE = 2**27
-"""Half a GiB: large products keep a GPU busy."""
+MOST_LOGITS_ELSEWHERE = 2**25
+"""128 MiB, with what is made of them about twice as much: products of a thousand rows keep a GPU
+busy, and more would be the peak of a step."""
 
 BLOCK = 512
 """Columns that are searched at once. A CPU finds a highest value some fifteen times as fast as the

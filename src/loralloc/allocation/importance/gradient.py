@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from loralloc.allocation.importance.path import derivative
+from loralloc.allocation.importance.path import derivatives
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
@@ -23,8 +23,7 @@ def score(objective: Objective, weights_b: Mapping[str, Tensor], limits: Limits)
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
         limits: Its `experts` are read; what will be pruned decides nothing here.
     """
-    without, s_full = derivative(objective, weights_b, 1, limits.experts)
-    only, s_base = derivative(objective, weights_b, 0, limits.experts)
+    (without, s_full), (only, s_base) = derivatives(objective, weights_b, (1, 0), limits.experts)
     return Scores(
         terms={"without": without, "only": only}, s_full=s_full, s_base=s_base, settled=False
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -33,13 +33,13 @@ def gates_at(weights_b: Mapping[str, Tensor], t: float) -> Iterator[dict[str, Te
             torch._foreach_copy_(weights, list(trained.values()))
 
 
-def derivative(
+def derivatives(
     objective: Objective,
     weights_b: Mapping[str, Tensor],
-    t: float,
+    points: Sequence[float],
     experts: Mapping[str, int] | None = None,
-) -> tuple[dict[str, Tensor], float]:
-    """dS/dg of every rank with all gates at `t`, by one backward pass over the scoring batch.
+) -> list[tuple[dict[str, Tensor], float]]:
+    """dS/dg of every rank with all gates at some points, by a backward pass over the batch each.
 
     With B_r the trained column, dS/dg_r = -<B_r, dL/dB_r> where the gradient is taken at t * B:
     it needs no gates in the model, and no gradient of A or anything else that trains. Gradients are
@@ -48,22 +48,29 @@ def derivative(
     Args:
         objective: The scoring batch and the model.
         weights_b: B_m by module, shape (out_features, num_ranks), as in the model.
-        t: The point on the path, 0 for the base model and 1 for the trained one.
+        points: The t on the path, 0 for the base model and 1 for the trained one.
         experts: As `Limits.experts`: a rank's gate is one for its columns of all experts.
 
     Returns:
-        A float32 tensor of shape (num_ranks,) for each module, on the CPU, and S at that point.
+        Of each point a float32 tensor of shape (num_ranks,) for each module, on the CPU, and S.
     """
-    totals = {name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()}
-    loss = 0.0
-    with _backward_at(objective, weights_b, t) as (trained, passes):
-        for batch_loss, gradients in passes:
-            loss += batch_loss
-            for name, gradient in gradients.items():
-                totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
-    experts = experts or {}
-    by_rank = {name: over_ranks(x, experts.get(name, 1)) for name, x in totals.items()}
-    return to_cpu(by_rank), -loss
+    found = []
+    with _of_b_only(objective, weights_b):
+        for t in points:
+            totals = {
+                name: torch.zeros(b.shape[1], device=b.device) for name, b in weights_b.items()
+            }
+            loss = 0.0
+            with gates_at(weights_b, t) as trained:
+                for batch_loss, gradients in _passes(objective, weights_b):
+                    loss += batch_loss
+                    for name, gradient in gradients.items():
+                        totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
+            by_rank = {
+                name: over_ranks(x, (experts or {}).get(name, 1)) for name, x in totals.items()
+            }
+            found.append((to_cpu(by_rank), -loss))
+    return found
 
 
 def gradient_norms(
@@ -82,8 +89,8 @@ def gradient_norms(
         A float32 tensor of shape (num_ranks,) for each module, on the CPU.
     """
     totals = {name: torch.zeros_like(b, dtype=torch.float32) for name, b in weights_b.items()}
-    with _backward_at(objective, weights_b, 1) as (_, passes):
-        for _, gradients in passes:
+    with _of_b_only(objective, weights_b):
+        for _, gradients in _passes(objective, weights_b):
             for name, gradient in gradients.items():
                 totals[name] += gradient
     norms = {}
@@ -94,33 +101,24 @@ def gradient_norms(
 
 
 @contextmanager
-def _backward_at(
-    objective: Objective, weights_b: Mapping[str, Tensor], t: float
-) -> Iterator[tuple[dict[str, Tensor], Iterator[tuple[float, dict[str, Tensor]]]]]:
-    """Backward passes with all gates at `t`, which are taken inside.
-
-    Yields:
-        The trained B_m by module; and of every micro-batch its share of the mean loss, with the
-        gradient by each B_m.
-    """
+def _of_b_only(objective: Objective, weights_b: Mapping[str, Tensor]) -> Iterator[None]:
+    """The model evaluates inside, and nothing trains but B."""
     # A loss that was given may switch the adapter off and on, and thaw it in the middle of a pass.
     others = () if objective.has_own_loss else _trainable_but(weights_b.values(), objective.model)
+    with objective.evaluating(), frozen(others), torch.enable_grad():
+        yield
 
-    def passes() -> Iterator[tuple[float, dict[str, Tensor]]]:
-        for batch in objective.batches:
-            loss = objective.loss_sum(batch) / objective.num_targets
-            gradients = torch.autograd.grad(
-                loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
-            )
-            yield float(loss.detach()), dict(zip(weights_b, gradients, strict=True))
 
-    with (
-        objective.evaluating(),
-        frozen(others),
-        gates_at(weights_b, t) as trained,
-        torch.enable_grad(),
-    ):
-        yield trained, passes()
+def _passes(
+    objective: Objective, weights_b: Mapping[str, Tensor]
+) -> Iterator[tuple[float, dict[str, Tensor]]]:
+    """Of every micro-batch its share of the mean loss, and the gradient by each B_m."""
+    for batch in objective.batches:
+        loss = objective.loss_sum(batch) / objective.num_targets
+        gradients = torch.autograd.grad(
+            loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
+        )
+        yield float(loss.detach()), dict(zip(weights_b, gradients, strict=True))
 
 
 def _trainable_but(wanted: Collection[Tensor], model: nn.Module) -> list[nn.Parameter]:

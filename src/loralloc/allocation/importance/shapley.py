@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import numpy as np
 from torch import Tensor
 
-from loralloc.allocation.importance.path import derivative, gates_at
+from loralloc.allocation.importance.path import derivatives, gates_at
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Scores
 
@@ -58,8 +58,9 @@ def _integral(
     """The integral of dS/dg over the path for every rank, by Gauss-Legendre quadrature."""
     nodes, weights = np.polynomial.legendre.leggauss(num_nodes)  # on (-1, 1)
     share: dict[str, Tensor] = {}
-    for node, weight in zip(nodes, weights, strict=True):
-        at_node, _ = derivative(objective, weights_b, (1 + float(node)) / 2, experts)
+    points = [(1 + float(node)) / 2 for node in nodes]
+    slopes = derivatives(objective, weights_b, points, experts)
+    for (at_node, _), weight in zip(slopes, weights, strict=True):
         for name, slope in at_node.items():
             part = slope * (float(weight) / 2)
             share[name] = share[name] + part if name in share else part
