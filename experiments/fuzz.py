@@ -38,7 +38,7 @@ LONGEST_INPUT_S = 5
 MOST_MEMORY_MB = 2048
 
 LONGEST_INPUT = 64
-"""Bytes; each change takes some three."""
+"""Bytes; each change takes some eight."""
 
 MOST_KEPT = 40
 """Inputs of a target that stay in the repository."""
@@ -121,8 +121,9 @@ def _fuzz(name: str, words: list[str]) -> None:
     import atheris
 
     with atheris.instrument_imports(include=["loralloc"]):
-        from hostile.readers import fuzzed
+        from hostile.readers import fuzzed, hasten
 
+    hasten()
     folder = Path(tempfile.mkdtemp(prefix="loralloc-fuzz-", dir=_memory()))
 
     def one(data: bytes) -> None:

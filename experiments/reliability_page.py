@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ READERS = {
 """What the targets of fuzzing read."""
 
 MIB = 2**20
+
+WIDTH = 92
+"""Characters of a line."""
 
 
 def page() -> str:
@@ -102,16 +106,35 @@ def _scaled(data: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"{rounds['rounds']:,} rounds of {rounds['modules']} modules, of which "
-        f"{rounds['emptied']} have no rank left at the end: {first:.0f} MiB are resident after "
-        f"round 10 and {last:.0f} MiB after the last ({rounds['growth']:+.1%}); a round takes "
-        f"{1000 * rounds['early_s']:.1f} ms at the beginning and {1000 * rounds['late_s']:.1f} ms "
-        f"at the end, and its entry {rounds['early_bytes'] / 1024:.1f} and "
-        f"{rounds['late_bytes'] / 1024:.1f} KiB. A round writes no file but its line in "
-        "`metrics.jsonl`; the record is written with a checkpoint and at the end.",
+        textwrap.fill(
+            f"{rounds['rounds']:,} rounds of {rounds['modules']} modules, of which "
+            f"{rounds['emptied']} have no rank left at the end: {first:.0f} MiB are resident after "
+            f"round 10 and {last:.0f} MiB after the last ({rounds['growth']:+.2%}); a round takes "
+            f"{1000 * rounds['early_s']:.1f} ms at the beginning and "
+            f"{1000 * rounds['late_s']:.1f} ms at the end, and its entry "
+            f"{rounds['early_bytes'] / 1024:.1f} and {rounds['late_bytes'] / 1024:.1f} KiB.",
+            WIDTH,
+        ),
+        "",
+        textwrap.fill(_saved(rounds["rounds"], rounds["saved"]), WIDTH),
         "",
     ]
     return "\n".join(lines)
+
+
+def _saved(count: int, saved: dict[str, Any]) -> str:
+    return (
+        "A round rewrites nothing: it adds an entry in memory and a line to `metrics.jsonl`. The "
+        "record goes into `allocation.json` with a checkpoint and at the end, and whole, since a "
+        "checkpoint is sealed, copied and gone on from by itself. Where every one of these "
+        f"{count:,} rounds has a checkpoint, that is {saved['last_bytes'] / MIB:.1f} MiB in "
+        f"{1000 * saved['last_s']:.0f} ms for the last one, {1000 * saved['a_round_s']:.0f} ms for "
+        f"one of them all, and {saved['all_bytes'] / MIB:,.0f} MiB written in the whole run, of "
+        "which `save_total_limit` says how much stays. A round adds "
+        f"{saved['a_rank_bytes']:.0f} bytes a rank to what a checkpoint holds, and the rank itself "
+        "with AdamW's moments 12 bytes for every row and column of its module: 98,304 at a width "
+        "of 4,096."
+    )
 
 
 def _tests() -> str:

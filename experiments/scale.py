@@ -14,12 +14,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
 import sys
+import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from loralloc import AllocationConfig
 from loralloc.allocation.allocator import Allocator
+from loralloc.allocation.record import FILE_NAME, Record
 
 MODULES_A_BLOCK = 7
 WIDTH = 8
+
+SAVED_EACH = 10
+"""Of so many checkpoints one is written, and stands for them all."""
 
 
 def main() -> None:
@@ -120,8 +125,28 @@ def _many_rounds(count: int) -> dict[str, Any]:
         "growth": memory[str(count)] / memory["10"] - 1,
         "early_s": statistics.median(early),
         "late_s": statistics.median(late),
-        "early_bytes": len(json.dumps(asdict(entries[9]))),
-        "late_bytes": len(json.dumps(asdict(entries[-1]))),
+        "early_bytes": len(json.dumps(dataclasses.asdict(entries[9]))),
+        "late_bytes": len(json.dumps(dataclasses.asdict(entries[-1]))),
+        "saved": _saved(rounds.allocator.record),
+    }
+
+
+def _saved(record: Record) -> dict[str, Any]:
+    """What the record costs where every round has a checkpoint, with the disk's own time."""
+    seconds, sizes = [], []
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for count in range(SAVED_EACH, len(record.rounds) + 1, SAVED_EACH):
+            sofar = dataclasses.replace(record, rounds=record.rounds[:count])
+            begin = time.perf_counter()
+            sofar.save(folder)
+            seconds.append(time.perf_counter() - begin)
+            sizes.append((Path(folder) / FILE_NAME).stat().st_size)
+    return {
+        "last_s": statistics.median(seconds[-5:]),
+        "last_bytes": sizes[-1],
+        "a_round_s": statistics.mean(seconds),
+        "all_bytes": SAVED_EACH * sum(sizes),
+        "a_rank_bytes": sizes[-1] / sum(sum(of.ranks_before.values()) for of in record.rounds),
     }
 
 
@@ -138,7 +163,7 @@ def _sized(num_modules: int, *, r: int = 8, num_rounds: int = 5) -> dict[str, An
         "building_s": built,
         "round_s": statistics.median(seconds[1:]),
         "more_bytes": resident_bytes() - before,
-        "entry_bytes": len(json.dumps(asdict(record.rounds[-1]))),
+        "entry_bytes": len(json.dumps(dataclasses.asdict(record.rounds[-1]))),
     }
 
 

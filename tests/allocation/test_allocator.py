@@ -44,7 +44,7 @@ def test_the_record_says_what_the_model_is():
     record = allocate(model, num_rounds=4).record
     assert {name: rank for name, rank in record.ranks.items() if rank} == ranks(lora_layers(model))
     for before, after in zip(record.rounds, record.rounds[1:], strict=False):
-        assert after.ranks_before == before.ranks_after
+        assert after.ranks_before is before.ranks_after  # a long run holds it once
     for entry in record.rounds:
         for name, rank in entry.ranks_before.items():
             change = entry.added.get(name, 0) - len(entry.pruned.get(name, []))

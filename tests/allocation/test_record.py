@@ -57,6 +57,22 @@ def test_it_comes_back_from_its_file_as_it_was(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["allocation.json"]
 
 
+def test_a_long_run_holds_the_ranks_between_two_rounds_once(tmp_path):
+    a_record().save(tmp_path)
+    loaded = Record.load(tmp_path)
+    first, second = loaded.rounds
+    assert first.ranks_before is loaded.initial_ranks
+    assert second.ranks_before is first.ranks_after
+    assert not hasattr(first, "__dict__")
+
+
+def test_its_data_stay_as_they_were_when_rounds_follow():
+    record = a_record()
+    data = record.as_data()
+    record.rounds.pop()
+    assert [entry["round"] for entry in data["rounds"]] == [1, 2]
+
+
 def test_its_file_is_json_that_others_read(tmp_path):
     a_record().save(tmp_path)
     data = json.loads((tmp_path / "allocation.json").read_text())

@@ -63,23 +63,23 @@ def made(data: bytes, whole: Sequence[Any]) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 
 
-def _places(value: Any, found: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Every container with each of its keys, outermost first."""
-    keys = value.keys() if isinstance(value, dict) else range(len(value))
-    for key in list(keys):
-        found.append((value, key))
-        if isinstance(value[key], (dict, list)):
-            _places(value[key], found)
-    return found
+def _place(value: Any, choose: Choices) -> tuple[Any, Any]:
+    """A container in a document with one of its keys: as deep as it is chosen."""
+    while True:
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key = keys[choose.below(len(keys))]
+        below = value[key]
+        if not isinstance(below, (dict, list)) or not below or choose.below(4) == 1:
+            return value, key
+        value = below
 
 
 def _changed(document: Any, choose: Choices, others: list[Any]) -> Any:
     if not isinstance(document, (dict, list)):
         return document
-    places = _places(document, [])
-    if not places:
+    if not document:
         return _strange(choose)
-    holder, key = places[choose.below(len(places))]
+    holder, key = _place(document, choose)
     how = choose.below(8)
     if how <= 2:
         holder[key] = _strange(choose)
@@ -90,7 +90,7 @@ def _changed(document: Any, choose: Choices, others: list[Any]) -> Any:
     elif how == 4:
         holder[str(_strange(choose))[:50]] = _copied(holder[key])
     elif how == 5:
-        other, its_key = places[choose.below(len(places))]
+        other, its_key = _place(document, choose)
         holder[key] = _copied(other[its_key])
     elif how == 6 and isinstance(holder[key], int):
         holder[key] += choose.below(5) - 2

@@ -4,6 +4,7 @@ What a reader may raise is a sentence. Anything else is a fault, and so are a ha
 of the folder, a connection, and a process that nobody asked for.
 """
 
+import functools
 import json
 import os
 import sys
@@ -11,15 +12,18 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from hostile.inputs import made
 from safetensors.torch import save_file
 
+from loralloc.adapters import folder as adapter_folder
 from loralloc.adapters import stranger
 from loralloc.adapters.folder import read_adapter
 from loralloc.adapters.lint import lint
+from loralloc.allocation import files
 from loralloc.allocation.record import Record
 from loralloc.methods.pattern import read_ranks
 from loralloc.report.folders import read_run
@@ -228,8 +232,11 @@ def _adapter(folder: Path, content: bytes) -> None:
 
 
 def _settings(folder: Path, content: bytes) -> None:
-    for name in ("settings.json", "run.json", "files.json"):
-        (folder / name).write_bytes(content)
+    first, *others = (folder / name for name in ("settings.json", "run.json", "files.json"))
+    first.write_bytes(content)
+    for other in others:
+        if not other.exists():
+            other.hardlink_to(first)
     for read in (saved, saved_defaults, claimed_inputs, has_ended, fault_of):
         refused(read, folder)
     refused(lambda f: check_granted_again(f, saved_values(f), {}), folder)
@@ -261,6 +268,13 @@ TARGETS = {
     "settings": Target([SETTINGS, CLAIM, SEAL], _settings),
     "task-rows": Target(ROWS, _rows),
 }
+
+
+def hasten() -> None:
+    """Let what costs most of an input's time be done once: for a process that does nothing else."""
+    stranger._fault_of = functools.cache(stranger._fault_of)
+    adapter_folder.read_tensors = functools.cache(adapter_folder.read_tensors)
+    files.json = SimpleNamespace(loads=functools.lru_cache(maxsize=1)(json.loads))
 
 
 def refused(read: Callable[[Any], object], given: Any) -> None:

@@ -43,6 +43,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(EXPRESSIONS, lambda value: isinstance(value, str) or _all_are(value, str)),
     "layers_to_transform": lambda value: isinstance(value, int) or _all_are(value, int),
     "modules_to_save": lambda value: _all_are(value, str),
+    "target_parameters": lambda value: _all_are(value, str),
 }
 """What options are by which PEFT finds modules."""
 
@@ -140,24 +141,29 @@ def check_quick(expressions: Iterable[str], names: Sequence[str], *, where: str)
         signs = re.sub(r"\\.", "", key)
         if len(found := re.findall(r"[*+{]", signs)) > 1 or (found and re.search(r"[(|]", signs)):
             slow.append(key)
-    if not slow:
-        return
+    if slow and (fault := _fault_of(tuple(slow), tuple(names))):
+        raise ValueError(
+            f"The regular expressions of {where} {fault}, beginning with {slow[0]!r:.60}; name the "
+            "modules instead."
+        )
+
+
+def _fault_of(expressions: Sequence[str], names: Sequence[str]) -> str:
+    """What is wrong with expressions, tried in a process that can be ended; empty if nothing."""
     try:
         subprocess.run(
             [sys.executable, "-S", "-E", "-c", _TRIED],
-            input=json.dumps([slow, list(names)]),
+            input=json.dumps([expressions, names]),
             text=True,
             check=True,
             capture_output=True,
             timeout=MOST_S,
         )
-    except subprocess.SubprocessError as error:
-        is_slow = isinstance(error, subprocess.TimeoutExpired)
-        how = f"take over {MOST_S:g} s to match" if is_slow else "cannot be matched"
-        raise ValueError(
-            f"The regular expressions of {where} {how}, beginning with {slow[0]!r:.60}; name the "
-            "modules instead."
-        ) from None
+    except subprocess.TimeoutExpired:
+        return f"take over {MOST_S:g} s to match"
+    except subprocess.SubprocessError:
+        return "cannot be matched"
+    return ""
 
 
 def check_fits(model: nn.Module, config: Any, weights: Any, *, where: str) -> None:

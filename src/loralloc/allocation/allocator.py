@@ -240,7 +240,7 @@ class Allocator:
         """
         begin = time.perf_counter()
         self._rates.check_followed(optimizer)
-        number, before = len(self.record.rounds) + 1, self.record.ranks
+        number, before = len(self.record.rounds) + 1, self.record.last_ranks
         limits = self._limits(number, step)
         scores = replicas.mean(self._scores(limits))
         check_finite(scores, number, step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ HIGH_CHURN = 0.5
 """Share of the new ranks that go in the next round from which on a run says what that means."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
     """One round: what was measured, planned and changed."""
 
@@ -143,9 +143,14 @@ class Record:
         self._counted: tuple[Round | None, dict[str, list[int]]] = None, {}
 
     @property
+    def last_ranks(self) -> Mapping[str, int]:
+        """As `ranks`, the same object every time: a long run holds it once."""
+        return self.rounds[-1].ranks_after if self.rounds else self.initial_ranks
+
+    @property
     def ranks(self) -> dict[str, int]:
         """Rank of every module now; 0 for a module that left the adapter."""
-        return dict(self.rounds[-1].ranks_after if self.rounds else self.initial_ranks)
+        return dict(self.last_ranks)
 
     @property
     def spare(self) -> int:
@@ -216,7 +221,8 @@ class Record:
 
     def as_data(self) -> dict[str, Any]:
         """What `allocation.json` holds."""
-        return {"version": VERSION, **asdict(self)}
+        rounds, frontier = (list(map(_shallow, of)) for of in (self.rounds, self.frontier))
+        return {"version": VERSION, **_shallow(self), "rounds": rounds, "frontier": frontier}
 
     @classmethod
     def from_data(cls, data: Mapping[str, Any]) -> Record:
@@ -229,9 +235,12 @@ class Record:
         if values.pop("version") != VERSION:
             raise ValueError("another version")
         check_record(values)
-        values["rounds"] = [Round(**entry) for entry in values["rounds"]]
+        entries = values.pop("rounds")
         values["frontier"] = [Size(**entry) for entry in values.get("frontier", ())]
-        return cls(**values)
+        record = cls(**values)
+        for entry in entries:
+            record.rounds.append(Round(**{**entry, "ranks_before": record.last_ranks}))
+        return record
 
     def save(self, folder: str | Path) -> None:
         """Write `allocation.json` into a folder."""
@@ -266,3 +275,8 @@ class Record:
                 f"{path} is not a record of rounds in version {VERSION} ({error}); "
                 "take the file from the run again."
             ) from error
+
+
+def _shallow(item: Record | Round | Size) -> dict[str, Any]:
+    """A dataclass as a dict whose values are its own: a record is written often, and is long."""
+    return {of.name: getattr(item, of.name) for of in fields(item)}
