@@ -32,6 +32,22 @@ ROWS = (
 )
 """Where each figure is in the JSON, what it is, and its bar, which none may be above."""
 
+REMARKS = (
+    "On long batches the step is the frozen model's. On short ones a GPU waits to be told of its "
+    "kernels, whoever tells it of them: there `use_cuda_graphs(trainer)`, or `loralloc train "
+    "--cuda_graphs true`, has the blocks replayed. Recordings are made when a length of batch "
+    "comes for the second time (`recording_s` in the JSON) and anew after a round.",
+    "",
+    "What is above its bar: a round scores at two points, each a forward and a backward pass over "
+    "the examples, and training takes one of each, so that a ratio of 2 is what the passes alone "
+    "come to where both wait to be told of kernels. Mixed ranks take as many kernels as equal "
+    "ones; the seconds of such steps differ by a third from one to the next. Of the memory beyond the "
+    "model the input of every linear layer is the most, which the gradient of A needs. After these "
+    "measurements logits came to be held 128 MiB at a time, not 512, gradients of a scoring pass "
+    "are let go before the next, and a round enters evaluation mode once.",
+)
+"""What the table does not say."""
+
 
 def section(results: dict[str, dict[str, Any]]) -> list[str]:
     """The section, line by line."""
@@ -56,7 +72,7 @@ def section(results: dict[str, dict[str, Any]]) -> list[str]:
         limit = "" if bar is None else f"<= {bar:g}"
         met = "" if value is None or bar is None else ("yes" if value <= bar else "no")
         lines.append(f"| {words} | {limit} | {shown} | {met} |")
-    return lines
+    return [*lines, "", *REMARKS] if card else lines
 
 
 def operations(found: dict[str, Any] | None) -> list[str]:

@@ -22,6 +22,9 @@ def gates_at(weights_b: Mapping[str, Tensor], t: float) -> Iterator[dict[str, Te
     Yields:
         The trained B_m by module, shape (out_features, num_ranks).
     """
+    if t == 1:
+        yield {name: b.detach() for name, b in weights_b.items()}
+        return
     trained = {name: b.detach().clone() for name, b in weights_b.items()}
     weights = list(weights_b.values())
     try:
@@ -64,8 +67,9 @@ def derivatives(
             with gates_at(weights_b, t) as trained:
                 for batch_loss, gradients in _passes(objective, weights_b):
                     loss += batch_loss
-                    for name, gradient in gradients.items():
-                        totals[name] -= (trained[name].float() * gradient.float()).sum(dim=0)
+                    for name in totals:  # each is let go before the next pass
+                        gradient = gradients.pop(name).float()
+                        totals[name] -= (trained[name].float() * gradient).sum(dim=0)
             by_rank = {
                 name: over_ranks(x, (experts or {}).get(name, 1)) for name, x in totals.items()
             }
@@ -119,6 +123,7 @@ def _passes(
             loss, list(weights_b.values()), allow_unused=True, materialize_grads=True
         )
         yield float(loss.detach()), dict(zip(weights_b, gradients, strict=True))
+        del gradients  # the next pass needs the memory
 
 
 def _trainable_but(wanted: Collection[Tensor], model: nn.Module) -> list[nn.Parameter]:
