@@ -42,9 +42,9 @@ REMARKS = (
     "the examples, and training takes one of each, so that a ratio of 2 is what the passes alone "
     "come to where both wait to be told of kernels. Mixed ranks take as many kernels as equal "
     "ones; the seconds of such steps differ by a third from one to the next. Of the memory beyond "
-    "the model the input of every linear layer is the most, which the gradient of A needs. After these "
-    "measurements logits came to be held 128 MiB at a time, not 512, gradients of a scoring pass "
-    "are let go before the next, and a round enters evaluation mode once.",
+    "the model the input of every linear layer is the most, which the gradient of A needs. After "
+    "these measurements logits came to be held 128 MiB at a time, not 512, gradients of a scoring "
+    "pass are let go before the next, and a round enters evaluation mode once.",
 )
 """What the table does not say."""
 
