@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = {name: section(experiment(name), args.data, get_executor("none")) for name in NAMES}
     methods = method_page(experiment(METHODS), found.pop(METHODS))
     (ROOT / "docs" / "methods.md").write_text(methods, encoding="utf-8")
-    study = study_page([(experiment(name), one) for name, one in found.items()])
+    sections = [(experiment(name), one) for name, one in found.items()]
+    study = study_page(sections, pictures=ROOT / "docs" / "images")
     (ROOT / "docs" / "study.md").write_text(study, encoding="utf-8")
     return 0
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+from study_picture import ceilings
 
 from loralloc.experiments.collected import CROSS_ENTROPY, Entry, Section
 from loralloc.experiments.experiment import BASELINE, Experiment
@@ -14,11 +17,12 @@ from loralloc.experiments.tables import Table
 DIGITS = ".4f"
 
 
-def study_page(found: Sequence[tuple[Experiment, Section]]) -> str:
+def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -> str:
     """The page.
 
     Args:
         found: Every experiment, with what has been run of it.
+        pictures: The folder of its pictures, which are drawn.
     """
     lines = [*INTRODUCTION]
     for experiment, section in found:
@@ -31,6 +35,10 @@ def study_page(found: Sequence[tuple[Experiment, Section]]) -> str:
         missing = _missing(section)
         if missing:
             lines += [f"Of its {len(section.entries)} rows {missing} are not whole yet.", ""]
+        name = f"study-{experiment.name}"
+        if experiment.kind == "sweep" and (drawing := ceilings(name, section)):
+            drawing.save(pictures / f"{name}.png")
+            lines += [f"![{drawing.title}](images/{name}.png)", "", f"*{drawing.caption}*", ""]
         for table in tables:
             lines += [table.markdown().replace("## ", "### ", 1)]
         lines += [f"Command: {command}.", ""]
