@@ -5,6 +5,7 @@ import copy
 import pytest
 import tiny
 import torch
+from accelerate.state import GradientState
 from taped import Tape
 from torch import nn
 
@@ -74,6 +75,19 @@ def test_steps_are_those_of_a_model_that_is_run(build):
 def test_gradients_accumulate():
     model, twin, graphs = pair()
     assert_same_run(model, twin, graphs, [[batch_of(2 * s), batch_of(2 * s + 1)] for s in range(3)])
+    assert len(graphs._recorded) == 1
+
+
+def test_weights_are_made_ready_in_every_replay_also_of_a_recording_between_two_steps():
+    """While gradients accumulate, what was made ready for one pass is read by the next."""
+    model, twin, graphs = pair()
+    state = GradientState()
+    state._set_sync_gradients(False)
+    try:
+        assert_same_run(model, twin, graphs, [[batch_of(0), batch_of(1)]])
+    finally:
+        state._set_sync_gradients(True)
+    assert_same_run(model, twin, graphs, [[batch_of(seed)] for seed in range(2, 5)])
     assert len(graphs._recorded) == 1
 
 

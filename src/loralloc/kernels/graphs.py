@@ -291,7 +291,7 @@ class _Recorded:
         """The gradient by the first block's input, and those by the weights."""
         self._dy.copy_(dy)
         self._backward.replay()
-        # Copies, since what is accumulated in place would be overwritten by the next replay.
+        # Copied at once, since autograd would copy each of what the next replay overwrites.
         there = [gradient for gradient in self._gradients if gradient is not None]
         copies = iter(torch._foreach_mul(there, 1.0))
         found = [None if gradient is None else next(copies) for gradient in self._gradients]
