@@ -21,6 +21,7 @@ if sys.platform == "linux":
 
 import faulthandler
 import functools
+import gc
 import importlib
 import json
 import socket
@@ -94,6 +95,7 @@ def main(module: str, folder: str, *numbers: str) -> None:
     """Fork once for each number, or for each check where the module says `APART`."""
     module, _, chosen = module.partition(":")
     loaded = importlib.import_module(module)
+    gc.freeze()  # else each process copies and collects what all have
     for number in map(int, numbers):
         where = Path(folder) / f"{number}"
         where.mkdir(parents=True, exist_ok=True)
