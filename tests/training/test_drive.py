@@ -248,7 +248,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_one_that_was_not(name, at, tmp
     ends = {}
     for folder in ("whole", "killed"):
         # Of 24 steps a quarter is searched in: one kill comes in the search, one after it.
-        options = dict(save_strategy="steps", save_steps=1, save_total_limit=1, num_train_epochs=4)
+        options = dict(save_strategy="steps", save_steps=3, save_total_limit=1, num_train_epochs=4)
         method = get_method(name)(**given.options(name))
         trainer = driven(tmp_path / folder, method, **options)
         if folder == "killed":
