@@ -35,7 +35,8 @@ BERT_TARGETS = ["query", "key", "value", "output.dense", "intermediate.dense"]
 def seeded(seed: int) -> Iterator[None]:
     """The global generator seeded inside, and as it was outside."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # Not `torch.manual_seed`, which writes down the whole stack for GPUs that come later.
+        torch.default_generator.manual_seed(seed)
         yield
 
 

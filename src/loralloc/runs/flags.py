@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import inspect
 import textwrap
 from dataclasses import dataclass
@@ -84,15 +85,20 @@ def default_of(name: str) -> Any:
 def field_docstrings(cls: type) -> dict[str, str]:
     """The docstring under each field of a class and of those that it comes from, in one line."""
     found: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(each):
-            continue
-        (node,) = ast.parse(textwrap.dedent(inspect.getsource(each))).body
-        assert isinstance(node, ast.ClassDef)
-        for before, after in zip(node.body, node.body[1:], strict=False):
-            if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
-                assert isinstance(before.target, ast.Name) and isinstance(after.value, ast.Constant)
-                found[before.target.id] = " ".join(str(after.value.value).split())
+    for each in filter(dataclasses.is_dataclass, reversed(cls.__mro__)):
+        found |= _own_docstrings(each)
+    return found
+
+
+@functools.cache  # reading a class parses its whole file, and methods share theirs
+def _own_docstrings(cls: type) -> dict[str, str]:
+    found: dict[str, str] = {}
+    (node,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(node, ast.ClassDef)
+    for before, after in zip(node.body, node.body[1:], strict=False):
+        if isinstance(before, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(before.target, ast.Name) and isinstance(after.value, ast.Constant)
+            found[before.target.id] = " ".join(str(after.value.value).split())
     return found
 
 
