@@ -22,23 +22,17 @@ SCRIPT = Path(__file__).with_name("two_processes.py")
 def seen(tmp_path_factory):
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("processes")
-    results = [folder / f"{rank}.json" for rank in range(2)]
     # Gloo looks up the machine's own name otherwise, which not every machine resolves.
     loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
-    environment = {**os.environ, **loopback, "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), folder / "store", result],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors
-    return [json.loads(result.read_text()) for result in results]
+    done = subprocess.run(
+        [sys.executable, SCRIPT, folder],
+        env={**os.environ, **loopback, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
 def test_two_processes_know_of_each_other(seen):
