@@ -72,8 +72,9 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return collection_path in long or None
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--quick`, keep the first case of every test."""
+    """With `--quick`, keep the first case of every test, of those that `-m` has left."""
     if not config.getoption("--quick"):
         return
     first: dict[str, pytest.Item] = {}

@@ -25,7 +25,13 @@ def num_verified(scores):
     return sum(len(indices) for indices in scores.verified.values())
 
 
-@pytest.mark.parametrize("build", tiny.MODELS)
+@pytest.mark.parametrize(
+    "build",
+    [
+        *(tiny.llama, tiny.gpt2, tiny.bert_classifier),
+        pytest.param(tiny.roberta_classifier, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("num_steps", [5, pytest.param(40, marks=pytest.mark.slow)])
 def test_prunes_what_ablation_prunes(build, num_steps):
     model = tiny.adapted(build(), r=3)

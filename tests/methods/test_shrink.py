@@ -8,6 +8,7 @@ import pytest
 import session
 import tiny
 import torch
+from crossed import crossed
 from session import Drive, prepared
 
 from loralloc.allocation import comparison
@@ -100,8 +101,7 @@ def test_stepping_back_brings_back_weights_and_moments_bit_for_bit(verdicts, mon
     method.finish()
 
 
-@pytest.mark.parametrize("at", [9, 11, 13])
-@pytest.mark.parametrize("worse_at", [1, 2, 3])
+@pytest.mark.parametrize(("at", "worse_at"), crossed([9, 11, 13], [1, 2, 3]))
 def test_a_resumed_run_steps_back_as_one_that_was_not_stopped(at, worse_at, verdicts, tmp_path):
     def of(number):
         return [place != number for place in range(len(PLACES) + 1)]

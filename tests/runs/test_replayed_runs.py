@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from crossed import crossed
 from safetensors.torch import load_file
 from taped import Tape
 
@@ -74,8 +75,7 @@ def losses(folder):
     return [entry[name] for entry in entries for name in ("loss", "eval_loss") if name in entry]
 
 
-@pytest.mark.parametrize("head", ["lm", "classification"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "head"), crossed(list(METHODS), ["lm", "classification"]))
 def test_a_run_ends_as_the_one_without(
     method, head, data, tmp_path, llama_folder, bert_folder, on_tape
 ):

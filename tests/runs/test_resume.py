@@ -79,7 +79,7 @@ def assert_same(expected, found):
 
 @pytest.mark.parametrize(
     "step",
-    (3, 6, pytest.param(4, marks=pytest.mark.slow), pytest.param(11, marks=pytest.mark.slow)),
+    (3, *(pytest.param(step, marks=pytest.mark.slow) for step in (4, 6, 11))),
 )
 def test_a_killed_and_resumed_run_ends_as_one_never_stopped(step, build, never_stopped, tmp_path):
     saving = dict(save_strategy="steps", save_steps=step)

@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny
 import torch
+from crossed import crossed
 from safetensors.torch import load_file
 from trainers import (
     Interrupted,
@@ -52,8 +53,10 @@ def is_gated(model):
     return any(layer.lora_A["default"]._forward_hooks for layer in lora_layers(model).values())
 
 
-@every_score
-@pytest.mark.parametrize("kind", ["causal", "classification", "sft"])
+@pytest.mark.parametrize(
+    ("kind", "score"),
+    crossed(["causal", "classification", "sft"], ["architecture", "sensitivity"]),
+)
 def test_rounds_take_place_and_leave_plain_lora(kind, score, trainer_of, tmp_path):
     trainer = trainer_of(kind)
     allocation = attach(trainer, wanted(score))

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from crossed import crossed
 from trainers import causal_trainer
 from transformers import TrainerCallback
 
@@ -24,8 +25,11 @@ class Poison(TrainerCallback):
                 weight.view(-1)[0] = self.value
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", ["lora", "houlsby", "bitfit", "sora", "p-tuning-v2", "full"])
+METHODS = ["lora", "houlsby", "bitfit", "sora", "p-tuning-v2", "full"]
+VALUES = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize(("name", "value"), crossed(METHODS, VALUES))
 def test_weights_that_are_not_finite_end_the_run(name, value, tmp_path):
     trainer = causal_trainer(
         tmp_path, model=tiny.llama(), callbacks=[Poison(7, value)], save_strategy="steps",

@@ -6,6 +6,7 @@ import re
 import pytest
 import tiny
 import torch
+from crossed import crossed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
@@ -78,8 +79,9 @@ def loss_of(trainer, batch):
         return float(trainer.prediction_step(trainer.model.eval(), dict(batch), True)[0])
 
 
-@pytest.mark.parametrize("score", ["gradient", "ablation", "architecture"])
-@pytest.mark.parametrize("kind", ["dpo", "reward"])
+@pytest.mark.parametrize(
+    ("kind", "score"), crossed(["dpo", "reward"], ["gradient", "ablation", "architecture"])
+)
 def test_rounds_take_place_in_preference_trainers(kind, score, tmp_path, llama_folder):
     trainer = preference_trainer(kind, tmp_path, llama_folder)
     allocation = attach(trainer, options(score=score))

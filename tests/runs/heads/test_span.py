@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import encoders
 import pytest
 import torch
+from crossed import crossed
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -429,9 +430,9 @@ DATA = os.environ.get("LORALLOC_DATA")
 
 
 @pytest.mark.skipif(DATA is None, reason="LORALLOC_DATA names no folder with the real data")
-@pytest.mark.parametrize("name", ("squad", "record"))
-@pytest.mark.parametrize(("max_length", "stride"), [(384, 128), (128, 64)])
-def test_every_real_answer_survives(name, max_length, stride):
+@pytest.mark.parametrize(("name", "sizes"), crossed(("squad", "record"), ((384, 128), (128, 64))))
+def test_every_real_answer_survives(name, sizes):
+    max_length, stride = sizes
     words = load_tokenizer("minilm-l6")
     total = exact = 0
     for part in load_splits(f"{DATA}/{name}").values():
