@@ -20,6 +20,41 @@ def contestants(model: Any, batch: dict[str, Any]) -> dict[str, Step]:
     """The frozen model alone, PEFT with Trainer's loss and with supervised logits, and ours."""
     inner: Any = base_model(model)
     loss_at_head = SupervisedLoss(model)
+    backward = backward_of(model)
+
+    def supervised() -> None:
+        with stock(inner):
+            backward(supervised_loss(model, batch))
+
+    def hf() -> None:
+        with stock(inner):
+            backward(model(**batch, use_cache=False).loss)
+
+    return {
+        "floor": lambda: floor(model, batch),
+        "hf": hf,
+        "peft": supervised,
+        "ours": lambda: backward(loss_at_head(batch).mean),
+    }
+
+
+def floor(model: Any, batch: dict[str, Any]) -> None:
+    """Forward of the frozen model alone, and backward to its input."""
+    with model.disable_adapter():
+        inputs = {k: v for k, v in batch.items() if k != "input_ids"}
+        inner: Any = base_model(model)
+        inputs["inputs_embeds"] = inner.get_input_embeddings()(batch["input_ids"]).requires_grad_()
+        supervised_loss(model, inputs).backward()
+
+
+def supervised_loss(model: Any, batch: dict[str, Any]) -> torch.Tensor:
+    """The mean loss, with logits at supervised positions only."""
+    logits, targets = supervised_logits(model, batch)
+    return functional.cross_entropy(logits.float(), targets)
+
+
+def backward_of(model: Any) -> Callable[[torch.Tensor], None]:
+    """Backward from a loss, after which the weights that train have no gradients."""
     weights = [p for p in model.parameters() if p.requires_grad]
 
     def backward(loss: torch.Tensor) -> None:
@@ -27,28 +62,7 @@ def contestants(model: Any, batch: dict[str, Any]) -> dict[str, Step]:
         for weight in weights:
             weight.grad = None
 
-    def floor() -> None:
-        with model.disable_adapter():
-            inputs = {k: v for k, v in batch.items() if k != "input_ids"}
-            embedded = inner.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-            logits, targets = supervised_logits(model, {**inputs, "inputs_embeds": embedded})
-            functional.cross_entropy(logits.float(), targets).backward()
-
-    def supervised() -> None:
-        with stock(inner):
-            logits, targets = supervised_logits(model, batch)
-            backward(functional.cross_entropy(logits.float(), targets))
-
-    def hf() -> None:
-        with stock(inner):
-            backward(model(**batch, use_cache=False).loss)
-
-    return {
-        "floor": floor,
-        "hf": hf,
-        "peft": supervised,
-        "ours": lambda: backward(loss_at_head(batch).mean),
-    }
+    return backward
 
 
 @contextmanager

@@ -29,12 +29,11 @@ from typing import Any
 
 import harness
 import torch
-from contestants import stock
-from torch.nn import functional
+from contestants import Step, backward_of, floor, stock, supervised_loss
 from trl import SFTTrainer
 
 from loralloc.allocation.layers import base_model
-from loralloc.allocation.supervised import IGNORED, SupervisedLoss, supervised_logits
+from loralloc.allocation.supervised import IGNORED, SupervisedLoss
 from loralloc.kernels import products
 from loralloc.kernels.attention import use_short_attention
 from loralloc.kernels.lora import is_fused
@@ -104,7 +103,7 @@ def measure(task: str, data: str, *, dtype: str, repeats: int, batch_size: int) 
         "shape": list(batch["input_ids"].shape),
         "supervised": int((batch["labels"][:, 1:] != IGNORED).sum()),
         "padded_tokens_random_over_buckets": padding(lengths, batch_size),
-        "seconds": harness.by_turns(contestants(run, dict(batch)), repeats=repeats),
+        "seconds": harness.by_turns(ladder(run, dict(batch)), repeats=repeats),
     }
 
 
@@ -119,34 +118,18 @@ def padding(lengths: list[int], batch_size: int) -> float:
     return tokens(random) / tokens(list(BucketSampler(lengths, batch_size=batch_size, seed=0)))
 
 
-def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]]:
+def ladder(run: Any, batch: dict[str, Any]) -> dict[str, Step]:
     """Every way to take the step, on one and the same model."""
     model, trainer = run.model, run.trainer
-    weights = [p for p in model.parameters() if p.requires_grad]
     inner: Any = base_model(model)
     loss_at_head = SupervisedLoss(model)
-
-    def backward(loss: torch.Tensor) -> None:
-        loss.backward()
-        for weight in weights:
-            weight.grad = None
-
-    def floor() -> None:
-        with model.disable_adapter():
-            inputs = {k: v for k, v in batch.items() if k != "input_ids"}
-            embedded = inner.get_input_embeddings()(batch["input_ids"]).requires_grad_()
-            logits, targets = supervised_logits(model, {**inputs, "inputs_embeds": embedded})
-            functional.cross_entropy(logits.float(), targets).backward()
-
-    def supervised() -> torch.Tensor:
-        logits, targets = supervised_logits(model, batch)
-        return functional.cross_entropy(logits.float(), targets)
+    backward = backward_of(model)
 
     def head() -> torch.Tensor:
         found = loss_at_head(batch)
         return found.total / found.num_targets
 
-    def rung(name: str, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    def rung(name: str, loss: Callable[[], torch.Tensor]) -> Step:
         def step() -> None:
             with only_up_to(name, inner):
                 backward(loss())
@@ -155,14 +138,14 @@ def contestants(run: Any, batch: dict[str, Any]) -> dict[str, Callable[[], None]
 
     def stock_floor() -> None:
         with only_up_to("hf", inner):
-            floor()
+            floor(model, batch)
 
     return {
         "floor": stock_floor,
-        "floor*": floor,
+        "floor*": lambda: floor(model, batch),
         "trl": rung("hf", lambda: SFTTrainer.compute_loss(trainer, model, dict(batch))),
         "hf": rung("hf", lambda: model(**batch).loss),
-        "peft": rung("peft", supervised),
+        "peft": rung("peft", lambda: supervised_loss(model, batch)),
         **{name: rung(name, head) for name in LADDER[2:-1]},
         "ours": lambda: backward(trainer.compute_loss(model, dict(batch))),
     }
