@@ -74,14 +74,23 @@ def gone_on(place: Place, folder: Path, log: Path) -> str:
     return ", ".join(name for name, value in untouched(place).items() if found[name] != value)
 
 
-def one_killed(place: Place, folder: Path, log: Path) -> str:
-    """SIGKILL to one of two processes: the other ends by itself, and both go on."""
+def signalled(which: signal.Signals, place: Place, folder: Path, log: Path) -> list[int]:
+    """How two processes ended of which one got a signal at some moment.
+
+    Raises:
+        TimeoutError: The other went on after that one had failed.
+    """
     untouched(place)
     numbers = both(place.words(folder), log)
     time.sleep(place.moment())
-    os.kill(place.draw.choice(numbers), signal.SIGKILL)
+    os.kill(place.draw.choice(numbers), which)
+    return end(numbers)
+
+
+def one_killed(place: Place, folder: Path, log: Path) -> str:
+    """SIGKILL to one of two processes: the other ends by itself, and both go on."""
     try:
-        end(numbers)
+        signalled(signal.SIGKILL, place, folder, log)
     except TimeoutError as error:
         return str(error)
     if "transport/" in log.read_text():
@@ -91,12 +100,8 @@ def one_killed(place: Place, folder: Path, log: Path) -> str:
 
 def one_stopped(place: Place, folder: Path, log: Path) -> str:
     """SIGTERM to one of two processes: both save and exit with 0, or had not begun to train."""
-    untouched(place)
-    numbers = both(place.words(folder), log)
-    time.sleep(place.moment())
-    os.kill(place.draw.choice(numbers), signal.SIGTERM)
     try:
-        codes = end(numbers)
+        codes = signalled(signal.SIGTERM, place, folder, log)
     except TimeoutError as error:
         return str(error)
     if -signal.SIGTERM not in codes and any(codes):

@@ -1,5 +1,8 @@
 """Tiny trainers to attach an allocation to, and what is read off them afterwards."""
 
+from collections.abc import Callable
+
+import pytest
 import tiny
 import torch
 from datasets import Dataset
@@ -8,6 +11,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
 from trl import SFTConfig, SFTTrainer
 
+from loralloc import attach
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, ranks
 from loralloc.allocation.record import Round
@@ -134,6 +138,19 @@ class KillAt(TrainerCallback):
     def on_step_begin(self, args, state, control, **_):
         if state.global_step == self.step:
             raise Interrupted
+
+
+def killed_and_resumed(build: Callable[..., Trainer], *, save_steps: int):
+    """A run that was killed after step 8 and went on from its newest checkpoint, and its method."""
+    saving = dict(save_strategy="steps", save_steps=save_steps)
+    killed = build(**saving, callbacks=[KillAt(8)])
+    attach(killed, options())
+    with pytest.raises(Interrupted):
+        killed.train()
+    resumed = build(**saving)
+    allocation = attach(resumed, options())
+    resumed.train(resume_from_checkpoint=True)
+    return resumed, allocation
 
 
 class StopAt(TrainerCallback):

@@ -14,56 +14,50 @@ from loralloc.runs import folder
 APART = True
 
 
+def fail():
+    raise ValueError("The second process has had enough.")
+
+
+def break_down():
+    raise KeyError("a bug of ours")
+
+
+HAPPENS = {
+    "fails": fail,
+    "breaks": break_down,
+    "is asked to stop": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "is interrupted": lambda: os.kill(os.getpid(), signal.SIGINT),
+}
+"""What may happen to a process."""
+
+
 @dataclass(kw_only=True)
 class AtStep3(Lora):
-    """LoRA in which something happens in the second process, after the third step."""
+    """LoRA in which something happens after the third step, in the second process or in all."""
+
+    what: str = "fails"
+    in_all: bool = False
 
     def step(self, number):
-        if number == 3 and os.environ.get("RANK") == "1":
-            self.happens()
-
-    def happens(self):
-        raise NotImplementedError
+        if number == 3 and (self.in_all or os.environ.get("RANK") == "1"):
+            HAPPENS[self.what]()
 
 
-@dataclass(kw_only=True)
-class Fails(AtStep3):
-    def happens(self):
-        raise ValueError("The second process has had enough.")
+METHOD = f"{__name__}:{AtStep3.__name__}"
 
 
-@dataclass(kw_only=True)
-class Breaks(AtStep3):
-    def happens(self):
-        raise KeyError("a bug of ours")
-
-
-@dataclass(kw_only=True)
-class IsAskedToStop(AtStep3):
-    def happens(self):
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@dataclass(kw_only=True)
-class IsInterrupted(AtStep3):
-    def step(self, number):
-        if number == 3:  # a launcher hands it on to all
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def with_method(kind: type, where: Path) -> dict:
-    more = ("--method", f"ends_together:{kind.__name__}", "--save_strategy", "steps")
-    return train(where, *more, "--save_steps", 2, rounds=())
+def with_method(where: Path, what: str, *more) -> dict:
+    words = ("--method", METHOD, "--method.what", what, *more)
+    return train(where, *words, "--save_strategy", "steps", "--save_steps", 2, rounds=())
 
 
 def goes_on(where: Path) -> dict:
-    method = f"ends_together:{IsAskedToStop.__name__}"
-    return loralloc("train", "--resume", "--output_dir", where, "--method", method)
+    return loralloc("train", "--resume", "--output_dir", where, "--method", METHOD)
 
 
 def broken(where: Path) -> dict:
     try:
-        return with_method(Breaks, where)
+        return with_method(where, "breaks")
     except KeyError as error:
         return {"code": 1, "err": repr(error), "out": ""}
 
@@ -76,11 +70,13 @@ def locked(where: Path) -> dict:
 def checks(folder: Path | None) -> dict:
     folder = folder or Path()
     return {
-        "one fails": lambda: with_method(Fails, folder / "fails"),
+        "one fails": lambda: with_method(folder / "fails", "fails"),
         "one breaks": lambda: broken(folder / "breaks"),
-        "one is asked to stop": lambda: with_method(IsAskedToStop, folder / "stops"),
+        "one is asked to stop": lambda: with_method(folder / "stops", "is asked to stop"),
         "goes on": lambda: goes_on(folder / "stops"),
-        "all are interrupted": lambda: with_method(IsInterrupted, folder / "interrupted"),
+        "all are interrupted": lambda: with_method(
+            folder / "interrupted", "is interrupted", "--method.in_all", True
+        ),
         "a refusal": lambda: train(folder / "refused", "--lora_r", 0, rounds=()),
         "an unknown flag": lambda: train(folder / "refused", "--lora_rr", 2, rounds=()),
         "a locked folder": lambda: locked(folder / "locked"),

@@ -1,13 +1,14 @@
 """Rounds beside whatever else PEFT lets train, and beside other adapters."""
 
+from functools import partial
+
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftModel
 from trainers import (
-    Interrupted,
-    KillAt,
     causal_trainer,
+    killed_and_resumed,
     options,
     present,
     ranks_now,
@@ -90,13 +91,7 @@ def test_ranks_move_and_what_is_saved_is_whole(case, tmp_path):
     assert ranks_now(stock) == present(allocation.record.ranks)
     torch.testing.assert_close(logits(stock), logits(whole.model), rtol=0, atol=1e-6)
 
-    killed = trainer("killed", save_strategy="steps", save_steps=4, callbacks=[KillAt(8)])
-    attach(killed, options())
-    with pytest.raises(Interrupted):
-        killed.train()
-    resumed = trainer("killed", save_strategy="steps", save_steps=4)
-    again = attach(resumed, options())
-    resumed.train(resume_from_checkpoint=True)
+    resumed, again = killed_and_resumed(partial(trainer, "killed"), save_steps=4)
     assert without_seconds(again.record.rounds) == without_seconds(allocation.record.rounds)
     torch.testing.assert_close(logits(resumed.model), logits(whole.model), rtol=0, atol=0)
 

@@ -1,5 +1,7 @@
 """Rounds on a backbone of a user's own that bitsandbytes has quantised."""
 
+from functools import partial
+
 import kbit
 import pytest
 import tiny
@@ -7,11 +9,10 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, prepare_model_for_kbit_training
 from trainers import (
-    Interrupted,
-    KillAt,
     adapter,
     arguments,
     causal_trainer,
+    killed_and_resumed,
     options,
     present,
     ranks_now,
@@ -75,13 +76,7 @@ def test_ranks_move_are_saved_and_resumed(kind, folder, tmp_path):
     for name, value in adapter(stock).items():
         assert torch.equal(value, adapter(whole.model)[name])
 
-    killed = trainer("killed", save_strategy="steps", save_steps=5, callbacks=[KillAt(8)])
-    attach(killed, options())
-    with pytest.raises(Interrupted):
-        killed.train()
-    resumed = trainer("killed", save_strategy="steps", save_steps=5)
-    again = attach(resumed, options())
-    resumed.train(resume_from_checkpoint=True)
+    resumed, again = killed_and_resumed(partial(trainer, "killed"), save_steps=5)
     assert without_seconds(again.record.rounds) == without_seconds(allocation.record.rounds)
     assert adapter(resumed.model).keys() == adapter(whole.model).keys()
     for name, value in adapter(resumed.model).items():
