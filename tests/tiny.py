@@ -36,7 +36,7 @@ def seeded(seed: int) -> Iterator[None]:
     """The global generator seeded inside, and as it was outside."""
     with torch.random.fork_rng(devices=[]):
         # Not `torch.manual_seed`, which writes down the whole stack for GPUs that come later.
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(int(seed))
         yield
 
 
