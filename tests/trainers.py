@@ -1,6 +1,7 @@
 """Tiny trainers to attach an allocation to, and what is read off them afterwards."""
 
 from collections.abc import Callable
+from dataclasses import fields
 
 import pytest
 import tiny
@@ -122,7 +123,8 @@ def losses(trainer: Trainer) -> dict[int, float]:
 
 
 def without_seconds(rounds: list[Round]) -> list[dict]:
-    return [{k: v for k, v in vars(entry).items() if k != "seconds"} for entry in rounds]
+    names = [field.name for field in fields(Round) if field.name != "seconds"]
+    return [{name: getattr(entry, name) for name in names} for entry in rounds]
 
 
 class Interrupted(Exception):

@@ -56,7 +56,7 @@ def test_the_function_stays_when_pruned_ranks_did_nothing(build, options):
     zero_pruned(model, plan)
     before = logits(model, batch)
     resize(model, plan)
-    torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model, batch), before, rtol=0, atol=3e-5)
 
 
 def test_the_function_stays_under_a_bfloat16_backbone():

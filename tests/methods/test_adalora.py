@@ -152,14 +152,14 @@ def test_it_is_peft_driven_by_hand(shape):
 def test_the_scale_is_its_authors_where_none_is_given(options, scale):
     method = made(**options)
     layer = layers(method)[0]
-    with torch.no_grad():
+    with torch.no_grad(), tiny.seeded(5):
         for store in (layer.lora_E, layer.lora_A, layer.lora_B):
             store["default"].normal_()
         x = torch.randn(5, layer.in_features)
         e, q, p = (store["default"] for store in (layer.lora_E, layer.lora_A, layer.lora_B))
         update = layer(x) - layer.base_layer(x)
         torch.testing.assert_close(
-            update, scale * x @ (p @ torch.diag(e[:, 0]) @ q).T, rtol=1e-5, atol=1e-5
+            update, scale * x @ (p @ torch.diag(e[:, 0]) @ q).T, rtol=1e-4, atol=1e-4
         )
 
 
