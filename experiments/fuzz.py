@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import re
 import shutil
@@ -62,8 +63,8 @@ def main() -> None:
         found = _fuzzed(name, args)
         before = data["targets"].get(name, {})
         going_on = before.get("atheris") == found["atheris"] and not before.get("faults")
-        found["inputs_before"] = before.get("inputs_all", 0) if going_on else 0
-        found["inputs_all"] = found["inputs"] + found["inputs_before"]
+        for what in ("inputs", "seconds"):
+            found[f"{what}_all"] = found[what] + (before.get(f"{what}_all", 0) if going_on else 0)
         data["targets"][name] = found
         args.json.write_text(json.dumps(data, indent=1) + "\n")
         sys.stdout.write(f"{name}: {found['inputs']:,} inputs, {len(found['faults'])} faults\n")
@@ -74,7 +75,7 @@ def main() -> None:
 def _fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
     corpus = args.corpus / name
     corpus.mkdir(parents=True, exist_ok=True)
-    for path in (KEPT / name).glob("*"):
+    for path in (KEPT / name).glob("*"):  # libFuzzer lets those go that shorter ones stand for
         shutil.copy(path, corpus / path.name)
     faults = args.corpus / "faults" / name
     faults.mkdir(parents=True, exist_ok=True)
@@ -82,6 +83,7 @@ def _fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
         *(sys.executable, __file__, ONE, name, str(corpus), f"-runs={args.inputs}"),
         *(f"-max_total_time={args.seconds}", f"-timeout={LONGEST_INPUT_S}"),
         *(f"-rss_limit_mb={MOST_MEMORY_MB}", f"-max_len={LONGEST_INPUT}"),
+        "-len_control=0",  # changes go deeper the longer an input is
         *(f"-artifact_prefix={faults}/", "-print_final_stats=1"),
     ]
     log = args.corpus / f"{name}.log"
@@ -96,7 +98,7 @@ def _fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "atheris": version("atheris"),
         "machine": f"{platform.machine()}, Python {platform.python_version()}, one core",
         "inputs": ran,
-        "seconds": int(done[-1][1]) if done else None,
+        "seconds": int(done[-1][1]) if done else 0,
         "corpus": len(list(corpus.iterdir())),
         "faults": left or ([log.name] if code else []),
     }
@@ -106,15 +108,12 @@ def _fuzzed(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _keep(name: str, corpus: Path) -> None:
-    """Let the repository have the smallest inputs that go all the ways that were found."""
-    with tempfile.TemporaryDirectory() as least:
-        words = [sys.executable, __file__, ONE, name, "-merge=1", least, str(corpus)]
-        subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=True)
-        shutil.rmtree(KEPT / name, ignore_errors=True)
-        (KEPT / name).mkdir(parents=True)
-        every = sorted(Path(least).iterdir(), key=lambda path: (path.stat().st_size, path.name))
-        for path in every[:: max(1, len(every) // MOST_KEPT)][:MOST_KEPT]:
-            shutil.copy(path, KEPT / name / path.name[:12])
+    """Let the repository have inputs that go different ways, short ones and long ones."""
+    shutil.rmtree(KEPT / name, ignore_errors=True)
+    (KEPT / name).mkdir(parents=True)
+    every = sorted(corpus.iterdir(), key=lambda path: (path.stat().st_size, path.name))
+    for path in every[:: math.ceil(len(every) / MOST_KEPT) or 1]:
+        shutil.copy(path, KEPT / name / path.name[:12])
 
 
 def _fuzz(name: str, words: list[str]) -> None:

@@ -21,6 +21,60 @@ READERS = {
 }
 """What the targets of fuzzing read."""
 
+TESTS = {
+    (
+        "From a checkpoint before, between, after or in the step of a round a run goes on bit "
+        "for bit, whatever the method; a torn or changed checkpoint is not gone on from."
+    ): (
+        "training/test_drive.py",
+        "training/test_checkpoint.py",
+        "training/test_seal.py",
+        "training/test_best_checkpoint.py",
+        "training/test_epoch_of_a_resumed_run.py",
+        "runs/test_resume.py",
+    ),
+    (
+        "Several processes, also with a sharded backbone, have one plan and the same weights, "
+        "go on in another number, and learn what one process learns."
+    ): (
+        "processes",
+        "allocation/test_replicas.py",
+    ),
+    ("On a quantised base ranks train, are scored and moved, are saved and gone on from."): (
+        "training/test_attach_quantised.py",
+        "runs/test_exporting_quantised.py",
+        "cli/test_train_quantised.py",
+    ),
+    (
+        "A value that is not finite ends a run in a sentence; half precision, skipped steps "
+        "and accumulation move no round."
+    ): (
+        "training/test_finite.py",
+        "training/test_attach_numbers.py",
+        "training/test_mixed_precision.py",
+    ),
+    (
+        "Files, folders and servers of strangers run no code, take no memory that they do not "
+        "hold, write nothing elsewhere, and are refused in a sentence."
+    ): (
+        "hostile",
+        "adapters/test_stranger.py",
+        "runs/test_permissions.py",
+        "evaluation/judge/test_judge_hostile.py",
+    ),
+    (
+        "A run deletes nothing that is not its own, is alone in its folder, and what a round "
+        "costs does not grow with those before it."
+    ): (
+        "runs/test_ownership.py",
+        "runs/test_run_folder.py",
+        "cli/test_machine_faults.py",
+        "allocation/test_many_rounds.py",
+        "allocation/test_whole_files.py",
+    ),
+}
+"""What is promised beside, and the tests that hold it."""
+
 MIB = 2**20
 
 WIDTH = 92
@@ -70,17 +124,19 @@ def _fuzzed(data: dict[str, Any]) -> str:
         "",
         "Whatever such a file holds, reading it ends in a sentence or in what it says: no other",
         "exception, nothing that takes over 5 seconds or 2 GiB, nothing written outside of the",
-        "folder, no connection. `python experiments/fuzz.py` (atheris; ten minutes of one core for",
-        "each reader, or a million inputs) tries files that are whole but for up to six changes:",
+        "folder, no connection. `python experiments/fuzz.py` (atheris, on one core; what several",
+        "runs tried adds up) tries files that are whole but for up to six changes:",
         "",
-        "| read | inputs | faults |",
-        "|---|---:|---:|",
+        "| read | inputs | a second | faults |",
+        "|---|---:|---:|---:|",
     ]
     for name, found in data["targets"].items():
-        lines.append(f"| {READERS[name]} | {found['inputs_all']:,} | {len(found['faults'])} |")
+        tried, faults = found["inputs_all"], len(found["faults"])
+        speed = tried / max(1, found["seconds_all"])
+        lines.append(f"| {READERS[name]} | {tried:,} | {speed:,.0f} | {faults} |")
     lines += [
         "",
-        "What was found while this was written is in `tests/hostile` and the tests of the readers.",
+        "What was found before is in `tests/hostile/found` and the tests of the readers.",
         "PEFT reads a configuration only after it was checked: sizes, shapes against the backbone,",
         "and regular expressions tried in a process that is ended after ten seconds.",
         "",
@@ -138,17 +194,17 @@ def _saved(count: int, saved: dict[str, Any]) -> str:
 
 
 def _tests() -> str:
-    return "\n".join(
-        [
-            "## What else holds it",
-            "",
-            "The rest of what is said of resuming is held by tests (`pytest -m reliability`):",
-            "checkpoints before, between, after and in the step of a round, of every method. What",
-            "files and servers of strangers may do is held by `tests/hostile`,",
-            "`tests/adapters/test_stranger.py` and `tests/evaluation/judge/test_judge_hostile.py`.",
-            "",
-        ]
-    )
+    lines = [
+        "## What tests hold",
+        "",
+        "These are in `tests/`; `make test` runs them, or `make reliability` where they take long:",
+        "",
+        "| promise | tests |",
+        "|---|---|",
+    ]
+    for promise, tests in TESTS.items():
+        lines.append(f"| {promise} | {', '.join(f'`{name}`' for name in tests)} |")
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def test_an_adapter_as_peft_saves_it_is_opened(folder):
     ("options", "words"),
     [
         (dict(r=10**7), "`r` of .* is 10000000; it must be a whole number up to 65,536"),
+        (dict(r=None), "`r` of .* is None; it must be a whole number from 1 to 65,536"),
+        (dict(r=0), "`r` of .* is 0; it must be a whole number from 1 to 65,536"),
         (dict(rank_pattern={"q_proj": 10**7}), "`rank_pattern` of .* gives 'q_proj' 10000000"),
         (dict(r=60_000, rank_pattern={}), "asks for .* numbers of LoRA on this model, and its wei"),
         (dict(target_modules=["q_proj", "v_proj", "up_proj"]), "asks for .* numbers of LoRA"),

@@ -12,7 +12,10 @@ from hostile.readers import TARGETS, fuzzed, nothing_outside, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-CORPUS = Path(__file__).parent / "corpus"
+HERE = Path(__file__).parent
+
+KEPT = sorted([*HERE.glob("corpus/*/*"), *HERE.glob("found/*/*")])
+"""Inputs that go different ways through the readers, and those that once were faults."""
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -24,9 +27,7 @@ def test_whatever_bytes_make_is_refused_in_a_sentence(name, data, tmp_path):
     fuzzed(name, data, tmp_path)
 
 
-@pytest.mark.parametrize(
-    "path", sorted(CORPUS.glob("*/*")), ids=lambda p: f"{p.parent.name}-{p.name}"
-)
+@pytest.mark.parametrize("path", KEPT, ids=lambda p: f"{p.parent.name}-{p.name}")
 def test_what_found_new_ways_through_the_readers(path, tmp_path):
     fuzzed(path.parent.name, path.read_bytes(), tmp_path)
 

@@ -94,8 +94,9 @@ def test_the_first_name_that_matches_gives_the_rank(data, expected, tmp_path):
     ("data", "words"),
     [
         ([1], "holds a list and no object"),
-        ({"q": 1.5}, "gives q a rank of 1.5; it must be a whole number"),
-        ({"q": -1}, "gives q a rank of -1"),
+        ({"q": 1.5}, "gives 'q' a rank of 1.5; it must be a whole number"),
+        ({"q": -1}, "gives 'q' a rank of -1"),
+        ({"q": "1" * 3000}, "gives 'q' a rank of '1{59}; it must be a whole number"),
         ({"k": 1}, "gives a rank to 'k', which is no linear layer of this model's blocks"),
         ({".*": 1, "q": 2}, "gives a rank to 'q', .* or one that an earlier name is for"),
         ({"q": 0}, "gives no module of this model a rank"),

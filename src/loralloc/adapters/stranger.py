@@ -85,6 +85,10 @@ def check_config(config: Mapping[str, Any], names: Sequence[str], *, where: str)
             raise ValueError(
                 f"`{option}` of {where} is {value!r:.60}; it must be a whole number up to {MOST:,}."
             )
+    if config.get("peft_type") == "LORA" and not config.get("r", 8):  # scalings are alpha / r
+        raise ValueError(
+            f"`r` of {where} is {config['r']!r}; it must be a whole number from 1 to {MOST:,}."
+        )
     for option, fits in KINDS.items():
         value = config.get(option)
         if value is not None and not fits(value):

@@ -155,7 +155,8 @@ def _by_key(ranks: Mapping[str, Any], names: Sequence[str], file: Path) -> dict[
     for key, rank in ranks.items():
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 0:
             raise ValueError(
-                f"{file} gives {key} a rank of {rank!r}; it must be a whole number from 0."
+                f"{file} gives {key!r:.60} a rank of {rank!r:.60}; it must be a whole number from "
+                "0."
             )
     check_quick(ranks, names, where=str(file))
     keys = {name: get_pattern_key(ranks, name) for name in names}
