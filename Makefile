@@ -62,7 +62,7 @@ release: $(STAMP) ## build wheel and sdist, check them and try the wheel in a cl
 	$(BIN)/python experiments/releases.py install $(PYTHON)
 
 reliability: $(STAMP) ## kill, fill, flip and resume runs, and docs/reliability.md from what came out
-	$(BIN)/python -m pytest -q -n auto -m "reliability or slow"
+	$(BIN)/python experiments/reliability_tests.py
 	$(BIN)/python experiments/reliability.py
 
 clean: ## remove caches and build products; .venv and runs/ stay

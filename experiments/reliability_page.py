@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "reliability.json"
 FUZZ = RESULTS.with_name("fuzz.json")
 SCALE = RESULTS.with_name("scale.json")
+PROMISED = RESULTS.with_name("reliability_tests.json")
 PAGE = ROOT / "docs" / "reliability.md"
 
 READERS = {
@@ -87,7 +89,7 @@ def page() -> str:
     for path, part in ((FUZZ, _fuzzed), (SCALE, _scaled)):
         if path.is_file():
             parts.append(part(_read(path)))
-    return "\n".join([*parts, _tests()])
+    return "\n".join([*parts, _tests(_read(PROMISED) if PROMISED.is_file() else None)])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -193,18 +195,42 @@ def _saved(count: int, saved: dict[str, Any]) -> str:
     )
 
 
-def _tests() -> str:
+def _tests(found: dict[str, Any] | None) -> str:
     lines = [
         "## What tests hold",
         "",
-        "These are in `tests/`; `make test` runs them, or `make reliability` where they take long:",
+        "These are in `tests/`; `make test` runs most of them, `make reliability` all:",
         "",
-        "| promise | tests |",
-        "|---|---|",
+        "| promise | tests | tried | failed |",
+        "|---|---|---:|---:|",
     ]
     for promise, tests in TESTS.items():
-        lines.append(f"| {promise} | {', '.join(f'`{name}`' for name in tests)} |")
+        names = ", ".join(f"`{name}`" for name in tests)
+        lines.append(f"| {promise} | {names} | {' | '.join(_tried(tests, found))} |")
+    if found:
+        others = found["others"]
+        lines += [
+            "",
+            textwrap.fill(
+                f"`python experiments/reliability_tests.py` ran them on {found['machine']}, and "
+                f"{others['tried']:,} others that take long, of which {len(others['failed'])} "
+                "failed.",
+                WIDTH,
+            ),
+        ]
     return "\n".join([*lines, ""])
+
+
+def _tried(tests: Sequence[str], found: dict[str, Any] | None) -> tuple[str, str]:
+    """How many cases of some files were tried, and how many failed."""
+    if not found:
+        return "-", "-"
+    of = [
+        counts
+        for name, counts in found["promised"].items()
+        if any(name == test or name.startswith(f"{test}/") for test in tests)
+    ]
+    return f"{sum(c['tried'] for c in of):,}", f"{sum(len(c['failed']) for c in of)}"
 
 
 if __name__ == "__main__":
