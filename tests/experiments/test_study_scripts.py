@@ -184,8 +184,8 @@ def test_rows_come_one_after_another(study):
     assert (part.methods, part.ladder) == (("sora",), False)
 
 
-def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid):
-    page = study.study_page([(grid.experiment, told(grid))])
+def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid, tmp_path):
+    page = study.study_page([(grid.experiment, told(grid))], pictures=tmp_path)
     rows = {
         line.split("|")[1].strip(): line.split("|") for line in page.splitlines() if "|" in line
     }
@@ -195,7 +195,7 @@ def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid):
     assert rows["late r=2"][-3].strip() == "-0.1000"
 
 
-def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make):
+def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make, tmp_path):
     methods = ("lora", "alora")
     grid = make(tasks=("sst2",), methods=methods, ranks=(1, 2), seeds=(0, 1, 2), source="")
     rows = list(grid.rows("fair"))
@@ -204,16 +204,16 @@ def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make):
         *(("lora", rank) for rank in (1, 2, 4, 8)),
         *(("alora", rank) for rank in (1, 2)),
     }
-    page = study.study_page([(grid.experiment, told(grid))])
+    page = study.study_page([(grid.experiment, told(grid))], pictures=tmp_path)
     assert "### sst2, r = 1" in page
     _, second = page.split("### sst2, r = 2")
     methods = [line.split("|")[1].strip() for line in second.splitlines() if "r=" in line]
     assert methods[1:] == ["lora r=1", "lora r=2", "alora r=2", "lora r=4", "lora r=8"]
 
 
-def test_without_a_ceiling_there_is_no_share(study, grid):
+def test_without_a_ceiling_there_is_no_share(study, grid, tmp_path):
     flat = carry_out_all(grid, "fair", every(lambda cell: {"dev_loss": 1.0}))
-    page = study.study_page([(grid.experiment, flat)])
+    page = study.study_page([(grid.experiment, flat)], pictures=tmp_path)
     assert "no ceiling" in page and "%" not in page.partition("| method")[2]
 
 
@@ -240,3 +240,21 @@ def test_the_page_of_methods_has_means_spreads_and_what_gates_did(study, grid):
     assert cells[1].endswith("(edge)")
     assert cells[2:5] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000"]
     assert cells[8:] == ["overlap with draw 0.600", "1.00"]
+
+
+def test_a_ceiling_has_a_map_of_what_was_searched(study, make, tmp_path):
+    sweep = make(
+        kind="sweep", tasks=("sst2", "rte"), methods=("lora",), ranks=(1, 2), trials=3, seeds=(0,)
+    )
+
+    def some(cells):
+        """What is there so far: one task, with a rate that is missing."""
+        for cell in cells:
+            is_there = cell.task == "sst2" and cell.learning_rate != 5e-4
+            failure = "" if is_there else "it was not run"
+            yield outcome(cell, findings={}, dev_loss=cell.learning_rate, failure=failure)
+
+    section = carry_out_all(sweep, "fair", some)
+    page = study.study_page([(sweep.experiment, section)], pictures=tmp_path)
+    (picture,) = tmp_path.glob("study-*.png")
+    assert f"images/{picture.name}" in page
