@@ -261,7 +261,8 @@ class Allocator:
             new_rows=new_rows,
         )
         weights = self._weights()
-        _share_new(decided, weights)
+        # Rows of A that were drawn are the first process's.
+        replicas.share([weights[n][0].data[-new:] for n, new in decided.added.items() if new])
         replicas.check_equal(replicas.by_part(weights), bare_optimizer(optimizer))
         if self._tracker:
             self._tracker.follow(decided, optimizer=optimizer)
@@ -365,14 +366,6 @@ class Allocator:
             experts=experts_of(lora_layers(self.model, self.adapter_name)),
             spare=self.record.spare,
         )
-
-
-def _share_new(plan: Plan, weights: Mapping[str, tuple[nn.Parameter, nn.Parameter]]) -> None:
-    """Give the rows of A that were drawn for new ranks the first process's values."""
-    for name, count in plan.added.items():
-        if count:
-            a, _ = weights[name]
-            replicas.share([a.data[len(a) - count :]])
 
 
 def num_pruned(model: nn.Module, config: AllocationConfig, initial_ranks: Mapping[str, int]) -> int:
