@@ -58,8 +58,9 @@ ALLOCATION = AllocationConfig(num_rounds=4, warmup_epochs=0.8, budget="parameter
 SHRINKING = AllocationConfig(rounds_at=(8, 10, 12, 15), tolerance=0.05)
 """Of the one that prunes only; the last size is judged after step 18."""
 
-LEARNING_RATES = {"p-tuning-v2": 0.1}
-"""Of methods that need another than the rest to learn in a few steps: a prefix must grow first."""
+LEARNING_RATES = {"p-tuning-v2": 0.1, "lora-plus": 2e-3}
+"""Of methods that need another than the rest to learn in a few steps: a prefix must grow first, and
+LoRA+ takes sixteen times the rate for B."""
 
 
 def made(name: str, shape: str, **options):

@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict
 from transformers import Trainer
 
 from loralloc import attach, speed_up, use_supervised_loss
+from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.experiments.tiny_backbones import build
 from loralloc.training.checkpoint import SafeCheckpoints
@@ -49,7 +50,10 @@ def classes(folder: Path) -> dict:
 
 def trls(folder: Path) -> dict:
     """TRL's own trainer, with its checkpointing."""
-    model = build("tiny-llama", folder / "models")
+    # Where processes know of each other, Transformers saves a model in the first one only.
+    models = folder / "models"
+    replicas.together(lambda: build("tiny-llama", models) if replicas.is_first() else None)
+    model = models / "tiny-llama"
     return allocated(folder, make=lambda *a, **k: trainers.sft_trainer(*a, model_folder=model, **k))
 
 
