@@ -47,7 +47,9 @@ ALONE = {
         ("gradient_checkpointing", "activation_checkpointing", "activation_offloading"),
         "it is switched on in each run's own model, through which the steps do not go",
     ),
-    **dict.fromkeys(("torch_compile", "use_liger_kernel"), "it changes each run's own model alone"),
+    **dict.fromkeys(
+        ("torch_compile", "use_liger_kernel", "cuda_graphs"), "it changes the run's own model alone"
+    ),
     "neftune_noise_alpha": "its noise would be drawn for all runs at once",
     "auto_find_batch_size": "the batches of all runs have one size",
     **dict.fromkeys(("deepspeed", "fsdp"), "a fleet is one process"),

@@ -95,8 +95,8 @@ def check_graphs(trainer: Trainer) -> None:
     for reason, holds in reasons.items():
         if holds:
             raise ValueError(
-                f"CUDA graphs cannot be used: {reason}; leave one of the two out. They are for "
-                "plain training steps on one GPU."
+                f"CUDA graphs cannot be used: {reason}; they are for plain training steps on one "
+                "GPU, so leave `cuda_graphs` out."
             )
     for where, option, rate in dropout(base_model(trainer.model)):
         raise ValueError(
