@@ -182,7 +182,10 @@ def test_a_run_that_fails_ends_alone(common, tmp_path):
         ({"lora_dropout": 0.1}, "`dropout` is 0.1, and in a fleet what it drops would be drawn"),
         ({"method.use_dora": True}, "`use_dora` is True"),
         ({"gradient_checkpointing": True}, "`gradient_checkpointing` is True"),
-        ({"cuda_graphs": True}, "`cuda_graphs` is True, and in a fleet it changes the run's own mo"),
+        (
+            {"cuda_graphs": True},
+            "`cuda_graphs` is True, and in a fleet it changes the run's own mo",
+        ),
         ({"neftune_noise_alpha": 5.0}, "`neftune_noise_alpha` is 5.0"),
         ({"model_init_kwargs": {"attention_dropout": 0.1}}, "has dropout .*`model_init_kwargs`"),
     ],
