@@ -39,7 +39,7 @@ check: $(STAMP) ## lint, format, types, direction of imports, spelling
 
 bench: $(STAMP) ## run every benchmark (quickly; QUICK= for full settings) and write docs/performance.md
 	$(BIN)/python benchmarks/operations.py --json benchmarks/results/operations.json
-	for name in step after_rounds scoring end_to_end memory; do \
+	for name in step after_rounds methods scoring end_to_end memory; do \
 		$(BIN)/python benchmarks/$$name.py $(QUICK) --json benchmarks/results/$$name.json || exit 1; done
 	$(BIN)/python benchmarks/page.py
 

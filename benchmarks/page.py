@@ -176,6 +176,29 @@ def after_rounds(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def methods(result: dict[str, Any]) -> list[str]:
+    """What ranks with gates or singular values cost a step."""
+    lines = [
+        "## Methods that put something on their ranks",
+        "",
+        command("methods", result),
+        "gates and AdaLoRA's singular values go into A or B for the step, so that layers with them "
+        "are the one function that LoRA's are. Forward, loss and backward of smollm2-135m on "
+        f"{result['task']}, batch {result['shape']}, bfloat16, as the run begins (AdaLoRA, SoRA "
+        "and SaLoRA with more ranks than they end with), over LoRA's with our layers. AdaLoRA's "
+        "regularisation, the optimiser and schedules come on top. The machine's load was "
+        f"{result['machine']['load']} on {result['machine']['cores']} cores: differences of a tenth "
+        "are noise.",
+        "",
+        "| method | parameters at first | PEFT's layers | ours |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, over in result["over_lora"].items():
+        number = f"{result['parameters'][name]:,}"
+        lines.append(f"| {name} | {number} | {over['peft']:.2f} | {over['ours']:.2f} |")
+    return lines
+
+
 def scoring(result: dict[str, Any]) -> list[str]:
     """Speed and agreement of the scores."""
     tasks = result["tasks"]
@@ -307,6 +330,7 @@ def shown(value: Any) -> str:
 SECTIONS = {
     "step": ladder,
     "after_rounds": after_rounds,
+    "methods": methods,
     "scoring": scoring,
     "end_to_end": whole_runs,
     "memory": memory,
