@@ -2,7 +2,8 @@
 
     python experiments/releases.py build                      # wheel, sdist, twine check
     python experiments/releases.py install PYTHON [EXTRA ...]  # the wheel, in a clean environment
-    python experiments/releases.py suite NAME PYTHON           # the quick tests with an interpreter
+    python experiments/releases.py suite NAME PYTHON           # all tests with an interpreter
+    python experiments/releases.py suite --quick NAME PYTHON   # what `make test-quick` runs of them
     python experiments/releases.py again NAME PYTHON           # those that failed, once more
 
 `suite` takes an interpreter whose environment has loralloc's requirements and the tests'; what it
@@ -56,9 +57,10 @@ def main() -> None:
     verb = verbs.add_parser("suite")
     verb.add_argument("name")
     verb.add_argument("python")
+    verb.add_argument("--quick", action="store_true", help="the quick selection of the tests")
     verb.add_argument("--note", default="", help="what is to be known of the run")
     verb.add_argument("--log", type=Path, help="what pytest printed already, in place of a run")
-    verb.set_defaults(run=lambda args: suite(args.name, args.python, args.note, args.log))
+    verb.set_defaults(run=lambda args: suite(args))
     verb = verbs.add_parser("again")
     verb.add_argument("name")
     verb.add_argument("python")
@@ -95,19 +97,22 @@ def install(python: str, extras: list[str]) -> None:
         run(Path(folder) / "bin" / "loralloc", "--version", cwd=folder)
 
 
-def suite(name: str, python: str, note: str, log: Path | None) -> None:
-    """The quick tests, and their figures into the results."""
-    found = subprocess.run([python, "-c", VERSIONS], capture_output=True, text=True, check=True)
+def suite(args: argparse.Namespace) -> None:
+    """The tests with an interpreter, and their figures into the results."""
+    found = subprocess.run(
+        [args.python, "-c", VERSIONS], capture_output=True, text=True, check=True
+    )
     number, versions = json.loads(found.stdout)
-    printed = log.read_text() if log else tests(python, "-m", "not slow", "--quick")
-    counts, failed = closing(printed)
+    which = ("-m", "not slow", *(["--quick"] if args.quick else []))
+    counts, failed = closing(args.log.read_text() if args.log else tests(args.python, *which))
     runs = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    runs[name] = {
+    runs[args.name] = {
         "python": number,
         "versions": versions,
+        "tests": "quick" if args.quick else "all",
         **counts,
         "which_failed": failed,
-        "note": note,
+        "note": args.note,
     }
     keep(runs)
 
@@ -116,7 +121,8 @@ def again(name: str, python: str) -> None:
     """The tests that failed, once more, after what they found was mended."""
     runs = json.loads(RESULTS.read_text())
     kept = runs[name]
-    counts, failed = closing(tests(python, "--quick", *kept["which_failed"]))
+    quick = ["--quick"] if kept["tests"] == "quick" else []
+    counts, failed = closing(tests(python, *quick, *kept["which_failed"]))
     kept["run_again"] = kept.get("run_again", []) + kept["which_failed"]
     kept["passed"] += counts["passed"]
     kept["skipped"] += counts["skipped"]
@@ -127,8 +133,8 @@ def again(name: str, python: str) -> None:
 def tests(python: str, *words: str) -> str:
     """What pytest prints."""
     path = os.pathsep.join(str(ROOT / place) for place in ("src", "tests"))
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    command = [python, "-m", "pytest", "-q", *words]
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [python, "-m", "pytest", "-q", "-n", "auto", *words]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     return done.stdout
 

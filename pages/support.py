@@ -89,9 +89,8 @@ These run on CPUs.
 
 ## Versions
 
-`python experiments/releases.py suite NAME PYTHON` ran the quick selection of the tests (`make
-test-quick`) with each of these interpreters, on Linux, on a CPU. The whole suite runs with Python
-3.11 and the versions of `constraints.txt`.
+`python experiments/releases.py suite NAME PYTHON` ran the tests with each of these interpreters, on
+Linux, on a CPU: all of them (`make test`), or the quick selection (`--quick`: `make test-quick`).
 
 """
 
@@ -135,12 +134,12 @@ def _versions() -> str:
     runs = json.loads(RESULTS.read_text(encoding="utf-8"))
     packages = list(next(iter(runs.values()))["versions"])
     lines = [
-        f"| run | Python | {' | '.join(packages)} | passed | skipped | failed |",
-        "|---" * (len(packages) + 5) + "|",
+        f"| run | Python | {' | '.join(packages)} | tests | passed | skipped | failed |",
+        "|---" * (len(packages) + 6) + "|",
     ]
     for name, run in runs.items():
         versions = " | ".join(run["versions"][package] for package in packages)
-        counts = " | ".join(str(run[count]) for count in ("passed", "skipped", "failed"))
+        counts = " | ".join(str(run[count]) for count in ("tests", "passed", "skipped", "failed"))
         lines.append(f"| {name} | {run['python']} | {versions} | {counts} |")
     notes = [f"- {name}: {_note(run)}" for name, run in runs.items() if _note(run)]
     return "\n".join([*lines, "", *notes, ""]) if notes else "\n".join([*lines, ""])
