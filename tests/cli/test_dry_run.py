@@ -115,6 +115,13 @@ def test_rounds_that_are_spread_are_said_to_be(rows_of):
     )
 
 
+def test_a_run_of_so_many_steps_has_no_epochs_to_show(rows_of):
+    assert rows_of()["num_train_epochs"] == ["2.0", "flag"]
+    rows = rows_of(max_steps=4, num_train_epochs=None)
+    assert rows["steps"] == ["4, 6 an epoch"] and "num_train_epochs" not in rows
+    assert rows["rounds"][0].startswith("after step 1 (")
+
+
 def test_the_cost_of_a_score_of_ones_own_is_not_known(rows_of):
     place = "loralloc.allocation.importance.gradient:score"
     rows = rows_of(score=place)

@@ -29,6 +29,7 @@ def classifier(train, output, data, write_rows, bert_folder):
         num_train_epochs=4,
     )
     assert answer.code == 0, answer.err
+    assert f"label rows: loralloc predict {output} new.csv" in answer.out
     return output
 
 

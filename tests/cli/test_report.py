@@ -22,7 +22,7 @@ def test_a_run_becomes_a_page_figures_and_tables(trained, call, tmp_path) -> Non
     assert "| out | alora |" in (out / "results.md").read_text()
     assert (out / "run-1-scores-without.svg").is_file() and (out / "churn.svg").is_file()
     lines = answer.out.splitlines()
-    assert lines[0].endswith("files on a run:")
+    assert lines[0].endswith("files on 1 run:")
     assert sorted(lines[1:]) == sorted(map(str, out.iterdir()))
 
 

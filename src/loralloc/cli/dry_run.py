@@ -95,7 +95,7 @@ def _rounds(run: Run) -> dict[str, str]:
         "adapted modules": f"{len(start)}: "
         + ", ".join(f"{kind} x{count}" for kind, count in kinds.items()),
         "ranks": f"{sum(start.values()):,}, {run.allocation.round_in_words} a round",
-        "rounds": "after steps "
+        "rounds": f"after step{'' if len(run.allocation.record.round_steps or ()) == 1 else 's'} "
         + ", ".join(map(str, run.allocation.record.round_steps or ()))
         + (f" ({note})" if (note := run.allocation.record.note) else ""),
         "scoring a round": _scoring_cost(run.allocation.config, sum(start.values()), rounded)
@@ -148,6 +148,8 @@ def _given_settings(run: Run) -> Iterator[tuple[str, str]]:
             continue
         if not settings.gives(name) and not acts(settings, name):
             continue
+        if name == "num_train_epochs" and run.trainer.args.max_steps > 0:
+            continue  # how long the run is, is said by the other
         shown = "(not shown)" if name in SECRETS and value else str(value)
         if name == "dtype" and value is None:
             shown = f"{str(next(run.model.parameters()).dtype).removeprefix('torch.')} (detected)"

@@ -6,13 +6,20 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING, Any
 
-from loralloc.cli.console import Console
+from loralloc.cli.console import Console, tables_that_fit
 
 if TYPE_CHECKING:
     from loralloc.methods.method import Method
 
 PAPERS_MODEL = "LLaMA-2-7B"
 """Whose shape is taken where no model is named: the paper's, which needs no download."""
+
+COLUMNS = (
+    *("method", "algorithm", "begins", "settings", "merges", "size"),
+    *("rate", "parameters", "over", "paper"),
+)
+NUM_TEXTS = 6
+"""How many of them are texts."""
 
 NOTE = """
 Size and parameters are those nearest to the budget, `over` how far from it; `paper` is the paper's
@@ -46,7 +53,6 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
 
 def run(args: argparse.Namespace) -> int:
     """Print the table."""
-    from rich.table import Table
     from rich.text import Text
 
     from loralloc.cli.progress import prepare_process
@@ -63,37 +69,26 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         out.print_json(data={"model": args.model or PAPERS_MODEL, "budget": budget, "rows": rows})
         return 0
-    table = Table(
-        title=f"{args.model or PAPERS_MODEL}, a budget of {budget:,} parameters",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    table.add_column("method", style="bold", no_wrap=True)
-    table.add_column("algorithm", no_wrap=True)
-    table.add_column("begins", no_wrap=True)
-    table.add_column("settings", no_wrap=True)
-    table.add_column("merges")
-    table.add_column("rate", justify="right", no_wrap=True)
-    table.add_column("size", overflow="fold")
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("over", justify="right", no_wrap=True)
-    table.add_column("paper", justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(
+    cells = [
+        (
             row["name"],
             row["status"],
             row["initialisation"] or "-",
             row["settings"] or "-",
             "yes" if row["merges"] else "no",
-            "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             _size(row),
+            "-" if row["learning_rate"] is None else f"{row['learning_rate']:g}",
             "-" if row["parameters"] is None else f"{row['parameters']:,}",
             "-" if row["over_budget"] is None else f"{row['over_budget']:+.1%}",
             "-" if row["paper_parameters"] is None else f"{row['paper_parameters']:,}",
         )
-    out.print(table)
-    out.print("\nWhere they come from, and what differs")
+        for row in rows
+    ]
+    title = f"{args.model or PAPERS_MODEL}, a budget of {budget:,} parameters"
+    for table in tables_that_fit(title, COLUMNS, cells, width=out.width, texts=NUM_TEXTS):
+        out.print(table)
+        out.print()
+    out.print("Where they come from, and what differs")
     for row in rows:
         rate = f"Rate: {row['rate_from']}. " if row["rate_from"] else ""
         words = f"{row['paper']}. {rate}{row['differs']}".strip()

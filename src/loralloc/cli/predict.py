@@ -7,7 +7,7 @@ import io
 import sys
 from pathlib import Path
 
-from loralloc.cli.console import Console, visible
+from loralloc.cli.console import Console, counted, visible
 
 DESCRIPTION = """\
 Give every row of a file the label of a run's classifier and the probability of each label. The
@@ -66,5 +66,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with args.output.open("w", encoding="utf-8", newline="") as file:
         write_csv(file, rows, labels)
-    Console().print(f"{len(rows):,} rows: {args.output}", highlight=False, soft_wrap=True)
+    Console().print(f"{counted(len(rows), 'row')}: {args.output}", highlight=False, soft_wrap=True)
     return 0

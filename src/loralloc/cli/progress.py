@@ -27,7 +27,7 @@ from transformers import (
 from loralloc.allocation import replicas
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.record import Round
-from loralloc.cli.console import Console
+from loralloc.cli.console import Console, counted
 from loralloc.cli.token_count import TokenCount
 from loralloc.methods.method import Method
 from loralloc.runs.flags import left_to_us
@@ -73,7 +73,7 @@ class Progress:
         model, method = run.model, run.method
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         device = model.device.type
-        where = f"cpu ({torch.get_num_threads()} threads)" if device == "cpu" else device
+        where = f"cpu ({counted(torch.get_num_threads(), 'thread')})" if device == "cpu" else device
         if replicas.count() > 1:
             where += f", in {replicas.count()} processes"
         self._say(
@@ -87,9 +87,11 @@ class Progress:
             record = run.allocation.record
             rounds = record.round_steps or ()
             start = record.initial_ranks
+            places = "step" if len(rounds) == 1 else "steps"
             self._say(
-                f"{sum(start.values()):,} ranks in {len(start)} modules; {len(rounds)} rounds of "
-                f"{run.allocation.round_in_words}, after steps {', '.join(map(str, rounds))}"
+                f"{sum(start.values()):,} ranks in {counted(len(start), 'module')}; "
+                f"{counted(len(rounds), 'round')} of "
+                f"{run.allocation.round_in_words}, after {places} {', '.join(map(str, rounds))}"
             )
             if record.note:
                 self._say(record.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from loralloc.cli.console import Console
+from loralloc.cli.console import Console, counted
 
 FORMATS = ("html", "png", "svg", "markdown", "latex")
 
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     report = report_on(runs, experiments=experiment_tables(args.folders))
     with out.status("drawing"):
         written = write(report, args.out, formats=args.format)
-    count = "a run" if len(runs) == 1 else f"{len(runs)} runs"
-    out.print(f"{len(written)} files on {count}:", highlight=False)
+    files = counted(len(written), "file")
+    out.print(f"{files} on {counted(len(runs), 'run')}:", highlight=False)
     for path in written:
         out.print(path, markup=False, highlight=False, soft_wrap=True)
     return 0

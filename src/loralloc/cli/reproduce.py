@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loralloc.cli.console import Console
+from loralloc.cli.console import Console, counted, tables_that_fit
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
     from loralloc.experiments.grid import Grid
     from loralloc.experiments.judging import JudgeAt
     from loralloc.experiments.reproduce import Planned, Report
-    from loralloc.experiments.tables import Table
     from loralloc.experiments.work import Outcome
 
 DESCRIPTION = """\
@@ -177,8 +176,9 @@ def _introduce(out: Console, grid: Grid, planned: Sequence[Planned]) -> None:
     name = Path(grid.backbone).name
     budgets = ", ".join(f"{number:,} (r={rank})" for rank, number in grid.budgets.items())
     out.print(
-        f"{grid.experiment.name} on {name}: {len(planned)} cells, {len(planned) - len(left)} "
-        f"finished, about {_duration(seconds)} of one device for the rest",
+        f"{grid.experiment.name} on {name}: {counted(len(planned), 'cell')}, "
+        f"{len(planned) - len(left)} finished, "
+        f"about {_duration(seconds)} of one device for the rest",
         highlight=False,
     )
     out.print(f"budgets in parameters: {budgets}", highlight=False)
@@ -253,7 +253,8 @@ def _shown(out: Console, planned: Sequence[Planned]) -> Iterator[Progress]:
 
 def _print(out: Console, report: Report, drawn: Sequence[Path]) -> None:
     for table in report.tables:
-        out.print(_rich(table))
+        for part in tables_that_fit(table.title, table.columns, table.rows, width=out.width):
+            out.print(part)
         for note in table.notes:
             out.print(note, style="dim", highlight=False, markup=False)
         out.print()
@@ -266,17 +267,6 @@ def _print(out: Console, report: Report, drawn: Sequence[Path]) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _rich(table: Table) -> object:
-    from rich.table import Table as Rich
-
-    found = Rich(title=table.title, title_justify="left", box=None, pad_edge=False)
-    for position, heading in enumerate(table.columns):
-        found.add_column(heading, justify="right" if position else "left", overflow="fold")
-    for row in table.rows:
-        found.add_row(*row)
-    return found
 
 
 def _duration(seconds: float) -> str:

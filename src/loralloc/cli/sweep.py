@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from loralloc.cli.console import Console
+from loralloc.cli.console import Console, counted
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
@@ -146,7 +146,7 @@ def _show_plan(cells: Sequence[Cell], *, fleet_of: int | None) -> None:
     from loralloc.experiments.work import finished
 
     left = [cell for cell in cells if finished(cell) is None]
-    _say(f"{len(cells)} runs, {len(cells) - len(left)} of them finished before")
+    _say(f"{counted(len(cells), 'run')}, {len(cells) - len(left)} of them finished before")
     if fleet_of is None:
         return
     from loralloc.experiments.executors.fleet import groups

@@ -138,6 +138,8 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"its ranks: loralloc ranks {folder}")
     if prepared.head.generates:
         out.print(f"try it: loralloc generate {folder} --prompt ...")
+    elif prepared.head.name == "classification":
+        out.print(f"label rows: loralloc predict {folder} new.csv")
     return 0
 
 
