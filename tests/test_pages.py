@@ -192,3 +192,13 @@ def test_the_task_of_the_page_is_trained(modules_of, stand_in, write_rows, tmp_p
     monkeypatch.setitem(TASKS, "tweets", None)  # is taken away again
     exec(script, {})
     assert (tmp_path / "runs" / "tweets-smollm2-135m" / "allocation.json").is_file()
+
+
+def test_the_page_of_what_runs_where_has_every_method_and_every_recipe():
+    rows = [line.split(" | ") for line in page("support.md").splitlines() if line.startswith("| ")]
+    methods = {row[0].strip("| `") for row in rows if len(row) == 8}
+    from loralloc.methods.catalog import METHODS
+
+    assert set(METHODS) <= methods
+    named = {link for row in rows for link in re.findall(r"\((recipes/\w+\.md)", row[0])}
+    assert named == {f"recipes/{path.name}" for path in (DOCS / "recipes").glob("*.md")}
