@@ -187,8 +187,8 @@ def methods(result: dict[str, Any]) -> list[str]:
         f"{result['task']}, batch {result['shape']}, bfloat16, as the run begins (AdaLoRA, SoRA "
         "and SaLoRA with more ranks than they end with), over LoRA's with our layers. AdaLoRA's "
         "regularisation, the optimiser and schedules come on top. The machine's load was "
-        f"{result['machine']['load']} on {result['machine']['cores']} cores: differences of a tenth "
-        "are noise.",
+        f"{result['machine']['load']} on {result['machine']['cores']} cores: differences of a "
+        "tenth are noise.",
         "",
         "| method | parameters at first | PEFT's layers | ours |",
         "|---|---:|---:|---:|",

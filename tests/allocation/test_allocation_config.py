@@ -47,14 +47,14 @@ def test_the_defaults_are_the_papers():
             "score",
             "ablate",
             "`score` is 'ablate'; use one of 'gradient', 'screened', 'ablation', 'shapley', "
-            "'architecture', 'sensitivity', 'random' or your own, as 'package.module:name' or as "
-            "the function itself. Did you mean 'ablation'?",
+            "'architecture', 'sensitivity', 'norm', 'random' or your own, as "
+            "'package.module:name' or as the function itself. Did you mean 'ablation'?",
         ),
         (
             "score",
             "my package:score",
             "`score` is 'my package:score'; use one of 'gradient', 'screened', 'ablation', "
-            "'shapley', 'architecture', 'sensitivity', 'random' or your own, as "
+            "'shapley', 'architecture', 'sensitivity', 'norm', 'random' or your own, as "
             "'package.module:name' or as the function itself.",
         ),
         (

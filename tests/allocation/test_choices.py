@@ -107,7 +107,7 @@ def allocator_of(model=None, *, tracked=False, **options):
 @pytest.mark.parametrize("name", SCORES)
 def test_every_score_of_ours_is_found_and_takes_its_options(name):
     assert choices.is_gathered(AllocationConfig(score=name)) is (
-        name in ("architecture", "sensitivity", "random")
+        name in ("architecture", "sensitivity", "norm", "random")
     )
     fields = AllocationConfig.__dataclass_fields__
     assert set(SCORE_OPTIONS.get(name, {}).values()) <= set(fields)

@@ -218,7 +218,7 @@ def test_a_snapshot_brings_back_parameters_that_have_left():
 
 @pytest.mark.parametrize(
     ("score", "newborns"),
-    [(score, "compete") for score in ("gradient", "sensitivity", "random")]
+    [(score, "compete") for score in ("gradient", "sensitivity", "norm", "random")]
     + [("shapley", "potential")],
 )
 def test_rounds_keep_the_budget_in_parameters(score, newborns):
@@ -227,7 +227,7 @@ def test_rounds_keep_the_budget_in_parameters(score, newborns):
     config = AllocationConfig(
         score=score, newborns=newborns, budget="parameters", ranks_per_round=6, num_rounds=3
     )
-    held_out = [] if score in ("sensitivity", "random") else tiny.micro_batches(batch, 3)
+    held_out = [] if score in ("sensitivity", "norm", "random") else tiny.micro_batches(batch, 3)
     allocator = Allocator(model, config, held_out)
     costs = {name: rank_cost(layer) for name, layer in lora_layers(model).items()}
     budget = 4 * sum(costs.values())

@@ -24,6 +24,7 @@ SCORES = {
         "shapley": "shapley:score",
         "architecture": "architecture:Gates",
         "sensitivity": "sensitivity:Sensitivity",
+        "norm": "norm:Norm",
         "random": "random:Random",
     }.items()
 }
@@ -96,7 +97,7 @@ class AllocationConfig:
 
     scoring_examples: int = 32
     """Held-out examples that importance is measured on (B_val), drawn once; all there are where
-    there are fewer. "architecture", "sensitivity" and "random" need none. Source: the paper."""
+    there are fewer. Scores that are gathered while training need none. Source: the paper."""
 
     score: str | Score | type[Tracker] = "gradient"
     """How importance is measured: "gradient" is eq. 6 to first order (two backward passes for all
@@ -104,9 +105,8 @@ class AllocationConfig:
     the cut by ablation, "shapley" divides the whole improvement among the ranks. "architecture"
     (ALoRA-DNAS) learns a gate on every rank from half of the training examples, while until the
     last round the weights learn from the other half alone; "sensitivity" (ALoRA-Sensi) averages
-    AdaLoRA's |w dL/dw| over the training steps; "random", a control, draws. Your own, a function as
-    `allocation.choices.Score` describes or a subclass of `Tracker`, is given itself or as
-    "package.module:name"."""
+    AdaLoRA's |w dL/dw| over the training steps. Controls: "norm" is |A_i| |B_i|, "random" draws.
+    Your own (see `allocation.choices.Score`, `Tracker`): itself or "package.module:name"."""
 
     verify_ranks: int = 64
     """Most ranks a round may check by ablation when `score` is "screened"; fewer than 16 are too

@@ -245,6 +245,8 @@ def _scoring_cost(config: AllocationConfig, num_ranks: int, rounded: bool) -> st
     paper = 2 * num_ranks
     if config.score == "sensitivity":
         return "none: gathered from the gradients of every step"
+    if config.score == "norm":
+        return "none: read off the weights"
     if config.score == "random":
         return "none: importance is drawn"
     if config.score == "architecture":
