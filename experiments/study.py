@@ -43,6 +43,7 @@ NAMES = (
     METHODS,
     "ceiling-smollm2-few",
     "ceiling-smollm2-pass",
+    "shrink-minilm",
     "allocation-minilm",
     "allocation-smollm2",
 )

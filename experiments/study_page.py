@@ -27,9 +27,8 @@ def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -
     lines = [*INTRODUCTION]
     for experiment, section in found:
         run = replace_entries(section)
-        tables = (
-            _ceilings(experiment, run) if experiment.kind == "sweep" else _shares(experiment, run)
-        )
+        made = _ceilings if experiment.kind == "sweep" else _shares
+        tables = (made if experiment.ladder else _sizes)(experiment, run)
         command = f"`python experiments/study.py --data DATA {experiment.name}`"
         lines += [f"## {experiment.title}", ""]
         missing = _missing(section)
@@ -122,6 +121,34 @@ def _shares(experiment: Experiment, section: Section) -> list[Table]:
         ]  # fmt: skip
         title = f"{task}, r = {budget}" if len(experiment.ranks) > 1 else task
         found.append(Table(title=title, columns=columns, rows=rows, notes=[NOISE]))
+    return found
+
+
+def _sizes(experiment: Experiment, section: Section) -> list[Table]:
+    """Adapters from large to small, beside LoRA of the rank that they began with."""
+    found = []
+    for task in experiment.tasks:
+        entries = [entry for entry in section.entries if entry.task == task]
+        whole = section.find(task, BASELINE, experiment.ranks[0])
+        rows = []
+        for entry in sorted(entries, key=lambda entry: -entry.parameters("stored")):
+            spread = entry.spread(CROSS_ENTROPY)
+            assert spread is not None, "the entry is whole"
+            row = [
+                entry.method,
+                f"{entry.learning_rate:g}",
+                f"{entry.parameters('stored'):,}",
+                _each(entry),
+                f"{spread.mean:{DIGITS}}",
+                _against(entry, whole) if whole else "-",
+            ]
+            rows.append(row)
+        columns = [
+            "method", "learning rate", "parameters", "test cross-entropy, every seed", "mean",
+            f"less LoRA's at r={experiment.ranks[0]}",
+        ]  # fmt: skip
+        if rows:
+            found.append(Table(title=task, columns=columns, rows=rows, notes=[NOISE]))
     return found
 
 

@@ -211,6 +211,30 @@ def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make, tmp_path):
     assert methods[1:] == ["lora r=1", "lora r=2", "alora r=2", "lora r=4", "lora r=8"]
 
 
+def test_sizes_go_from_large_to_small_beside_the_whole(study, make, tmp_path):
+    small = Variant(method="shrink", options={"allocation.target_parameters": 99})
+    methods, variants = ("lora", "shrink", "shrink, 1/8"), {"shrink, 1/8": small}
+    grid = make(tasks=("sst2",), methods=methods, variants=variants, ladder=False, seeds=(0, 1, 2))
+
+    def made(cell):
+        found = losses(replace(cell, method={"lora": "lora", "shrink": "alora"}.get(cell.method)))
+        examples = found.pop("of", None)
+        one = outcome(cell, findings={}, **found)
+        one.result["parameters"]["stored"] = {"lora": 9000, "shrink": 8000}.get(cell.method, 99)
+        if examples:
+            one.result["test"]["examples"] = examples
+        return one
+
+    section = carry_out_all(grid, "fair", lambda cells: map(made, cells))
+    page = study.study_page([(grid.experiment, section)], pictures=tmp_path)
+    lines = [line for line in page.splitlines() if line.startswith(("| lora", "| shrink"))]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [(row[0], row[2]) for row in cells] == [
+        ("lora", "9,000"), ("shrink", "8,000"), ("shrink, 1/8", "99")
+    ]  # fmt: skip
+    assert [row[-1] for row in cells] == ["-", "+0.2000", "+0.1000"]
+
+
 def test_without_a_ceiling_there_is_no_share(study, grid, tmp_path):
     flat = carry_out_all(grid, "fair", every(lambda cell: {"dev_loss": 1.0}))
     page = study.study_page([(grid.experiment, flat)], pictures=tmp_path)
