@@ -1,7 +1,5 @@
 """A method driven by hand, as a run drives it, on tiny models and without a trainer."""
 
-import itertools
-
 import tiny
 import torch
 from peft import TaskType
@@ -53,7 +51,7 @@ class Drive:
             steps_per_epoch=length.steps_per_epoch,
             loss=self.loss_of,
             training=lambda num_examples: tiny.micro_batches(other, 4),
-            second_half=itertools.repeat(other),
+            second_half=iter([other] * 1000),
             objective=Objective(method.model, tiny.micro_batches(other, 4))
             if wants.held_out
             else None,

@@ -12,6 +12,7 @@ import trl
 import loralloc
 from loralloc.runs.arguments import GROUPS
 from loralloc.runs.options import (
+    CHECKPOINTING,
     READ_BY,
     UNCHANGED,
     check_conditions,
@@ -24,7 +25,7 @@ from loralloc.runs.settings import resolve
 FIELDS = {f.name for group in GROUPS for f in dataclasses.fields(group) if f.init}
 READ = {name: reading for name, reading in READ_BY.items() if not (reading.never or reading.inert)}
 OF_TRAINER = {f.name for f in dataclasses.fields(transformers.TrainingArguments)}
-OTHER_NAMES = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
+OTHER_NAMES = {"gradient_checkpointing_kwargs": f"{CHECKPOINTING}_kwargs"}
 """Old names of options, which Transformers reads under the new one."""
 
 

@@ -26,6 +26,7 @@ from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.record import Record
 from loralloc.methods.catalog import METHODS
 from loralloc.methods.restore import saved_ranks
+from loralloc.runs.options import CHECKPOINTING
 
 
 def own_attributes(trainer):
@@ -282,9 +283,8 @@ def test_ways_of_running_that_cannot_be_are_refused_at_attach(change, words, tmp
 
 def test_reentrant_checkpointing_set_on_the_model_is_seen(tmp_path):
     trainer = causal_trainer(tmp_path)
-    trainer.model.get_base_model().activation_checkpointing_enable(
-        activation_checkpointing_kwargs={"use_reentrant": True}
-    )
+    enable = getattr(trainer.model.get_base_model(), f"{CHECKPOINTING}_enable")
+    enable(**{f"{CHECKPOINTING}_kwargs": {"use_reentrant": True}})
     with pytest.raises(ValueError, match="The model checkpoints activations with `use_reentrant`"):
         attach(trainer, options(score="architecture"))
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import SchedulerType
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from loralloc.runs.arguments import GROUPS
@@ -20,6 +20,14 @@ from loralloc.runs.protocol import SOURCE as PROTOCOL
 if TYPE_CHECKING:
     from loralloc.runs.heads.head import Head
     from loralloc.runs.settings import Settings
+
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+"""The option that says whether activations are computed again: newer versions of Transformers have
+another name for it, and set it where the old one is given."""
 
 Condition = tuple[str, tuple[Any, ...]]
 """Another option, and the values with which one is read; any value but false or none if empty."""
@@ -163,14 +171,14 @@ READ_BY: Mapping[str, Reading] = {
     **dict.fromkeys(
         (
             *("bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32", "use_cpu", "use_cache"),
-            *("gradient_checkpointing", "activation_checkpointing", "torch_empty_cache_steps"),
+            *("gradient_checkpointing", CHECKPOINTING, "torch_empty_cache_steps"),
             *("torch_compile", "torch_compile_backend", "torch_compile_mode"),
         ),
         EVERY,
     ),
     **dict.fromkeys(
-        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
-        where(("activation_checkpointing", ())),
+        ("gradient_checkpointing_kwargs", f"{CHECKPOINTING}_kwargs"),
+        where((CHECKPOINTING, ())),
     ),
     "use_liger_kernel": Reading(heads=("lm", "classification")),
     "liger_kernel_config": where(("use_liger_kernel", ())),

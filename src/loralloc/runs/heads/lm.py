@@ -32,6 +32,9 @@ MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
 
 
+PLAIN_LOSSES = ("nll", "chunked_nll")
+"""TRL's names of the mean cross-entropy: before TRL 1.16 the second is its default."""
+
 OWN_PART: dict[str, Callable[[int], int]] = {
     "mean_token_accuracy": lambda processes: processes,
     "num_tokens": lambda processes: 1,
@@ -96,7 +99,7 @@ class SupervisedSFTTrainer(LengthBuckets, SafeCheckpoints, SFTTrainer):
 
     def _has_a_loss_of_its_own(self) -> bool:
         return (
-            self.args.loss_type != "nll"
+            self.args.loss_type not in PLAIN_LOSSES
             or self.compute_loss_func is not None
             or self.label_smoother is not None
             or self.aux_loss_enabled  # of a mixture's router
@@ -128,6 +131,8 @@ def sft_trainer(
     """
     check_options(splits, tokenizer, args)
     args.dataset_text_field = "text"  # the data is read under this name, whatever its own was
+    if args.label_smoothing_factor and args.loss_type == "chunked_nll":
+        args.loss_type = "nll"  # the other has no logits that could be smoothed
     with refused_rows_named(splits, tokenizer):
         trainer = SupervisedSFTTrainer(
             model=model,
