@@ -28,7 +28,19 @@ Written by `make pages` from the methods, as the code has them, and from
 ## Methods
 
 """
-COLUMNS = ("method", "saved as", "merges", "fp16", "quantised", "in parts", "by `follow`", "fleet")
+COLUMNS = (
+    *(
+        "method",
+        "saved as",
+        "merges",
+        "fp16",
+        "quantised",
+        "several",
+        "in parts",
+        "`follow`",
+        "fleet",
+    ),
+)
 HEADS = {
     TaskType.CAUSAL_LM: "text (a causal language model)",
     TaskType.SEQ_CLS: "labels (a classifier)",
@@ -40,15 +52,15 @@ NOTES = """
 - **fp16**: whether `fp16=True` is accepted.
 - **quantised**: whether a backbone in 8 or 4 bits ([bitsandbytes](quantised.md)) is accepted below
   it. Of the scores `ablation` is refused there, but for 4 bits that compute in float32.
+- **several**: whether [several processes](distributed.md) that each have the whole model train it.
 - **in parts**: whether it trains on a backbone that no process has whole
   ([FSDP2](distributed.md#a-backbone-that-no-process-holds-whole)).
-- **by `follow`**: whether [a loop of your own](recipes/loops.md) can have it, without a `Trainer`.
+- **`follow`**: whether [a loop of your own](recipes/loops.md) can have it, without a `Trainer`.
 - **fleet**: whether runs of it [train at once](fleet.md) on one backbone.
 
-All of them train in `loralloc train` and, by `drive`, in a `transformers.Trainer`, in one process
-or in [several](distributed.md) that each have the whole model, on backbones like Llama and GPT-2
-(text) and RoBERTa (labels). What is not tried is not refused either, and no test does it. What does
-not go is refused at the start of a run, in a sentence.
+All of them train in `loralloc train` and, by `drive`, in a `transformers.Trainer`, on backbones
+like Llama and GPT-2 (text) and RoBERTa (labels). What is not tried is not refused either, and no
+test does it. What does not go is refused at the start of a run, in a sentence.
 
 ## Trainers
 
@@ -179,6 +191,7 @@ def _row(name: str, kind: type[Method]) -> list[str]:
         _word(kind.about.merges),
         _word(kind().bears_scaled_loss() or not acts_between_steps(kind())),
         _word(issubclass(kind, PeftMethod)),
+        "yes",  # every method of the catalog, by tests/processes/test_methods_together.py
         _in_parts(name, kind),
         _word(name in FOLLOWED),
         _word(name in FLEET),

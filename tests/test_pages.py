@@ -196,7 +196,7 @@ def test_the_task_of_the_page_is_trained(modules_of, stand_in, write_rows, tmp_p
 
 def test_the_page_of_what_runs_where_has_every_method_and_every_recipe():
     rows = [line.split(" | ") for line in page("support.md").splitlines() if line.startswith("| ")]
-    methods = {row[0].strip("| `") for row in rows if len(row) == 8}
+    methods = {row[0].strip("| `") for row in rows if len(row) == 9}
     from loralloc.methods.catalog import METHODS
 
     assert set(METHODS) <= methods

@@ -127,6 +127,17 @@ def test_nothing_is_wider_than_a_phone(browser, address, built):
 
 
 @needs_chromium
+def test_no_table_runs_out_of_its_page(browser, address, built):
+    tab = browser.new_page(viewport={"width": 1280, "height": 900})
+    wide = (
+        "[...document.querySelectorAll('article table')].filter(t => t.scrollWidth > t.clientWidth)"
+    )
+    for page in sorted(built.glob("*.html")):
+        tab.goto(f"{address}/{page.name}")
+        assert tab.evaluate(f"{wide}.map(t => t.innerText.slice(0, 80))") == [], page.name
+
+
+@needs_chromium
 def test_the_search_finds_a_word(browser, address, built):
     tab = browser.new_page()
     tab.goto(f"{address}/index.html", wait_until="networkidle")

@@ -52,6 +52,7 @@ def test_a_language_models_figures_are_means_over_supervised_tokens(base, finish
     assert (result["num_examples"], result["num_targets"]) == (8, len(losses))
     assert figures(answer)["perplexity"] == f"{result['perplexity']:.2f}"
     assert f"token accuracy  {result['accuracy']:.4f}" in answer.out
+    assert f"perplexity      {result['perplexity']:.2f}" in answer.out
 
 
 def test_rows_that_the_run_held_out_are_found_again(train, output, data, call):

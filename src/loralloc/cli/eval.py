@@ -136,15 +136,17 @@ def _held_out(args: argparse.Namespace, out: Console) -> int:
     count, whole = found.num_examples, found.num_in_split
     of_all = f" of {whole:,}" if count < whole else ""
     kind = "tokens" if found.counts_tokens else "labels"
+    figures = {"loss": f"{found.loss:.4f} a {kind.removesuffix('s')}"}
+    if found.perplexity is not None:
+        figures["perplexity"] = f"{found.perplexity:.2f}"
+    figures[f"{'token ' if found.counts_tokens else ''}accuracy"] = f"{found.accuracy:.4f}"
+    width = max(map(len, figures))
     lines = [
         f"{found.split}: {count:,}{of_all} examples, {found.num_targets:,} {kind} "
         f"({found.source}){', without the adapter' if args.base else ''}",
-        f"loss        {found.loss:.4f} a {kind.removesuffix('s')}",
+        *(f"{name:{width}}  {value}" for name, value in figures.items()),
+        f"results: {folder}",
     ]
-    if found.perplexity is not None:
-        lines.append(f"perplexity  {found.perplexity:.2f}")
-    lines.append(f"{'token ' if found.counts_tokens else ''}accuracy  {found.accuracy:.4f}")
-    lines.append(f"results: {folder}")
     for line in lines:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
