@@ -275,7 +275,7 @@ class Method(ABC):
         """
 
     def findings(self) -> dict[str, float]:
-        """What a run should tell of how the method came to what it is, by name; see its docs."""
+        """Figures of how the method came to what it is, by name, which a run prints at its end."""
         return {}
 
     def check_saved(self, folder: Path) -> None:

@@ -95,11 +95,11 @@ class FleetRuns:
         overwrite: bool = False,
         on_round: Callable[[Round], None] | None = None,
     ) -> Run:
-        """Prepare one more run; see `run.prepare` for the arguments.
+        """Prepare one more run; see `loralloc.prepare` for the arguments.
 
         Raises:
-            ValueError: As `run.prepare`, or the run has to be trained alone, or it differs from the
-                others in more than it may; one sentence.
+            ValueError: As `loralloc.prepare`, or the run has to be trained alone, or it differs
+                from the others in more than it may; one sentence.
         """
         if isinstance(options, Settings):
             settings = options
@@ -121,7 +121,8 @@ class FleetRuns:
         """Train all runs to their ends, and write their folders.
 
         Args:
-            carry_out: What trains one run, and whatever is to be done with its trainer then.
+            carry_out: A function of one run that trains it, and does with its trainer whatever is
+                to be done then; `loralloc.train` by default.
 
         Returns:
             For each run what `carry_out` returned, or the exception that ended the run early. The

@@ -128,7 +128,11 @@ def prepare(
         overwrite: Replace the run in the folder, once training has begun.
         force: Resume although the examples or the backbone are not those of the run's beginning.
         on_round: Called with each round of allocation once it has taken place.
-        load: What loads the backbone, where runs share one; see `runs.fleet`.
+        load: What loads the backbone, where runs share one; see `FleetRuns`.
+
+    Returns:
+        The run, for `train`; its `trainer` takes callbacks, and its `allocation` says where rounds
+        will be.
 
     Raises:
         ValueError: Options, data and model do not fit together, or the folder holds a run; one
@@ -268,7 +272,7 @@ def train(run: Run) -> None:
         RuntimeError: Training ended before the method did what it is for.
 
     Example:
-        >>> run = loralloc.prepare({"task": "demo", "max_steps": 96}, resume=True)  # doctest: +SKIP
+        >>> run = loralloc.prepare({"dataset_name": "demo", "max_steps": 96})  # doctest: +SKIP
         >>> loralloc.train(run)  # doctest: +SKIP
     """
     where, writes = run.settings.output_dir, run.trainer.args.should_save

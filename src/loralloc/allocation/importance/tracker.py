@@ -13,7 +13,10 @@ from loralloc.allocation.policy import Plan, Scores
 
 
 class Tracker(ABC):
-    """Takes part in every optimiser step until the last round, and follows every resize."""
+    """A score that is gathered while the adapter trains; one of your own is a subclass.
+
+    It takes part in every optimiser step until the last round, and follows every resize.
+    """
 
     objective: Objective
     """What the run minimises (`objective.loss_sum(batch)`); set before the first step."""
