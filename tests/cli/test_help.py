@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from loralloc.cli import VERBS, main
+from loralloc.cli.help_text import HelpText
 
 FRAMEWORKS = ("torch", "transformers", "peft", "trl", "datasets", "numpy", "matplotlib")
 NAMES = [module.__name__.rpartition(".")[2] for module in VERBS]
@@ -45,6 +46,49 @@ def test_every_verb_has_its_help(name, capsys):
         main([name, "--help"])
     assert end.value.code == 0
     assert f"usage: loralloc {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", (80, 120))
+def test_no_line_of_a_help_is_wider_than_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in ("", *NAMES):
+        with pytest.raises(SystemExit):
+            main([name, "--help"] if name else ["--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if len(line) > columns] == [], name
+
+
+def test_a_help_is_filled_its_lists_beside_their_names_and_examples_stay():
+    text = """\
+Words of a paragraph that
+goes on.
+
+list:
+  --name N  what it is for, in words
+            that go on
+  --other   more
+
+  loralloc train --task sst2 --dataset_name data/sst2
+"""
+    assert HelpText("x", width=28)._fill_text(text, 28, "").splitlines() == [
+        "Words of a paragraph that",
+        "goes on.",
+        "",
+        "list:",
+        "  --name N  what it is for,",
+        "            in words that go",
+        "            on",
+        "  --other   more",
+        "",
+        "  loralloc train --task sst2 --dataset_name data/sst2",
+    ]
+
+
+def test_every_verb_stands_on_one_line_with_what_it_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert set(NAMES) <= {words[0] for words in lines if len(words) > 2}
 
 
 def test_the_flags_named_in_the_help_exist():

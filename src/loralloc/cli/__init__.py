@@ -34,6 +34,7 @@ from loralloc.cli import (
     train,
 )
 from loralloc.cli.console import visible
+from loralloc.cli.help_text import HelpText
 from loralloc.runs import launched
 from loralloc.runs.machine import let_idle_threads_sleep
 
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="loralloc",
         description="Fine-tune with LoRA whose ranks move between modules while it trains (ALoRA).",
         epilog="`loralloc VERB --help` explains a verb. Begin with `loralloc demo`.",
+        formatter_class=HelpText,
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     parser.add_argument("--version", action="version", version=f"loralloc {__version__}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 
 DESCRIPTION = """\
 Write the adapter of a run, or any LoRA adapter of PEFT's, in another form:
@@ -27,7 +28,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "export",
         help="write an adapter in the form that a server loads right",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("folder", type=Path, metavar="ADAPTER", help="a run or adapter folder")
     parser.add_argument(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 
 if TYPE_CHECKING:
     from loralloc.tasks.conversations import Prompt
@@ -25,7 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "generate",
         help="let a trained adapter answer a prompt",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
@@ -35,7 +36,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "judge",
         help="compare the MT-Bench answers of runs",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument(
         "contestants",

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from loralloc.cli.console import Console, counted, visible
+from loralloc.cli.help_text import HelpText
 
 DESCRIPTION = """\
 Give every row of a file the label of a run's classifier and the probability of each label. The
@@ -22,7 +23,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "predict",
         help="label the rows of a file with a classifier",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run folder")
     parser.add_argument("data", type=Path, metavar="FILE", help=".csv, .json, .jsonl or .parquet")

@@ -34,6 +34,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         nargs="+",
         default=["html"],
         choices=FORMATS,
+        metavar="FORM",
         help="the page (default), every figure as PNG or SVG, every table as Markdown or LaTeX",
     )
     parser.set_defaults(run=run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loralloc.cli.console import Console, counted, tables_that_fit
+from loralloc.cli.help_text import HelpText
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
@@ -43,7 +44,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         "reproduce",
         help="run a table or figure of the paper",
         description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
     )
     parser.add_argument("experiment", metavar="NAME", help="a table, a figure, or a YAML file")
     parser.add_argument(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 
 EPILOG = """\
 With data, named by flags of `loralloc train` (--task, --dataset_name, --max_length, ...), singular
@@ -23,7 +24,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="give a finished adapter fewer ranks, or more to train on with",
         description="Write the LoRA adapter of a run, or any of PEFT's, with other ranks.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
         allow_abbrev=False,
     )
     parser.add_argument("folder", type=Path, metavar="ADAPTER", help="a run or adapter folder")

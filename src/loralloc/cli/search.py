@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 
 STEPS = 200
 EPILOG = """\
@@ -25,7 +26,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
             "loss is not worse, and what doubling r would buy."
         ),
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="YAML", help="settings; flags win over them")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 from loralloc.cli.console import Console, counted
+from loralloc.cli.help_text import HelpText
 
 if TYPE_CHECKING:
     from loralloc.experiments.cell import Cell
@@ -25,7 +26,7 @@ the same command after an interruption goes on, and one with more values trains 
 EPILOG = """\
 All flags of `loralloc train` are taken besides and hold for every run, such as
 
-  loralloc sweep --task demo --learning_rate 5e-4,1e-3,2e-3,4e-3 --r 1,2,4,8 --seed 0,1,2
+  loralloc sweep --task demo --learning_rate 5e-4,1e-3 --r 1,2,4,8 --seed 0,1,2
 
 alpha / r is 2 at every rank, unless `--lora_alpha` is given. What a fleet cannot take (see
 `docs/fleet.md`) is trained one by one. The folder then holds `best`, the run folder of the best
@@ -40,7 +41,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="search for a learning rate and a rank, many runs at once",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
         allow_abbrev=False,
     )
     parser.add_argument(

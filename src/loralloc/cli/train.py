@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from loralloc.cli.console import Console
+from loralloc.cli.help_text import HelpText
 from loralloc.runs import launched
 
 FLAGS = """\
@@ -24,7 +25,7 @@ the flags used most (defaults in brackets):
   --lora_r R                    rank of every module at the start [8]
   --num_train_epochs N          [3]
   --learning_rate LR            [2e-4]
-  --per_device_train_batch_size N                                      [16]
+  --per_device_train_batch_size N  [16]
   --num_rounds N                rounds of allocation [8]
   --warmup_epochs E             epochs before the first round [1]
   --recovery_epochs E           epochs between rounds [0.25]
@@ -54,7 +55,7 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="fine-tune a model, by ALoRA or another method",
         description="Fine-tune a model: by default with LoRA whose ranks move between modules.",
         epilog=FLAGS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpText,
         allow_abbrev=False,
     )
     parser.add_argument("--config", type=Path, metavar="YAML", help="settings; flags win over them")

@@ -71,6 +71,11 @@ def read_flags(flags: Sequence[str]) -> dict[str, Any]:
         namespace, unknown = reader.parse_known_args(rest)
     except argparse.ArgumentError as error:
         raise ValueError(f"A flag could not be read: {error}.") from error
+    if unknown and not unknown[0].startswith("-"):
+        raise ValueError(
+            f"{unknown[0]!r} stands among the flags and no flag takes it; a list of numbers is one "
+            "value, as in --rounds_at='[20, 60]'. `loralloc train --help-all` lists all flags."
+        )
     if unknown:
         name = unknown[0].lstrip("-").split("=")[0]
         raise ValueError(_unknown(name, {*own, *map(_dotted, ALLOCATION)}, "among the flags"))
