@@ -201,8 +201,9 @@ def _takes(run: Run, total: int) -> str:
     if found.peak_bytes is not None:
         where = "on the device" if torch.cuda.is_available() else "by the process"
         memory = f"; {found.peak_bytes / 2**30:.1f} GiB {where}, the optimiser's state not counted"
+    timed = "a batch" if found.num_timed == 1 else f"{found.num_timed} batches"
     return (
-        f"about {shown} for the steps ({found.step_s:.2g} s each, from {found.num_timed} batches), "
+        f"about {shown} for the steps ({found.step_s:.2g} s each, from {timed}), "
         f"with rounds and evaluations on top{memory}"
     )
 
