@@ -74,6 +74,7 @@ def sft_trainer(folder, *, model_folder, **changes) -> SFTTrainer:
 
     targets = ["q_proj", "v_proj", "up_proj"]
     callbacks = changes.pop("callbacks", None)
+    torch.manual_seed(0)  # TRL before 1.16 draws the adapter before it sets the seed
     return SFTTrainer(
         AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32),
         args=SFTConfig(**arguments(folder, **{"bf16": False, **changes})),
