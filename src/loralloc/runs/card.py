@@ -106,7 +106,7 @@ def _ranks(record: Record) -> list[str]:
     gained = {name: now[name] - start[name] for name in now if now[name] > start[name]}
     most = sorted(gained, key=lambda name: -gained[name])[:5]
     lines = [
-        f"- Ranks: {sum(start.values())} at the start, {sum(now.values())} now, in "
+        f"- Ranks: {sum(start.values()):,} at the start, {sum(now.values()):,} now, in "
         f"{sum(rank > 0 for rank in now.values())} of {len(now)} modules.",
         f"- Rounds: {len(record.rounds)}, scored by `{record.config['score']}`.",
     ]
