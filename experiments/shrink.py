@@ -8,17 +8,18 @@ On E2E (smollm2-135m), SST-2 and QNLI (minilm-l6), for each seed:
     random      from r = 8 to that size, its ranks drawn
     truncate    LoRA of twice that whole rank, cut to the largest singular values of all modules
 
-A run of `loralloc` each, at each learning rate, tested by the cross-entropy of the test rows; the
-table has every arm at the rate of its lowest development loss. A cell whose JSON is in the output
-folder is not run again, and one that was cut short goes on.
+A run of `loralloc` each, tested by the cross-entropy of the test rows. For shrink and lora-8 the
+first seed is run at each rate, and the others at the one of the lowest development loss there. The
+others, whose sizes differ from seed to seed, are run at each rate with every seed, of which the one
+of the lowest development loss counts. A cell whose JSON is in the output folder is not run again,
+and one that was cut short goes on. The tables go into docs/alora.md.
 
-Run: python experiments/shrink.py --data FOLDER [--only TASK ...] [--rates LR ...] [--seeds N ...]
+Run: python experiments/shrink.py --data FOLDER [--only TASK ...] [--arms ARM ...] [--seeds N ...]
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from typing import Any
 from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 from loralloc.experiments.cell import Cell
+from loralloc.experiments.rows import rows_of
 from loralloc.experiments.work import attempt
 from loralloc.methods.peft_method import rank_parameters, resolve_targets
 from loralloc.runs.models import empty_model
@@ -39,13 +41,22 @@ from loralloc.runs.quiet import prepare_process
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results" / "shrink"
 RANK = 8
-ARMS = ("shrink", "lora-8", "lora", "random", "truncate")
+NAMES = {
+    "shrink": "`shrink` from r = 8",
+    "lora-8": "LoRA, r = 8",
+    "lora": "LoRA of that size",
+    "random": "ranks drawn, to that size",
+    "truncate": "twice that size, cut by singular values",
+}
+ARMS = tuple(NAMES)
+SIZED = ("lora", "random", "truncate")
+"""Arms that have the size that shrink found with the same seed."""
+
+PAGE = ROOT / "docs" / "alora.md"
+BEGIN, END = "<!-- shrunk -->", "<!-- end of shrunk -->"
 
 EVAL_BATCH = 32
 """Development rows at once."""
-
-RATES = (5e-4, 1e-3, 2e-3)
-"""Learning rates of every arm: LoRA's best is larger where there are few ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,24 +64,35 @@ class Setting:
     """A task with its backbone, and how long it trains."""
 
     backbone: str
-    folder: str
     steps: int
     batch: int
     test: Mapping[str, Any]
+
+    rows: Mapping[str, int] | None = None
+    """The first rows of each split, where not all are taken."""
+
+    dtype: str = "float32"
+    """Of the backbone; the adapter is in float32."""
+
+    rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
+    """Learning rates of every arm: LoRA's best is larger where there are few ranks."""
 
 
 SETTINGS = {
     "e2e": Setting(
         backbone="smollm2-135m",
-        folder="e2e_nlg",
-        steps=400,
-        batch=16,
-        test={"decode": "greedy", "max_new_tokens": 8, "limit": 300},
+        steps=100,
+        batch=8,
+        test={"decode": "greedy", "max_new_tokens": 1},
+        rows={"train": 800, "validation": 150, "test": 200},
+        dtype="bfloat16",
+        rates=(1e-3, 2e-3),
     ),
-    "sst2": Setting(backbone="minilm-l6", folder="sst2", steps=500, batch=16, test={}),
-    "qnli": Setting(backbone="minilm-l6", folder="qnli", steps=500, batch=16, test={"limit": 2000}),
+    "sst2": Setting(backbone="minilm-l6", steps=500, batch=16, test={}),
+    "qnli": Setting(backbone="minilm-l6", steps=300, batch=16, test={}),
 }
-"""By task. Of E2E only the cross-entropy is read: the answers that are written are short."""
+"""By task. Of E2E only the cross-entropy is read, so what is written are single tokens; it is one
+pass over 800 rows, with the backbone in half precision, for want of a faster machine."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,7 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "shrink")
     parser.add_argument("--only", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--arms", nargs="*", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--rates", nargs="*", type=float, default=list(RATES))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="steps of every run, in the place of the usual")
     parser.add_argument("--limit", type=int, help="test rows, in the place of the usual")
@@ -89,26 +110,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.data is None:
         parser.error("name the folder of the data sets with --data or LORALLOC_DATA")
     prepare_process()
-    failures = 0
-    arms = args.arms if "shrink" in args.arms else ("shrink", *args.arms)
-    for task, seed, rate in itertools.product(args.only, args.seeds, args.rates):
-        failures += sum(not carry_out(args, task, arm, rate, seed) for arm in arms)
-    for line in table(args.out):
-        sys.stdout.write(line + "\n")
-    return 1 if failures else 0
+    complete = all(
+        carry_out_arm(args, task, arm)
+        for task in args.only
+        for arm in ("shrink", *(arm for arm in args.arms if arm != "shrink"))
+    )
+    if args.out == RESULTS:
+        write_table(args.out)
+    sys.stdout.write("\n".join(tables(args.out)))
+    return 0 if complete else 1
+
+
+def carry_out_arm(args: argparse.Namespace, task: str, arm: str) -> bool:
+    """All runs of an arm: each rate on the seeds that are searched, the best on the others."""
+    rates, (first, *others) = SETTINGS[task].rates, args.seeds
+    for seed in args.seeds if arm in SIZED else (first,):
+        if not all([carry_out(args, task, arm, rate, seed) for rate in rates]):
+            return False
+    if arm in SIZED:
+        return True
+    rate = best_rate(args, task, arm)
+    return all([carry_out(args, task, arm, rate, seed) for seed in others])
+
+
+def best_rate(args: argparse.Namespace, task: str, arm: str) -> float:
+    """The rate of the lowest development loss on the first seed."""
+
+    def dev_loss(rate: float) -> float:
+        found = json.loads(path_of(args, task, arm, rate, args.seeds[0]).read_text("utf-8"))
+        return float(found["dev_loss"])
+
+    return min(SETTINGS[task].rates, key=dev_loss)
+
+
+def path_of(args: argparse.Namespace, task: str, arm: str, rate: float, seed: int) -> Path:
+    """Where the JSON of a cell is."""
+    size = size_of(args, task, arm, seed)
+    named = [task, arm, *([] if size is None else [size]), f"lr{rate:g}", f"seed{seed}"]
+    return Path(args.out) / ("-".join(map(str, named)) + ".json")
+
+
+def size_of(args: argparse.Namespace, task: str, arm: str, seed: int) -> int | None:
+    """Parameters that an arm is to have: as many as shrink ended with, at its best rate."""
+    if arm not in SIZED:
+        return None
+    found = path_of(args, task, "shrink", best_rate(args, task, "shrink"), seed)
+    return int(json.loads(found.read_text(encoding="utf-8"))["parameters"])
 
 
 def carry_out(args: argparse.Namespace, task: str, arm: str, rate: float, seed: int) -> bool:
     """One cell, unless its JSON is there; whether it is there now."""
-    path = args.out / f"{task}-{arm}-lr{rate:g}-seed{seed}.json"
+    path, size = path_of(args, task, arm, rate, seed), size_of(args, task, arm, seed)
     if path.is_file():
         return True
-    size = None
-    if arm not in ("shrink", "lora-8"):
-        found = args.out / f"{task}-shrink-lr{rate:g}-seed{seed}.json"
-        if not found.is_file():
-            return False
-        size = json.loads(found.read_text(encoding="utf-8"))["parameters"]
     made = cell(args, task, arm, rate, seed, size)
     outcome = attempt(made)
     if outcome.result is None:
@@ -121,6 +175,7 @@ def carry_out(args: argparse.Namespace, task: str, arm: str, rate: float, seed: 
         "task": task,
         "backbone": made.backbone,
         "arm": arm,
+        "size": size,
         "learning_rate": rate,
         "seed": seed,
         "parameters": result["parameters"]["stored"],
@@ -155,20 +210,23 @@ def cell(
         size: Parameters that shrink ended with, for arms that are to have as many.
     """
     setting = SETTINGS[task]
+    rows = rows_of(task, data=args.data, limits=setting.rows, folder=args.runs / "data")
     rank = RANK
     more: dict[str, Any] = {}
+    model = empty_model(setting.backbone)
+    of_a_rank = rank_parameters(model, resolve_targets(model, None))
     if arm in ("lora", "truncate"):
         assert size is not None
-        model = empty_model(setting.backbone)
-        rank = max(1, round(size / rank_parameters(model, resolve_targets(model, None))))
+        rank = max(1, round(size / of_a_rank))
         more = {"method.over": "all"} if arm == "truncate" else {}
-    elif arm == "random":
+    elif arm == "random" and size != RANK * of_a_rank:
         more = {"allocation.score": "random", "allocation.target_parameters": size}
-    method = {"lora-8": "lora", "random": "shrink"}.get(arm, arm)
+    method = {"lora-8": "lora", "random": "shrink" if more else "lora"}.get(arm, arm)
     options = {
         "task": task,
-        "dataset_name": str(args.data / setting.folder),
+        "dataset_name": rows,
         "model_name_or_path": setting.backbone,
+        "dtype": setting.dtype,
         "method": method,
         "lora_r": rank,
         "lora_alpha": 2 * rank,
@@ -196,31 +254,69 @@ def cell(
     )
 
 
-def table(folder: Path) -> list[str]:
-    """Parameters and test cross-entropy of every arm at its best rate, medians over its seeds."""
-    found: dict[tuple[str, str], dict[float, list[dict[str, Any]]]] = {}
+def write_table(folder: Path) -> None:
+    """The tables between the two marks of docs/alora.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text("\n".join([before + BEGIN, *tables(folder), END + after]), encoding="utf-8")
+
+
+def tables(folder: Path) -> list[str]:
+    """Every task's arms at their best rates, with parameters and test cross-entropy by seed."""
+    cells: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))
-        by_rate = found.setdefault((data["task"], data["arm"]), {})
-        by_rate.setdefault(data["learning_rate"], []).append(data)
-    lines = [
-        "| task | arm | learning rate | parameters | test cross-entropy | seeds |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for task, arm in itertools.product(SETTINGS, ARMS):
-        by_rate = found.get((task, arm), {})
-        if by_rate:
-            rate = min(by_rate, key=lambda each: _median(by_rate[each], "dev_loss"))
-            runs = by_rate[rate]
-            lines.append(
-                f"| {task} | {arm} | {rate:g} | {_median(runs, 'parameters'):,.0f} | "
-                f"{_median(runs, 'test_cross_entropy'):.4f} | {len(runs)} |"
-            )
+        cells.setdefault((data["task"], data["arm"]), []).append(data)
+    lines = []
+    for task, setting in SETTINGS.items():
+        if (task, "shrink") not in cells:
+            continue
+        half = ", the backbone in bfloat16" if setting.dtype == "bfloat16" else ""
+        shrunk = at_best_rate(cells[task, "shrink"])
+        sizes = {run["seed"]: run["parameters"] for run in shrunk}
+        lines += [
+            f"**{task}**, {setting.backbone}{half}, {setting.steps} steps of {setting.batch} rows:",
+            "",
+            "| | learning rate | parameters, every seed | test cross-entropy, every seed | mean |",
+            "|---|---:|---:|---:|---:|",
+            row("shrink", shrunk),
+        ]
+        for arm in ARMS[1:]:
+            runs = cells.get((task, arm), [])
+            if arm not in SIZED:
+                lines += [row(arm, at_best_rate(runs))] if runs else []
+                continue
+            of_seeds = [
+                [run for run in runs if (run["seed"], run["size"]) == (seed, size)]
+                for seed, size in sizes.items()
+            ]
+            if all(len(of_seed) == len(setting.rates) for of_seed in of_seeds):
+                lines.append(row(arm, [min(each, key=_dev_loss) for each in of_seeds]))
+        lines.append("")
     return lines
 
 
-def _median(runs: Sequence[Mapping[str, Any]], name: str) -> float:
-    return float(statistics.median(run[name] for run in runs))
+def at_best_rate(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """An arm's runs at the rate of the lowest development loss of the first seed, by seed."""
+    first = min(run["seed"] for run in runs)
+    best = min((run for run in runs if run["seed"] == first), key=_dev_loss)
+    chosen = [run for run in runs if run["learning_rate"] == best["learning_rate"]]
+    return sorted(chosen, key=lambda run: run["seed"])
+
+
+def _dev_loss(run: Mapping[str, Any]) -> float:
+    return float(run["dev_loss"])
+
+
+def row(arm: str, runs: Sequence[Mapping[str, Any]]) -> str:
+    """One arm of a table."""
+    losses = [run["test_cross_entropy"] for run in runs]
+    sizes = " ".join(f"{run['parameters']:,}" for run in runs)
+    each = " ".join(f"{loss:.4f}" for loss in losses)
+    mean = statistics.mean(losses)
+    rates = [f"{run['learning_rate']:g}" for run in runs]
+    told = rates[0] if len(set(rates)) == 1 else " ".join(rates)
+    return f"| {NAMES[arm]} | {told} | {sizes} | {each} | {mean:.4f} |"
 
 
 if __name__ == "__main__":

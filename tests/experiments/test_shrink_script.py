@@ -1,0 +1,69 @@
+"""The script behind the tables of small adapters in docs/alora.md: what it runs and writes."""
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def shrink():
+    sys.path.insert(0, str(ROOT / "experiments"))
+    yield importlib.import_module("shrink")
+    sys.path.remove(str(ROOT / "experiments"))
+
+
+@pytest.fixture
+def measured(shrink, tmp_path, monkeypatch):
+    """Carries out cells whose losses and sizes are a function of arm, rate and seed."""
+
+    def attempt(args, task, arm, rate, seed):
+        path, size = (f(args, task, arm, rate, seed) for f in (shrink.path_of, size_of))
+        told = {"shrink": 1000 + seed + round(rate * 1e5), "lora-8": 8000}.get(arm, size)
+        loss = abs(rate - (1e-3 if arm == "shrink" else 2e-3)) + seed
+        data = dict(task=task, arm=arm, size=size, learning_rate=rate, seed=seed)
+        data |= dict(parameters=told, dev_loss=loss, test_cross_entropy=loss + 0.5)
+        path.write_text(json.dumps(data))
+        return True
+
+    def size_of(args, task, arm, rate, seed):
+        return shrink.size_of(args, task, arm, seed)
+
+    monkeypatch.setattr(shrink, "carry_out", attempt)
+    return argparse.Namespace(out=tmp_path, seeds=[0, 1, 2])
+
+
+def test_other_seeds_are_run_at_the_best_rate_and_what_has_its_size_at_every_rate(shrink, measured):
+    for arm in shrink.ARMS:
+        assert shrink.carry_out_arm(measured, "sst2", arm)
+    names = {path.name for path in measured.out.glob("*.json")}
+    assert {f"sst2-shrink-lr{rate}-seed0.json" for rate in ("0.0005", "0.001", "0.002")} <= names
+    assert {f"sst2-shrink-lr0.001-seed{seed}.json" for seed in range(3)} <= names
+    for seed in range(3):
+        sized = {f"sst2-lora-{1100 + seed}-lr{rate}-seed{seed}.json" for rate in (0.0005, 0.002)}
+        assert sized <= names
+    assert len(names) == 2 * (3 + 2) + 3 * 9
+
+
+def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrink, measured):
+    for arm in shrink.ARMS:
+        shrink.carry_out_arm(measured, "sst2", arm)
+    stray = dict(task="sst2", arm="lora", size=7, learning_rate=1e-4, seed=0, dev_loss=0.0)
+    stray |= dict(parameters=7, test_cross_entropy=0.0)
+    (measured.out / "sst2-lora-7-lr0.0001-seed0.json").write_text(json.dumps(stray))
+    rows = [line for line in shrink.tables(measured.out) if line.startswith("| ")]
+    assert rows[1] == (
+        "| `shrink` from r = 8 | 0.001 | 1,100 1,101 1,102 | 0.5000 1.5000 2.5000 | 1.5000 |"
+    )
+    assert rows[3].startswith("| LoRA of that size | 0.002 | 1,100 1,101 1,102 |")
+
+
+def test_the_tables_in_the_docs_are_those_of_the_results(shrink):
+    text = shrink.PAGE.read_text(encoding="utf-8")
+    between = text.partition(shrink.BEGIN)[2].partition(shrink.END)[0]
+    assert between.strip().split("\n") == shrink.tables(shrink.RESULTS)[:-1]
