@@ -151,5 +151,5 @@ def test_a_run_with_rounds_has_the_losses_of_stock_peft(
     if kind == "trainer":
         use_supervised_loss(fast)
     found = trained(fast)
-    assert liger == {"swiglu", "norm"} and ran
+    assert liger - {"whole forward"} == {"swiglu", "norm"} and ran  # of TRL before 1.16
     assert found == pytest.approx(expected, rel=1e-3)
