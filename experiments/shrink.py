@@ -110,15 +110,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.data is None:
         parser.error("name the folder of the data sets with --data or LORALLOC_DATA")
     prepare_process()
-    complete = all(
-        carry_out_arm(args, task, arm)
-        for task in args.only
-        for arm in ("shrink", *(arm for arm in args.arms if arm != "shrink"))
-    )
+    complete = all([carry_out_task(args, task) for task in args.only])
     if args.out == RESULTS:
         write_table(args.out)
     sys.stdout.write("\n".join(tables(args.out)))
     return 0 if complete else 1
+
+
+def carry_out_task(args: argparse.Namespace, task: str) -> bool:
+    """All arms that are asked for, shrink first, which says of what size; whether all is there."""
+    if not carry_out_arm(args, task, "shrink"):
+        return False
+    return all([carry_out_arm(args, task, arm) for arm in args.arms if arm != "shrink"])
 
 
 def carry_out_arm(args: argparse.Namespace, task: str, arm: str) -> bool:

@@ -29,17 +29,8 @@ Written by `make pages` from the methods, as the code has them, and from
 
 """
 COLUMNS = (
-    *(
-        "method",
-        "saved as",
-        "merges",
-        "fp16",
-        "quantised",
-        "several",
-        "in parts",
-        "`follow`",
-        "fleet",
-    ),
+    *("method", "saved as", "merges", "fp16", "quantised"),
+    *("several", "in parts", "`follow`", "fleet"),
 )
 HEADS = {
     TaskType.CAUSAL_LM: "text (a causal language model)",

@@ -50,6 +50,15 @@ def test_other_seeds_are_run_at_the_best_rate_and_what_has_its_size_at_every_rat
     assert len(names) == 2 * (3 + 2) + 3 * 9
 
 
+def test_what_fails_of_one_arm_keeps_no_other_back(shrink, measured, monkeypatch):
+    made = shrink.carry_out
+    monkeypatch.setattr(shrink, "carry_out", lambda *of: "random" not in of and made(*of))
+    measured.arms = list(shrink.ARMS)
+    assert not shrink.carry_out_task(measured, "sst2")
+    there = {path.name.split("-")[1] for path in measured.out.glob("*.json")}
+    assert there == {"shrink", "lora", "truncate"}
+
+
 def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrink, measured):
     for arm in shrink.ARMS:
         shrink.carry_out_arm(measured, "sst2", arm)

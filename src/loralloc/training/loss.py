@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 MIXED = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """The numbers that Accelerate's mixed precision computes with, by its name for it."""
 
+PLAIN_LOSSES = ("nll", "chunked_nll")
+"""TRL's names of the mean cross-entropy: before TRL 1.16 the second is its default."""
+
 GENERATING = (
     *("OnlineDPOTrainer", "PPOTrainer", "AsyncGRPOTrainer", "AsyncDistillationTrainer"),
     *("GRPOTrainer", "RLOOTrainer", "DistillationTrainer"),
@@ -109,7 +112,7 @@ def _is_the_models(trainer: Trainer) -> bool:
     """Whether the trainer's loss is the cross-entropy, or whatever its model puts out."""
     if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         return False
-    if not str(getattr(trainer.args, "loss_type", "nll")).endswith("nll"):
+    if getattr(trainer.args, "loss_type", "nll") not in PLAIN_LOSSES:
         return False
     compute: Any = trainer.compute_loss
     while _is_ours(compute):

@@ -25,15 +25,11 @@ from loralloc.tasks.source import Split
 from loralloc.tasks.task import Task
 from loralloc.training.batches import LengthBuckets
 from loralloc.training.checkpoint import SafeCheckpoints
-from loralloc.training.loss import loss_of_step
+from loralloc.training.loss import PLAIN_LOSSES, loss_of_step
 from loralloc.training.way_of_running import is_compiled
 
 MOST_LOGITS = 2**27
 """Logits held at once, half a gigabyte in float32, of a head that is not computed in chunks."""
-
-
-PLAIN_LOSSES = ("nll", "chunked_nll")
-"""TRL's names of the mean cross-entropy: before TRL 1.16 the second is its default."""
 
 OWN_PART: dict[str, Callable[[int], int]] = {
     "mean_token_accuracy": lambda processes: processes,
