@@ -8,11 +8,10 @@ On E2E (smollm2-135m), SST-2 and QNLI (minilm-l6), for each seed:
     random      from r = 8 to that size, its ranks drawn
     truncate    LoRA of twice that whole rank, cut to the largest singular values of all modules
 
-A run of `loralloc` each, tested by the cross-entropy of the test rows. For shrink and lora-8 the
-first seed is run at each rate, and the others at the one of the lowest development loss there. The
-others, whose sizes differ from seed to seed, are run at each rate with every seed, of which the one
-of the lowest development loss counts. A cell whose JSON is in the output folder is not run again,
-and one that was cut short goes on. The tables go into docs/alora.md.
+A run of `loralloc` each, tested by the cross-entropy of the test rows. Of every arm alike the first
+seed is run at each rate, and the others at the one of the lowest development loss there. A cell
+whose JSON is in the output folder is not run again, and one that was cut short goes on. The tables
+go into docs/alora.md.
 
 Run: python experiments/shrink.py --data FOLDER [--only TASK ...] [--arms ARM ...] [--seeds N ...]
 """
@@ -125,13 +124,10 @@ def carry_out_task(args: argparse.Namespace, task: str) -> bool:
 
 
 def carry_out_arm(args: argparse.Namespace, task: str, arm: str) -> bool:
-    """All runs of an arm: each rate on the seeds that are searched, the best on the others."""
-    rates, (first, *others) = SETTINGS[task].rates, args.seeds
-    for seed in args.seeds if arm in SIZED else (first,):
-        if not all([carry_out(args, task, arm, rate, seed) for rate in rates]):
-            return False
-    if arm in SIZED:
-        return True
+    """All runs of an arm: each rate on the first seed, the best on the others."""
+    first, *others = args.seeds
+    if not all([carry_out(args, task, arm, rate, first) for rate in SETTINGS[task].rates]):
+        return False
     rate = best_rate(args, task, arm)
     return all([carry_out(args, task, arm, rate, seed) for seed in others])
 
@@ -277,6 +273,7 @@ def tables(folder: Path) -> list[str]:
         half = ", the backbone in bfloat16" if setting.dtype == "bfloat16" else ""
         shrunk = at_best_rate(cells[task, "shrink"])
         sizes = {run["seed"]: run["parameters"] for run in shrunk}
+        rates = len(setting.rates)
         lines += [
             f"**{task}**, {setting.backbone}{half}, {setting.steps} steps of {setting.batch} rows:",
             "",
@@ -286,15 +283,10 @@ def tables(folder: Path) -> list[str]:
         ]
         for arm in ARMS[1:]:
             runs = cells.get((task, arm), [])
-            if arm not in SIZED:
-                lines += [row(arm, at_best_rate(runs))] if runs else []
-                continue
-            of_seeds = [
-                [run for run in runs if (run["seed"], run["size"]) == (seed, size)]
-                for seed, size in sizes.items()
-            ]
-            if all(len(of_seed) == len(setting.rates) for of_seed in of_seeds):
-                lines.append(row(arm, [min(each, key=_dev_loss) for each in of_seeds]))
+            if arm in SIZED:
+                runs = [run for run in runs if run["size"] == sizes.get(run["seed"])]
+            if len(runs) >= rates + len(sizes) - 1:
+                lines.append(row(arm, at_best_rate(runs)))
         lines.append("")
     return lines
 
@@ -317,9 +309,8 @@ def row(arm: str, runs: Sequence[Mapping[str, Any]]) -> str:
     sizes = " ".join(f"{run['parameters']:,}" for run in runs)
     each = " ".join(f"{loss:.4f}" for loss in losses)
     mean = statistics.mean(losses)
-    rates = [f"{run['learning_rate']:g}" for run in runs]
-    told = rates[0] if len(set(rates)) == 1 else " ".join(rates)
-    return f"| {NAMES[arm]} | {told} | {sizes} | {each} | {mean:.4f} |"
+    rate = f"{runs[0]['learning_rate']:g}"
+    return f"| {NAMES[arm]} | {rate} | {sizes} | {each} | {mean:.4f} |"
 
 
 if __name__ == "__main__":

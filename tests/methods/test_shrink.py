@@ -9,6 +9,7 @@ import session
 import tiny
 import torch
 from crossed import crossed
+from reference.shrinking import sizes_by_look
 from session import Drive, prepared
 
 from loralloc.allocation import comparison
@@ -18,8 +19,10 @@ from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 from loralloc.methods.shrink import Shrink
 
+FIRST_LOOK = 6
 PLACES = (8, 10, 12)
 LOOK = 14
+LOOKS = (FIRST_LOOK, *PLACES, LOOK)
 
 
 def made(model=None, *, rank=4, **options) -> Shrink:
@@ -33,11 +36,12 @@ def parameters(method) -> int:
 
 @pytest.fixture
 def verdicts(monkeypatch):
-    """Says of each size in turn whether it stays, in the place of its loss."""
+    """Says of each size in turn whether it stays, in the place of its loss; none waits."""
 
     def say(*stays):
         queue = itertools.chain(stays, itertools.repeat(True))
         monkeypatch.setattr(comparison, "is_as_good", lambda *_: next(queue))
+        monkeypatch.setattr(comparison, "still_falls", lambda *_: False)
 
     return say
 
@@ -48,8 +52,8 @@ def test_it_prunes_its_share_in_every_round_and_gives_none():
     Drive(method).begin().train()
     method.finish()
     sizes = [size.ranks for size in method.record.frontier]
-    assert sizes == [56, 28, 14, 7, 7]
-    assert [size.step for size in method.record.frontier] == [*PLACES, LOOK, session.STEPS]
+    assert sizes == [56, 56, 28, 14, 7, 7]
+    assert [size.step for size in method.record.frontier] == [*LOOKS, session.STEPS]
     assert [size.parameters for size in method.record.frontier][-1] == parameters(method)
     assert all(not entry.added and not entry.lost for entry in method.record.rounds)
     assert [entry.step for entry in method.record.rounds] == list(PLACES)
@@ -62,17 +66,61 @@ def test_a_size_that_is_worse_gives_way_to_the_one_before(verdicts):
     method = made()
     drive = Drive(method).begin()
     drive.train(until=PLACES[1])
-    before = method.record.frontier[1].parameters
+    before = method.record.frontier[2].parameters
     assert parameters(method) < before
     drive.train(until=PLACES[2])
-    assert [size.kept for size in method.record.frontier] == [True, True, False]
-    assert parameters(method) == before > method.record.frontier[2].parameters
+    assert [size.kept for size in method.record.frontier] == [True, True, True, False]
+    assert parameters(method) == before > method.record.frontier[3].parameters
     assert [entry.step for entry in method.record.rounds] == list(PLACES[:1])
     assert method.first_eligible_step() == PLACES[2] and method.is_over
     drive.train()  # nothing is judged or pruned any more
     method.finish()
     assert parameters(method) == before
-    assert [size.step for size in method.record.frontier] == [*PLACES, session.STEPS]
+    assert [size.step for size in method.record.frontier] == [*LOOKS[:-1], session.STEPS]
+
+
+def test_it_prunes_waits_and_steps_back_as_the_reference_does(monkeypatch):
+    outcomes = set()
+    for seed in range(16):
+        drawn = torch.Generator().manual_seed(seed)
+        losses = torch.rand(len(LOOKS) + 1, 6, generator=drawn, dtype=torch.float64)
+        losses += 0.4 * torch.rand(len(losses), 1, generator=drawn) + torch.rand(6, generator=drawn)
+        queue = iter(losses)
+        monkeypatch.setattr(
+            comparison,
+            "example_losses",
+            lambda _, queue=queue: comparison.ExampleLosses(next(queue), torch.ones(6)),
+        )
+        method = made(tolerance=None)
+        drive, found = Drive(method).begin(), []
+        for look in LOOKS:
+            drive.train(until=look)
+            found.append(parameters(method))
+        expected = sizes_by_look(losses[: len(LOOKS)].tolist(), None)
+        assert [a == b for a, b in itertools.pairwise(found)] == [
+            a == b for a, b in itertools.pairwise(expected)
+        ], seed
+        assert [a > b for a, b in itertools.pairwise(found)] == [
+            a < b for a, b in itertools.pairwise(expected)
+        ], seed
+        outcomes.add(tuple(expected))
+    assert len(outcomes) > 6  # among them rounds that pass, and steps back
+
+
+def test_a_size_that_waited_stays_when_its_loss_rises(monkeypatch):
+    falls = iter([False, True, False, False])
+    monkeypatch.setattr(comparison, "still_falls", lambda *_: next(falls, False))
+    as_good = iter([True])
+    monkeypatch.setattr(comparison, "is_as_good", lambda *_: next(as_good, False))
+    method = made()
+    drive = Drive(method).begin()
+    has = parameters(method)
+    drive.train(until=PLACES[0])
+    assert parameters(method) == has and method.record.frontier[-1].falling
+    drive.train(until=PLACES[1])
+    assert parameters(method) < has  # the same size, worse than before, and yet no step back
+    drive.train(until=PLACES[2])
+    assert parameters(method) == has and method.is_over
 
 
 def test_stepping_back_brings_back_weights_and_moments_bit_for_bit(verdicts, monkeypatch):
@@ -116,7 +164,7 @@ def test_a_resumed_run_steps_back_as_one_that_was_not_stopped(at, worse_at, verd
     whole.finish()
 
     judged = len(Record.load(tmp_path).frontier)
-    verdicts(*of(worse_at)[judged:])
+    verdicts(*of(worse_at)[judged - 1 :])  # the size as it began was looked at twice
     resumed = made(prune_share=0.6)
     again = Drive(resumed)
     resumed.check_saved(tmp_path)
@@ -158,7 +206,7 @@ def test_no_module_falls_below_its_least_rank():
     Drive(method).begin().train()
     method.finish()
     assert set(method.record.ranks.values()) == {1}
-    assert [size.ranks for size in method.record.frontier] == [56, 14, 14, 14, 14]
+    assert [size.ranks for size in method.record.frontier] == [56, 56, 14, 14, 14, 14]
     assert len(method.record.rounds) == 1
 
 
@@ -177,7 +225,7 @@ def test_a_score_that_is_gathered_leaves_all_examples_to_the_sizes():
     assert not method._scoring.batches
     drive.train()
     method.finish()
-    assert [size.ranks for size in method.record.frontier] == [56, 39, 27, 19, 19]
+    assert [size.ranks for size in method.record.frontier] == [56, 56, 39, 27, 19, 19]
 
 
 def test_gates_that_are_a_part_of_the_model_are_refused():
@@ -200,7 +248,9 @@ def test_a_run_that_ends_before_the_first_size_says_so():
     drive = Drive(method).begin()
     drive.train(until=3)
     assert method.unfinished().startswith("The adapter was to be shrunk, but no size was judged")
-    with pytest.raises(RuntimeError, match="ended at step 3, before the first size was judged at"):
+    with pytest.raises(
+        RuntimeError, match="ended at step 3, before the first size was judged at step 6"
+    ):
         method.finish()
 
 
@@ -217,7 +267,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_a_sentence():
 def test_going_on_with_sizes_missing_is_refused():
     drive = Drive(made())
     drive.done = 11
-    with pytest.raises(ValueError, match=r"at step 11, before which 2 sizes .*, but 0 were"):
+    with pytest.raises(ValueError, match=r"at step 11, before which 3 sizes .*, but 0 were"):
         drive.begin()
 
 
@@ -242,6 +292,19 @@ def test_it_says_in_a_sentence_how_small_it_became(stays, words, verdicts):
     Drive(method).begin().train()
     method.finish()
     assert re.search(words, in_words(method.record))
+
+
+def test_where_the_loss_falls_all_along_nothing_is_pruned_and_that_is_said(monkeypatch):
+    monkeypatch.setattr(comparison, "still_falls", lambda *_: True)
+    method = made()
+    Drive(method).begin().train()
+    method.finish()
+    assert not method.record.rounds and set(method.record.ranks.values()) == {4}
+    assert re.search(
+        r"r = 4 everywhere is [\d,]+ parameters, and none fewer was tried, since held-out loss "
+        r"still fell at every look; train longer, or put `rounds_at` later",
+        in_words(method.record),
+    )
 
 
 def test_of_other_records_nothing_is_said():

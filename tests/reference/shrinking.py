@@ -23,20 +23,27 @@ def paired_difference(before: list[list[float]], after: list[list[float]]) -> tu
     return difference, math.sqrt(variance)
 
 
-def last_kept(losses: list[list[float]], tolerance: float | None) -> int:
-    """The number of the size that is kept, of sizes tried in order until one is worse.
+def sizes_by_look(losses: list[list[float]], tolerance: float | None) -> list[int]:
+    """The number of the size after each look, from 0 where none was pruned.
+
+    The first look compares with nothing and prunes nothing; the last is only to step back.
 
     Args:
-        losses: Of each size, the losses of examples of one target each.
-        tolerance: By how much one may be worse than the best before; None for a standard error.
+        losses: At each look, the losses of examples of one target each, whatever the size.
+        tolerance: By how much one may be worse or better and count as the same; None for a standard
+            error.
     """
-    best = 0
-    for size in range(1, len(losses)):
-        worse, error = paired_difference(
-            [[loss] for loss in losses[best]], [[loss] for loss in losses[size]]
-        )
-        if worse > (error if tolerance is None else tolerance):
-            return size - 1
-        if sum(losses[size]) < sum(losses[best]):
-            best = size
-    return len(losses) - 1
+    size, lowest, kept, sizes = 0, losses[0], {0}, [0]
+    for look, now in enumerate(losses[1:], start=1):
+        worse, error = paired_difference([[x] for x in lowest], [[x] for x in now])
+        same = error if tolerance is None else tolerance
+        if worse > same and size not in kept:
+            sizes += [size - 1] * (len(losses) - len(sizes))  # for good
+            return sizes
+        kept.add(size)
+        if worse >= -same and look < len(losses) - 1:  # levelled off
+            size += 1
+        sizes.append(size)
+        if sum(now) < sum(lowest):
+            lowest = now
+    return sizes

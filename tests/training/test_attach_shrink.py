@@ -23,15 +23,19 @@ from loralloc.methods.shrink import Shrink
 
 
 def options(**changes) -> AllocationConfig:
-    """Rounds after steps 3, 5 and 7 of 12; the last size is judged after step 9."""
+    """Rounds after steps 3, 5 and 7 of 12; sizes are judged from step 1 to step 9."""
     usual = dict(preset="shrink", rounds_at=(3, 5, 7), scoring_examples=4, judging_examples=4)
     return AllocationConfig(**{**usual, **changes})
 
 
 def worse_at(number, monkeypatch, judged=0):
-    """The verdict of the size of this number, from 0, is that it is worse."""
-    verdicts = iter([place != number for place in range(judged, 9)])
+    """The verdict of the size of this number, from 0, is that it is worse; none waits.
+
+    After so many looks, of which the first two are at the same size.
+    """
+    verdicts = iter([place != number for place in range(max(judged - 1, 0), 9)])
     monkeypatch.setattr(comparison, "is_as_good", lambda *_: next(verdicts))
+    monkeypatch.setattr(comparison, "still_falls", lambda *_: False)
 
 
 @pytest.mark.parametrize("kind", ["causal", "classification", "sft"])
@@ -46,7 +50,7 @@ def test_an_adapter_that_is_there_shrinks_while_it_trains(kind, tmp_path, llama_
     assert isinstance(shrink, Shrink)
     record = shrink.record
     assert [entry.step for entry in record.rounds] == [3, 5, 7]
-    assert [size.step for size in record.frontier] == [3, 5, 7, 9, 12]
+    assert [size.step for size in record.frontier] == [1, 3, 5, 7, 9, 12]
     assert sum(ranks_now(trainer.model).values()) < 0.5 * start
     assert ranks_now(trainer.model) == present(record.ranks)
     assert len(losses(trainer)) == 12
@@ -59,7 +63,7 @@ def test_what_is_saved_after_a_step_back_opens_in_stock_peft(tmp_path, monkeypat
     trainer = causal_trainer(tmp_path)
     shrink = attach(trainer, options(prune_share=0.7))
     trainer.train()
-    assert [size.kept for size in shrink.record.frontier] == [True, True, False, True]
+    assert [size.kept for size in shrink.record.frontier] == [True, True, True, False, True]
     assert [entry.step for entry in shrink.record.rounds] == [3]
     trainer.save_model(tmp_path / "saved")
     assert Record.load(tmp_path / "saved") == shrink.record

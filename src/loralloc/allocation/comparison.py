@@ -13,7 +13,7 @@ from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.objective import Batch, Objective, count_examples
 from loralloc.allocation.record import Size
-from loralloc.allocation.shrinking import Difference, is_as_good, paired_difference
+from loralloc.allocation.shrinking import Difference, is_as_good, paired_difference, still_falls
 from loralloc.allocation.supervised import IGNORED
 
 
@@ -65,6 +65,7 @@ class Comparison:
             worse_by=difference.mean,
             standard_error=difference.standard_error,
             kept=stays or is_as_good(difference, self._tolerance),
+            falling=still_falls(difference, self._tolerance),
         )
 
 

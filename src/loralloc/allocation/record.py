@@ -115,6 +115,10 @@ class Size:
     kept: bool
     """Whether it was as good as it had to be; else the size before came back."""
 
+    falling: bool = False
+    """Whether its loss was better by more than what counts as no difference: it still learns, and
+    no rank goes before the next look."""
+
 
 @dataclass(kw_only=True)
 class Record:

@@ -69,8 +69,23 @@ def is_as_good(difference: Difference, tolerance: float | None) -> bool:
         difference: From the best size to it.
         tolerance: By how much it may be worse; None for one standard error.
     """
-    allowed = difference.standard_error if tolerance is None else tolerance
-    return difference.mean <= allowed
+    return difference.mean <= _allowed(difference, tolerance)
+
+
+def still_falls(difference: Difference, tolerance: float | None) -> bool:
+    """Whether the loss has yet to level off, so that a smaller size would be compared too early.
+
+    While training lowers the loss, it hides what a prune costs.
+
+    Args:
+        difference: From the lowest loss before to the one now.
+        tolerance: What counts as no difference; None for one standard error.
+    """
+    return difference.mean < -_allowed(difference, tolerance)
+
+
+def _allowed(difference: Difference, tolerance: float | None) -> float:
+    return difference.standard_error if tolerance is None else tolerance
 
 
 def num_to_prune(num_ranks: int, share: float) -> int:
@@ -168,6 +183,20 @@ def spread_sizes(num_rounds: int, max_steps: int) -> tuple[int, ...]:
     return (first, *(first + k * room // gaps for k in range(1, gaps + 1)))
 
 
+def first_look(rounds: tuple[int, ...]) -> int | None:
+    """The step after which the first size is looked at, to tell at the first round if it levelled.
+
+    As long before the first round as the next is after it, but no earlier than half-way to it; None
+    where the first round comes after the first step.
+
+    Args:
+        rounds: Steps of the rounds, ascending.
+    """
+    first = rounds[0]
+    gap = rounds[1] - first if len(rounds) > 1 else first
+    return max(first - gap, first // 2) or None
+
+
 def last_look(rounds: tuple[int, ...], max_steps: int) -> int:
     """The step after which the last size is judged.
 
@@ -204,7 +233,12 @@ def in_words(record: Record) -> str:
     best = min(size.loss for size in sizes)
     loss = f"held-out loss {last.loss:.4f}, at best {best:.4f}"
     worse = next((size for size in sizes if not size.kept), None)
-    if last.parameters == first.parameters:
+    if last.parameters == first.parameters and all(size.kept for size in sizes):
+        found = (
+            f"{began} is {first.parameters:,} parameters, and none fewer was tried, since held-out "
+            "loss still fell at every look; train longer, or put `rounds_at` later"
+        )
+    elif last.parameters == first.parameters:
         found = f"{began} is {first.parameters:,} parameters, and none fewer did as well here"
     elif record.config.get("target_parameters") is not None:
         found = f"{began} was {first.parameters:,} parameters; {last.parameters:,} are left"

@@ -2,8 +2,9 @@
 
 Ours. LoRA trains with the same rank everywhere; then a share of the ranks goes in every round,
 those of lowest importance (eq. 6 of Liu et al. 2024), and nobody receives. Before each round the
-size that is there is judged on held-out examples, pair by pair with the best size before. One that
-is worse is given up for the one before, as it was then, and the rest of the run trains that.
+size that is there is judged on held-out examples, pair by pair with the lowest loss before. One
+that is worse is given up for the one before, as it was then, and the rest of the run trains that.
+One that is better still learns: its round passes, since a smaller size would only seem as good.
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ from loralloc.allocation.comparison import (
 from loralloc.allocation.layers import lora_layers, ranks
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.presets import check_read
-from loralloc.allocation.record import Record
+from loralloc.allocation.record import Record, Size
 from loralloc.allocation.resize import resize
 from loralloc.allocation.shrinking import (
+    first_look,
     last_look,
     num_to_prune,
     place_sizes,
@@ -57,9 +59,9 @@ class Shrink(Alora):
         settings="ours",
         learning_rate=5e-4,
         rate_from="LoRA's, which it is between rounds",
-        differs="ALoRA's importance is used to prune only, for as long as held-out loss, compared "
-        "example by example, is not worse than at the best size before; then the size before comes "
-        "back. How many parameters it ends with is what it finds.",
+        differs="ALoRA's importance is used to prune only, once held-out loss has levelled off and "
+        "for as long as it, compared example by example, is not worse than the lowest before; then "
+        "the size before comes back. How many parameters it ends with is what it finds.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {}
@@ -108,7 +110,12 @@ class Shrink(Alora):
             config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
         )
         rounds = self._schedule.steps
-        self.steps = [*rounds, last_look(rounds, length.num_steps)]
+        before = first_look(rounds) if config.target_parameters is None else None
+        self.steps = [
+            *([before] if before else []),
+            *rounds,
+            last_look(rounds, length.num_steps),
+        ]
         return Wants(held_out=self._num_scoring + config.judging_examples, seed=config.seed)
 
     def join(self, session: Session) -> None:
@@ -143,14 +150,17 @@ class Shrink(Alora):
             )
 
     def after_step(self, number: int, epoch: float) -> bool:
-        """See `Method.after_step`: judge the size there is, then prune, or step back."""
+        """See `Method.after_step`: judge the size there is, then prune, wait, or step back."""
         if number not in self.steps or self.is_over:
             return False
-        if not self._judge(number):
+        size = self._judge(number)
+        if not size.kept:
             self._step_back()
             return True
-        if number == self.steps[-1]:
-            self._snapshot = None
+        self._snapshot = None
+        assert self._schedule is not None, "a run calls wants()"
+        waits = size.falling and self.allocation.target_parameters is None
+        if number not in self._schedule.steps or waits:
             return False
         return self._prune(number, epoch)
 
@@ -173,7 +183,7 @@ class Shrink(Alora):
                 f"Training ended at step {step}, before the first size was judged at step "
                 f"{self.steps[0]}: the adapter is LoRA as it began; train longer."
             )
-        if not self._judge(step, at_the_end=was_over):
+        if not self._judge(step, at_the_end=was_over).kept:
             self._step_back()
 
     def unfinished(self) -> str:
@@ -250,15 +260,19 @@ class Shrink(Alora):
             record=record,
         )
 
-    def _judge(self, step: int, *, at_the_end: bool = False) -> bool:
-        """Enter the size into the frontier; whether it stays.
+    def _judge(self, step: int, *, at_the_end: bool = False) -> Size:
+        """Enter the size into the frontier, and say how it did.
+
+        One that was kept before, and waited, stays.
 
         Args:
             step: Optimiser steps so far.
             at_the_end: Whether it stays whatever its loss.
         """
         assert self._comparison is not None and self._session is not None, "a run calls join()"
-        stays = at_the_end or self.allocation.target_parameters is not None
+        parameters = num_parameters(self.model, self.adapter_name)
+        waited = any(size.parameters == parameters for size in self.record.frontier)
+        stays = waited or at_the_end or self.allocation.target_parameters is not None
         size = self._comparison.size_now(step=step, stays=stays)
         self.record.frontier.append(size)
         self._session.log(
@@ -268,7 +282,7 @@ class Shrink(Alora):
                 "parameters": size.parameters,
             }
         )
-        return size.kept
+        return size
 
     def _prune(self, number: int, epoch: float) -> bool:
         """A round, if a rank can go; whether one did. What to step back to is kept before."""
@@ -300,9 +314,7 @@ class Shrink(Alora):
 
     def _step_back(self) -> None:
         """Bring the size before back; the round that took it away leaves the record."""
-        assert self._session is not None, "a run calls join()"
-        if self._snapshot is None:  # nothing was pruned yet
-            return
+        assert self._session is not None and self._snapshot is not None, "a round was taken"
         self._snapshot.restore(self.model, self._session.optimizer)
         self._snapshot = None
         self.record.rounds.pop()
@@ -312,6 +324,8 @@ class Shrink(Alora):
         """The ranks of the size before, where a resumed run may have to come back to it."""
         steps_back = self.allocation.target_parameters is None and not self._ended(record)
         if not steps_back or not record.rounds:
+            return {}
+        if record.frontier[-1].step > record.rounds[-1].step:  # it was kept, and waits
             return {}
         before, now = record.rounds[-1].ranks_before, self._ranks()
         return {name: rank for name, rank in before.items() if rank or name in now}
