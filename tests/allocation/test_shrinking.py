@@ -162,14 +162,14 @@ def test_sizes_are_tried_in_order_within_the_run(num_rounds, max_steps):
     assert places == sorted(set(places)) and places[0] >= 1 and look <= max_steps
     if max_steps >= 100:
         assert len(rounds) == num_rounds
-        assert rounds[0] >= 0.3 * max_steps - 1 and look <= 0.91 * max_steps
+        assert rounds[0] >= 0.5 * max_steps - 1 and look <= 0.93 * max_steps
 
 
 @pytest.mark.parametrize(
     ("options", "max_steps", "steps", "note"),
     [
-        ({"num_rounds": 3}, 100, (30, 55, 80), ""),
-        ({"num_rounds": 8}, 20, (6, 11, 16), "the run has 20 steps, in which 3 of 8 rounds"),
+        ({"num_rounds": 3}, 100, (50, 67, 85), ""),
+        ({"num_rounds": 8}, 20, (10, 17), "the run has 20 steps, in which 2 of 8 rounds"),
         ({"rounds_at": (0.5, 0.6)}, 10, (5, 6), ""),
     ],
 )

@@ -177,8 +177,8 @@ class AllocationConfig:
     presets` says which options each reads; the others are refused."""
 
     tolerance: float | None = None
-    """By how much held-out loss may be worse than at the best size before, with "shrink": in the
-    loss's units, a target; from 0. None for one standard error of the paired difference."""
+    """What counts as no difference in held-out loss, with "shrink": in the loss's units, a target;
+    from 0. None for one standard error of the paired difference."""
 
     target_parameters: int | None = None
     """Parameters to shrink to, whatever the loss, in the place of `tolerance`; at least 1."""

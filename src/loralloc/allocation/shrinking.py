@@ -16,9 +16,10 @@ from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
 from loralloc.allocation.policy import Limits, Plan, Scores, choose_pruned
 from loralloc.allocation.record import Record
 
-FIRST, LAST = 0.3, 0.8
-"""Shares of a run between which sizes are tried. Chosen, not measured: before, training lowers the
-loss faster than pruning raises it; after, what is left needs the time to recover."""
+FIRST, LAST = 0.5, 0.85
+"""Shares of a run between which sizes are tried. Before, a loss that stands still may only not have
+begun to fall (as that of QNLI does for a third of a run of 300 steps); after, what is left needs the
+time to recover."""
 
 MIN_GAP = 4
 """Fewest steps between two sizes, where the places are not given."""
