@@ -73,6 +73,9 @@ class Setting:
     dtype: str = "float32"
     """Of the backbone; the adapter is in float32."""
 
+    judging: int = 256
+    """Development rows that sizes are compared on."""
+
     rates: tuple[float, ...] = (5e-4, 1e-3, 2e-3)
     """Learning rates of every arm: LoRA's best is larger where there are few ranks."""
 
@@ -85,13 +88,15 @@ SETTINGS = {
         test={"decode": "greedy", "max_new_tokens": 1},
         rows={"train": 800, "validation": 150, "test": 200},
         dtype="bfloat16",
+        judging=64,
         rates=(1e-3, 2e-3),
     ),
     "sst2": Setting(backbone="minilm-l6", steps=500, batch=16, test={}),
     "qnli": Setting(backbone="minilm-l6", steps=300, batch=16, test={}),
 }
 """By task. Of E2E only the cross-entropy is read, so what is written are single tokens; it is one
-pass over 800 rows, with the backbone in half precision, for want of a faster machine."""
+pass over 800 rows, with the backbone in half precision, for want of a faster machine. A row of E2E
+has some thirty targets."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,6 +226,8 @@ def cell(
     elif arm == "random" and size != RANK * of_a_rank:
         more = {"allocation.score": "random", "allocation.target_parameters": size}
     method = {"lora-8": "lora", "random": "shrink" if more else "lora"}.get(arm, arm)
+    if method == "shrink":
+        more["allocation.judging_examples"] = setting.judging
     options = {
         "task": task,
         "dataset_name": rows,
