@@ -5,11 +5,12 @@ from crossed import crossed
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loralloc.allocation.allocator import Allocator, ScoringError
-from loralloc.allocation.config import AllocationConfig, Schedule
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.importance import gradient
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.policy import Scores
 from loralloc.allocation.record import Record
+from loralloc.allocation.schedule import Schedule
 
 SCORES = ["gradient", "screened", "ablation", "shapley"]
 every_score = pytest.mark.parametrize("score", SCORES)

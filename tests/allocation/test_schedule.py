@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loralloc.allocation.config import MIN_GAP, AllocationConfig, place_rounds, steps_per_epoch
+from loralloc.allocation.config import AllocationConfig
+from loralloc.allocation.schedule import MIN_GAP, place_rounds, steps_per_epoch
 
 
 def placed(*, per_epoch, max_steps, **options):

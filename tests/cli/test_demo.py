@@ -120,7 +120,7 @@ def test_timing_leaves_no_gradient_no_mode_and_no_random_number(short_demo, tmp_
 
 @pytest.mark.parametrize("steps", [demo.MOST_STEPS, demo.FEWEST_STEPS])
 def test_new_ranks_have_time_to_learn_before_the_next_round(steps):
-    from loralloc.allocation.config import place_rounds
+    from loralloc.allocation.schedule import place_rounds
     from loralloc.runs.settings import resolve
 
     allocation = resolve(demo.OPTIONS).allocation

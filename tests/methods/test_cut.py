@@ -12,8 +12,9 @@ from session import BUILDS, Drive, logits, prepared
 
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_ab
 from loralloc.allocation.policy import Scores
+from loralloc.allocation.singular import singular_form
 from loralloc.methods.prune import Prune, keep_what_fits
-from loralloc.methods.truncate import Truncate, singular_form
+from loralloc.methods.truncate import Truncate
 
 KINDS = [Prune, Truncate]
 

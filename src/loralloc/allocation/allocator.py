@@ -19,7 +19,7 @@ from loralloc.allocation.choices import (
     policy_of,
     tracker_of,
 )
-from loralloc.allocation.config import AllocationConfig, Schedule
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.importance import unexplained
 from loralloc.allocation.importance.unexplained import Unexplained
 from loralloc.allocation.layers import (
@@ -51,6 +51,7 @@ from loralloc.allocation.refusals import (
     refused,
 )
 from loralloc.allocation.resize import resize
+from loralloc.allocation.schedule import Schedule
 from loralloc.allocation.worth import num_known
 
 

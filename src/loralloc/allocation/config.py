@@ -1,4 +1,4 @@
-"""The options of an allocation, and the steps that its rounds come to."""
+"""The options of an allocation."""
 
 from __future__ import annotations
 
@@ -57,15 +57,6 @@ NEW_ROWS = ("kaiming", "gradient")
 
 NEW_STATES = ("zero", "survivors")
 """What a new rank's part of the optimiser's state can begin with."""
-
-
-FIRST, LAST = 0.1, 0.6
-"""Shares of a run between which rounds are spread where it is too short for the paper's places: the
-adapter has learned something before it is measured, and new ranks have time to learn after."""
-
-MIN_GAP = 4
-"""Fewest steps between two rounds that are spread. Chosen, not measured: a new rank's column of B
-begins at zero, where its importance is zero too, so that a round right after would take it away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +174,11 @@ class AllocationConfig:
     target_parameters: int | None = None
     """Parameters to shrink to, whatever the loss, in the place of `tolerance`; at least 1."""
 
+    prune_by: str = "singular-values"
+    """What "shrink" prunes by: "singular-values", for which every module takes its singular form
+    before a round, in which it computes the same and the ranks share nothing, or "scores", for the
+    ranks as they are trained by `score`."""
+
     prune_share: float = 0.3
     """Share of the ranks that a round of "shrink" prunes; between 0 and 1. Chosen, not measured: 8
     rounds leave a seventeenth."""
@@ -240,6 +236,7 @@ class AllocationConfig:
 
     def _check_shrinking(self) -> None:
         _one_of("preset", self.preset, ("paper", "shrink"))
+        _one_of("prune_by", self.prune_by, ("singular-values", "scores"))
         _at_least("judging_examples", self.judging_examples, 2)
         if not (_is_positive(self.prune_share) and self.prune_share < 1):
             raise ValueError(
@@ -297,104 +294,3 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...], more: str = "") 
         raise ValueError(
             f"`{name}` is {value!r}; use one of {choices} {more}".rstrip() + f".{hint}"
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Where the rounds of a run take place."""
-
-    steps: tuple[int, ...]
-    """Optimiser steps after which a round takes place, ascending."""
-
-    note: str = ""
-    """What was done otherwise than the options say, and why; empty where nothing was."""
-
-
-def steps_per_epoch(
-    num_examples: int, *, batch_size: int, accumulation_steps: int = 1, num_processes: int = 1
-) -> int:
-    """Optimiser steps of one epoch, counted as `transformers.Trainer` counts them."""
-    num_batches = math.ceil(num_examples / (batch_size * num_processes))
-    return max(math.ceil(num_batches / accumulation_steps), 1)
-
-
-def place_rounds(config: AllocationConfig, *, steps_per_epoch: int, max_steps: int) -> Schedule:
-    """Choose the steps of all rounds.
-
-    Round k of N_A comes after K1 + (k - 1) K2 epochs (Liu et al. 2024, Algorithm 1), if all of them
-    then come before the last step, where the ranks that a round gives can still train, and no two
-    on one step. In a shorter run up to N_A rounds ("at most" is the paper's own word) are spread
-    evenly from 10% to 60% of its steps. Places given by `rounds_at` are never moved.
-
-    Args:
-        config: Its `num_rounds`, `warmup_epochs`, `recovery_epochs` and `rounds_at` are read.
-        steps_per_epoch: Optimiser steps of one epoch.
-        max_steps: Optimiser steps of the whole run.
-
-    Raises:
-        ValueError: The run has no step before its last one, or a place of `rounds_at` does not fit.
-    """
-    if max_steps < 2:
-        raise ValueError(
-            f"The run has {max_steps} step, and a round of allocation takes place before the last "
-            "one; train for 2 steps or more."
-        )
-    if config.rounds_at is not None:
-        return Schedule(steps=_given(config.rounds_at, max_steps))
-    epochs = [config.warmup_epochs + config.recovery_epochs * k for k in range(config.num_rounds)]
-    steps = tuple(max(1, round(epoch * steps_per_epoch)) for epoch in epochs)
-    if steps[-1] >= max_steps:
-        need = (
-            f"{_rounds(len(steps))} more than {epochs[-1]:g} epochs and the run has "
-            f"{max_steps / steps_per_epoch:.3g}"
-        )
-    elif len(set(steps)) < len(steps):
-        need = (
-            f"{_rounds(len(steps))} a step each and {config.recovery_epochs:g} epochs of "
-            f"{steps_per_epoch} steps are less than one"
-        )
-    else:
-        return Schedule(steps=steps)
-    spread = _spread(config.num_rounds, max_steps)
-    return Schedule(steps=spread, note=f"{need}: {_where(spread, config.num_rounds)}")
-
-
-def _spread(num_rounds: int, max_steps: int) -> tuple[int, ...]:
-    """Steps of as many rounds as fit, evenly from the first place to the last."""
-    first = max(1, round(FIRST * max_steps))
-    room = max(0, math.floor(LAST * max_steps) - first)
-    gaps = min(num_rounds - 1, room // MIN_GAP)
-    # Rounded down, so that no gap is shorter than the room for it.
-    return (first, *(first + k * room // gaps for k in range(1, gaps + 1)))
-
-
-def _given(places: tuple[int | float, ...], max_steps: int) -> tuple[int, ...]:
-    """Places as steps, each where it was put."""
-    steps = tuple(
-        place if isinstance(place, int) else max(1, round(place * max_steps)) for place in places
-    )
-    if steps[-1] >= max_steps:
-        raise ValueError(
-            f"`rounds_at` ends with {places[-1]}, which is step {steps[-1]}, but the run has "
-            f"{max_steps} steps, and a round comes before the last one; name an earlier place or "
-            "train for longer."
-        )
-    for place, step, after, next_step in zip(places, steps, places[1:], steps[1:], strict=False):
-        if step == next_step:
-            raise ValueError(
-                f"`rounds_at` has the places {place} and {after}, which are both step {step} of "
-                f"{max_steps}; leave out one of the two."
-            )
-    return steps
-
-
-def _rounds(count: int) -> str:
-    return "1 round needs" if count == 1 else f"{count} rounds need"
-
-
-def _where(steps: tuple[int, ...], wanted: int) -> str:
-    """Where the rounds are, and whether any is missing."""
-    if len(steps) == 1:
-        return f"{'it' if wanted == 1 else 'one'} takes place after step {steps[0]}"
-    who = "they are" if len(steps) == wanted else f"{len(steps)} of them are"
-    return f"{who} spread over steps {steps[0]} to {steps[-1]}"

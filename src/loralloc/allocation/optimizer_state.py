@@ -100,7 +100,7 @@ def check_optimizer(
         for param in sorted(tried, key=Tensor.numel, reverse=True):  # of true shapes first
             _judge(bare, param, tried[param])
         kept = list(tried.values())
-    if new_state == "survivors" and not any(_by_gradient(bare, state) for state in kept):
+    if new_state == "survivors" and not any(by_gradient(bare, state) for state in kept):
         raise _nothing_handed_on(bare)
     for key, why in NOT_BY_RATE.items() if rank_lr_power else ():
         if any(isinstance(state.get(key), Tensor) for state in kept):
@@ -133,7 +133,7 @@ def check_state(optimizer: Optimizer, weights: Weights, *, new_state: str = "zer
                 )
             state = optimizer.state.get(weight, {})
             _judge(optimizer, weight, state)
-            if new_state == "survivors" and state and not _by_gradient(optimizer, state):
+            if new_state == "survivors" and state and not by_gradient(optimizer, state):
                 raise _nothing_handed_on(optimizer)
 
 
@@ -189,14 +189,14 @@ def swap(
                 return
             group["params"][slot] = new
             if state is not None:
-                handed_on = _by_gradient(optimizer, state) if new_state == "survivors" else {}
+                handed_on = by_gradient(optimizer, state) if new_state == "survivors" else {}
                 optimizer.state[new] = _carried(
                     state, group, kept, added, dim, experts, handed_on, gradient
                 )
             return
 
 
-def _by_gradient(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, int]:
+def by_gradient(optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, int]:
     """The keys of a parameter's state that decide how large an update is, as `BY_GRADIENT`."""
     known = dict(BY_GRADIENT)
     if "state2" not in state and getattr(optimizer, "optimizer_name", "") in ONE_STATE:
@@ -223,8 +223,8 @@ def _carried(
     for key, value in state.items():
         if key not in BY_ELEMENT or value is None:
             continue
-        in_blocks = _blocks(key, state)
-        flat = _dequantised(*in_blocks) if in_blocks else value
+        in_blocks = byte_blocks(key, state)
+        flat = dequantised(*in_blocks) if in_blocks else value
         whole, at = ranked(flat, experts, dim=dim)
         shape = list(whole.shape)
         shape[at] = added
@@ -240,19 +240,19 @@ def _carried(
         if experts > 1:
             resized = resized.flatten(dim, dim + 1)
         if in_blocks:
-            carried[key], carried[QUANTISED[key][1]] = _quantised(resized, in_blocks[1])
+            carried[key], carried[QUANTISED[key][1]] = quantised(resized, in_blocks[1])
         else:
             carried[key] = resized
     return carried
 
 
-def _dequantised(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
+def dequantised(codes: Tensor, qmap: Tensor, absmax: Tensor) -> Tensor:
     """Values in float32 of state in 8 bits, of the same shape."""
     values = qmap[codes.flatten().long()].float()
     return (values * absmax.repeat_interleave(BLOCK)[: len(values)]).view(codes.shape)
 
 
-def _quantised(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
+def quantised(values: Tensor, qmap: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest codes of values, of the same shape, and the largest magnitude of each block."""
     flat = values.flatten()
     blocks = nn.functional.pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
@@ -272,7 +272,7 @@ def _check_keys(optimizer: Optimizer, state: Mapping[Any, Any]) -> None:
 
 def _judge(optimizer: Optimizer, param: Tensor, state: Mapping[str, Any]) -> None:
     """Refuse state of a parameter that cannot follow a change of its rank."""
-    in_blocks = [key for key in QUANTISED if key in state and _blocks(key, state)]
+    in_blocks = [key for key in QUANTISED if key in state and byte_blocks(key, state)]
     beside = [name for key in in_blocks for name in QUANTISED[key]]
     for key, value in state.items():
         if value is None or key in beside:
@@ -292,7 +292,7 @@ def _judge(optimizer: Optimizer, param: Tensor, state: Mapping[str, Any]) -> Non
             raise _unknown(optimizer, f"`{key}` as {value.dtype}")
 
 
-def _blocks(key: str, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
+def byte_blocks(key: str, state: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor] | None:
     """The codes, values and magnitudes of state that is in 8 bits; None of any other."""
     qmap_name, absmax_name = QUANTISED.get(key, ("", ""))
     codes, qmap, absmax = state[key], state.get(qmap_name), state.get(absmax_name)

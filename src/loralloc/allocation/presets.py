@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from loralloc.allocation.config import AllocationConfig
 
-SHRINK_ONLY = ("tolerance", "target_parameters", "prune_share", "judging_examples")
+SHRINK_ONLY = ("tolerance", "target_parameters", "prune_by", "prune_share", "judging_examples")
 """Options that nothing but "shrink" reads."""
 
 SHRINK = (

@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.policy import Limits, Plan, Scores, choose_pruned
 from loralloc.allocation.record import Record
+from loralloc.allocation.schedule import Schedule, place_rounds
 
 FIRST, LAST = 0.5, 0.85
 """Shares of a run between which sizes are tried. Before, a loss that stands still may only not have
-begun to fall (as that of QNLI does for a third of a run of 300 steps); after, what is left needs the
-time to recover."""
+begun to fall (as that of QNLI does for a third of a run of 300 steps); after, what is left needs
+the time to recover."""
 
 MIN_GAP = 4
 """Fewest steps between two sizes, where the places are not given."""

@@ -15,10 +15,11 @@ import torch
 from loralloc.allocation import replicas
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
-from loralloc.allocation.config import AllocationConfig, Schedule, place_rounds
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.module_names import by_kind
 from loralloc.allocation.presets import check_read
 from loralloc.allocation.record import FILE_NAME, Record, Round
+from loralloc.allocation.schedule import Schedule, place_rounds
 from loralloc.methods.lora import Lora
 from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
 from loralloc.methods.restore import (
@@ -268,7 +269,7 @@ class Alora(Lora):
     def load_state(self, state: Any) -> None:
         """See `Method.load_state`."""
         if self.needs_state():
-            self.allocator.load_state(state["gathered"])
+            self.allocator.load_state(state.get("gathered", {}))
 
     @property
     def _has_rounds_ahead(self) -> bool:

@@ -1,7 +1,8 @@
 """The smallest adapter that loses nothing: pruning by AB-LoRA for as long as held-out loss allows.
 
-Ours. LoRA trains with the same rank everywhere; then a share of the ranks goes in every round,
-those of lowest importance (eq. 6 of Liu et al. 2024), and nobody receives. Before each round the
+Ours. LoRA trains with the same rank everywhere; then every module takes its singular form, a share
+of the ranks goes in every round, those of the smallest singular values of all modules, and nobody
+receives. Before each round the
 size that is there is judged on held-out examples, pair by pair with the lowest loss before. One
 that is worse is given up for the one before, as it was then, and the rest of the run trains that.
 One that is better still learns: its round passes, since a smaller size would only seem as good.
@@ -25,6 +26,7 @@ from loralloc.allocation.comparison import (
     divide,
     num_parameters,
 )
+from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, ranks
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.presets import check_read
@@ -38,9 +40,13 @@ from loralloc.allocation.shrinking import (
     prune,
     share_towards,
 )
+from loralloc.allocation.singular import take_singular_form
 from loralloc.allocation.snapshot import Snapshot
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import About, Length, Session, Wants
+
+SINGULAR = "norm"
+"""The score of ranks in singular form: there |s B_i| |A_i| is the singular value."""
 
 
 @dataclass(kw_only=True)
@@ -53,15 +59,16 @@ class Shrink(Alora):
     about: ClassVar[About] = About(
         name="shrink",
         title="Shrink",
-        paper="no paper: by the importance of Liu et al. 2024",
+        paper="no paper of its own",
         status="ours",
         initialisation="published",
         settings="ours",
         learning_rate=5e-4,
         rate_from="LoRA's, which it is between rounds",
-        differs="ALoRA's importance is used to prune only, once held-out loss has levelled off and "
-        "for as long as it, compared example by example, is not worse than the lowest before; then "
-        "the size before comes back. How many parameters it ends with is what it finds.",
+        differs="Prunes only: the smallest singular values of all modules, or by ALoRA's "
+        "importance of ranks as they are, once held-out loss has levelled off and for as long as "
+        "it, compared example by example, is not worse than the lowest before; then the size "
+        "before comes back. How many parameters it ends with is what it finds.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {}
@@ -77,9 +84,20 @@ class Shrink(Alora):
     )
 
     def __post_init__(self) -> None:
-        """Take the preset, and refuse what it does not read."""
+        """Take the preset, and refuse what it does not read.
+
+        Raises:
+            ValueError: An option is for moving ranks, or a score for pruning by scores.
+        """
         self.allocation = dataclasses.replace(self.allocation, preset="shrink")
         check_read(self.allocation)
+        if self.allocation.prune_by == "singular-values":
+            if self.allocation.score not in (AllocationConfig.score, SINGULAR):
+                raise ValueError(
+                    f"`score` is {self.allocation.score!r}, which is read where shrinking prunes "
+                    'by it; add `prune_by` "scores", or leave it out.'
+                )
+            self.allocation = dataclasses.replace(self.allocation, score=SINGULAR)
 
     @property
     def is_over(self) -> bool:
@@ -290,6 +308,8 @@ class Shrink(Alora):
         count = self._num_to_prune(rounds_left=len(self.steps) - 1 - self.steps.index(number))
         if not count:
             return False
+        if self.allocation.prune_by == "singular-values":
+            take_singular_form(self.model, self._session.optimizer, adapter_name=self.adapter_name)
         if self.allocation.target_parameters is None:
             self._snapshot = Snapshot.take(
                 self.model, self._session.optimizer, adapter_name=self.adapter_name

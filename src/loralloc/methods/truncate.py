@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from loralloc.allocation.layers import lora_layers, rank_cost, weights_ab
 from loralloc.allocation.policy import Plan
 from loralloc.allocation.resize import resize
+from loralloc.allocation.singular import singular_form
 from loralloc.methods.cut import CutLora
 from loralloc.methods.gated import keep_highest
 from loralloc.methods.method import About
@@ -87,23 +86,3 @@ class Truncate(CutLora):
         resize(self.model, plan, optimizer=optimizer)
         left = weights_ab(lora_layers(self.model)).values()
         train_what_is_left(optimizer, self.model, anew=[w for pair in left for w in pair])
-
-
-def singular_form(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """B and A of the same product with orthogonal columns and rows, the largest part first.
-
-    Args:
-        b: Shape (out_features, num_ranks).
-        a: Shape (num_ranks, in_features).
-
-    Returns:
-        U sqrt(S), sqrt(S) V^T and S, shape (num_ranks,), where B A = U S V^T; in float32.
-    """
-    # The product itself is never made: it has as many elements as the weight.
-    q_b, r_b = torch.linalg.qr(b.float())
-    q_a, r_a = torch.linalg.qr(a.float().T)
-    u, s, vt = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    root = s.sqrt()
-    more = b.shape[1] - len(s)  # of a module that is narrower than its rank
-    new_b, new_a = q_b @ u * root, root[:, None] * (vt @ q_a.T)
-    return F.pad(new_b, (0, more)), F.pad(new_a, (0, 0, 0, more)), F.pad(s, (0, more))

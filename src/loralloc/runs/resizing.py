@@ -22,8 +22,8 @@ from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Plan
 from loralloc.allocation.refusals import ScoringError
 from loralloc.allocation.resize import resize
+from loralloc.allocation.singular import singular_form
 from loralloc.methods.gated import keep_highest
-from loralloc.methods.truncate import singular_form
 from loralloc.runs.exporting import linear_shapes
 from loralloc.runs.folder import CHAT_TEMPLATE, CONVERSATION, LABELS, SETTINGS, TOKENIZER
 from loralloc.runs.run import prepare

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import Sampler, Subset
 from transformers import Trainer
 
-from loralloc.allocation.config import steps_per_epoch
 from loralloc.allocation.objective import Batch
+from loralloc.allocation.schedule import steps_per_epoch
 
 
 def second_half(
