@@ -1,9 +1,11 @@
 """A method driven by hand, as a run drives it, on tiny models and without a trainer."""
 
+import numpy as np
 import tiny
 import torch
 from peft import TaskType
 
+from loralloc.allocation.layers import lora_layers, weights_ab
 from loralloc.allocation.objective import Objective
 from loralloc.methods.method import Length, Method, Session
 
@@ -33,6 +35,16 @@ def learnable(model):
     return tiny.batch_for(model, num_examples=8, seed=5), tiny.batch_for(
         model, num_examples=8, seed=6
     )
+
+
+def products(method) -> dict[str, np.ndarray]:
+    """s B A of every module."""
+    layers = lora_layers(method.model)
+    scale = next(iter(layers.values())).scaling["default"]
+    return {
+        name: scale * (b @ a).detach().double().numpy()
+        for name, (a, b) in weights_ab(layers).items()
+    }
 
 
 class Drive:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference import gated as slow
 from reference.truncated import singular_values, truncated
-from session import BUILDS, Drive, logits, prepared
+from session import BUILDS, Drive, logits, prepared, products
 
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_ab
 from loralloc.allocation.policy import Scores
@@ -21,16 +21,6 @@ KINDS = [Prune, Truncate]
 
 def made(kind, shape="llama", **options):
     return prepared(kind(rank=3, **options), BUILDS[shape]())
-
-
-def products(method) -> dict[str, np.ndarray]:
-    """s B A of every module."""
-    layers = lora_layers(method.model)
-    scale = next(iter(layers.values())).scaling["default"]
-    return {
-        name: scale * (b @ a).detach().double().numpy()
-        for name, (a, b) in weights_ab(layers).items()
-    }
 
 
 @pytest.mark.parametrize("kind", KINDS)

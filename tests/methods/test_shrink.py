@@ -4,19 +4,23 @@ import copy
 import itertools
 import re
 
+import numpy as np
 import pytest
 import session
 import tiny
 import torch
 from crossed import crossed
 from reference.shrinking import sizes_by_look
-from session import Drive, prepared
+from reference.truncated import singular_values, truncated
+from session import Drive, prepared, products
 
 from loralloc.allocation import comparison
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
+from loralloc.allocation.singular import take_singular_form
+from loralloc.methods import shrink
 from loralloc.methods.shrink import Shrink
 
 FIRST_LOOK = 6
@@ -211,7 +215,7 @@ def test_no_module_falls_below_its_least_rank():
 
 
 def test_ranks_and_sizes_are_measured_on_different_examples():
-    method = made()
+    method = made(prune_by="scores")
     drive = Drive(method)
     scored = [id(batch) for batch in method._scoring.batches]
     judged = [id(batch) for batch in method._comparison._objective.batches]
@@ -220,7 +224,7 @@ def test_ranks_and_sizes_are_measured_on_different_examples():
 
 
 def test_a_score_that_is_gathered_leaves_all_examples_to_the_sizes():
-    method = made(score="sensitivity")
+    method = made(score="sensitivity", prune_by="scores")
     drive = Drive(method).begin()
     assert not method._scoring.batches
     drive.train()
@@ -228,9 +232,33 @@ def test_a_score_that_is_gathered_leaves_all_examples_to_the_sizes():
     assert [size.ranks for size in method.record.frontier] == [56, 56, 39, 27, 19, 19]
 
 
+@pytest.mark.parametrize("score", ["ablation", "random"])
+def test_a_score_is_refused_where_singular_values_decide(score):
+    with pytest.raises(ValueError, match=f"`score` is '{score}', which is read where shrinking"):
+        Shrink(allocation=AllocationConfig(score=score))
+
+
+def test_the_smallest_singular_values_of_all_modules_go_and_nothing_else_changes(monkeypatch):
+    method = made(prune_share=0.5, rounds_at=(8,))
+    drive, before = Drive(method).begin(), {}
+    monkeypatch.setattr(
+        shrink,
+        "take_singular_form",
+        lambda *of, **more: (before.update(products(method)), take_singular_form(*of, **more)),
+    )
+    drive.train(until=8)
+    pool = sorted(value for product in before.values() for value in singular_values(product)[:4])
+    for name, product in products(method).items():
+        kept = int(lora_layers(method.model)[name].r["default"])
+        np.testing.assert_allclose(product, truncated(before[name], kept), atol=1e-5)
+        values = singular_values(before[name])[:4]
+        assert kept == sum(value >= pool[28] - 1e-7 for value in values)
+    assert sum(method.record.ranks.values()) == 28
+
+
 def test_gates_that_are_a_part_of_the_model_are_refused():
     with pytest.raises(ValueError, match="'architecture', whose gates are a part of the model"):
-        Drive(made(score="architecture"))
+        Drive(made(score="architecture", prune_by="scores"))
 
 
 def test_a_run_that_ends_early_is_judged_where_it_ends(verdicts):
