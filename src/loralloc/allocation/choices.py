@@ -118,8 +118,8 @@ def policy_of(config: AllocationConfig) -> Policy:
     """
     if config.preset == "shrink" and config.policy == "paper":
         raise ValueError(
-            '`preset` is "shrink", which judges every size and steps back, and a round by itself '
-            "does neither; call attach(), or use `--method shrink`."
+            '`preset` is "shrink", which judges every size, and a round by itself '
+            "does not; call attach(), or use `--method shrink`."
         )
     name = named.name_of(config.policy)
     found: Policy = named.load("policy", config.policy, POLICIES)

@@ -3,82 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from loralloc.allocation import replicas
-from loralloc.allocation.layers import lora_layers, rank_cost, ranks
+from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.allocation.objective import Batch, Objective, count_examples
-from loralloc.allocation.record import Size
-from loralloc.allocation.shrinking import Difference, is_as_good, paired_difference, still_falls
 from loralloc.allocation.supervised import IGNORED
 
 
-class Comparison:
-    """Compares the size that an adapter has with the best of those it had before.
-
-    Args:
-        objective: The held-out examples with the loss on them.
-        tolerance: By how much a size may be worse; None for one standard error of the difference.
-        adapter_name: PEFT's name of the adapter.
-    """
-
-    def __init__(self, objective: Objective, *, tolerance: float | None, adapter_name: str) -> None:
-        self._objective = objective
-        self._tolerance = tolerance
-        self._adapter_name = adapter_name
-        self.best: ExampleLosses | None = None
-        """Losses at the best size so far."""
-
-    def size_now(self, *, step: int, stays: bool = False) -> Size:
-        """Measure the adapter as it is now.
-
-        Args:
-            step: Optimiser steps so far, for the record.
-            stays: Whether the size stays whatever its loss.
-
-        Raises:
-            ArithmeticError: A loss is not finite.
-        """
-        now = replicas.agreed(example_losses(self._objective))
-        if not bool(now.sums.isfinite().all()):
-            raise ArithmeticError(
-                f"The held-out loss at step {step} is not finite, so that sizes of the adapter "
-                "cannot be compared; lower the learning rate or check the data."
-            )
-        difference = Difference(0.0, 0.0)
-        if self.best is not None:
-            difference = paired_difference(self.best.sums, now.sums, now.counts)
-        if self.best is None or now.mean < self.best.mean:
-            self.best = now
-        model, name = self._objective.model, self._adapter_name
-        by_module = ranks(lora_layers(model, name), name)
-        return Size(
-            step=step,
-            parameters=num_parameters(model, name),
-            ranks=sum(by_module.values()),
-            modules=len(by_module),
-            loss=now.mean,
-            worse_by=difference.mean,
-            standard_error=difference.standard_error,
-            kept=stays or is_as_good(difference, self._tolerance),
-            falling=still_falls(difference, self._tolerance),
-        )
-
-
-def costs(model: nn.Module, adapter_name: str) -> dict[str, int]:
-    """Parameters of a rank, by module."""
-    return {name: rank_cost(layer) for name, layer in lora_layers(model, adapter_name).items()}
-
-
-def num_parameters(model: nn.Module, adapter_name: str) -> int:
-    """LoRA parameters of an adapter."""
-    layers = lora_layers(model, adapter_name)
-    cost = costs(model, adapter_name)
-    return sum(rank * cost[name] for name, rank in ranks(layers, adapter_name).items())
+def num_parameters(by_module: Mapping[str, int], costs: Mapping[str, int]) -> int:
+    """Parameters of so many ranks a module, of which each costs what `costs` says."""
+    return sum(rank * costs[name] for name, rank in by_module.items())
 
 
 class ExampleLosses(NamedTuple):
@@ -113,6 +51,37 @@ def example_losses(objective: Objective) -> ExampleLosses:
                 sums.append(part.sum())
                 counts.append(len(part) if part.ndim else objective.count_targets(batch))
     return ExampleLosses(torch.stack(sums), torch.tensor(counts, dtype=torch.float64))
+
+
+def losses_without(
+    objective: Objective,
+    off: Mapping[str, Sequence[int]],
+    experts: Mapping[str, int],
+    *,
+    adapter_name: str,
+) -> ExampleLosses:
+    """The losses with ranks of the adapter switched off, which are as they were afterwards.
+
+    Args:
+        objective: With batches.
+        off: Indices of ranks by module.
+        experts: How many columns of B a rank has, by module, where that is not one.
+        adapter_name: PEFT's name of the adapter.
+    """
+    layers = lora_layers(objective.model, adapter_name)
+    columns = {
+        name: [i * experts.get(name, 1) + k for i in indices for k in range(experts.get(name, 1))]
+        for name, indices in off.items()
+    }
+    weights = {name: weight_b(layers[name], adapter_name).data for name in columns}
+    own = {name: weight[:, columns[name]].clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight[:, columns[name]] = 0
+        return example_losses(objective)
+    finally:
+        for name, weight in weights.items():
+            weight[:, columns[name]] = own[name]
 
 
 def divide(objective: Objective, num_examples: int) -> tuple[Objective, Objective]:

@@ -107,17 +107,13 @@ class Size:
     """Mean held-out loss a target."""
 
     worse_by: float
-    """By how much that is worse than at the best size so far, example by example."""
+    """What pruning to it cost at once, example by example, from the loss just before."""
 
     standard_error: float
-    """Of that difference; 0 for the first size, which is compared with nothing."""
+    """Of that difference; 0 for the first size and at the end, where nothing is compared."""
 
     kept: bool
-    """Whether it was as good as it had to be; else the size before came back."""
-
-    falling: bool = False
-    """Whether its loss was better by more than what counts as no difference: it still learns, and
-    no rank goes before the next look."""
+    """Whether it was as good as it had to be; else no rank went."""
 
 
 @dataclass(kw_only=True)

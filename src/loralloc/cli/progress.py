@@ -235,7 +235,7 @@ class _BarCallback(TrainerCallback):
             worse = logs["held_out_worse_by"]
             self._progress.console.print(
                 f"step {state.global_step}  {int(logs['parameters']):,} parameters: held-out loss "
-                f"{logs['held_out_loss']:.4f}, {worse:+.4f} against the best",
+                f"{logs['held_out_loss']:.4f}, {worse:+.4f} at once",
                 highlight=False,
             )
         if "eval_loss" in logs:

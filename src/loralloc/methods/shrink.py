@@ -1,47 +1,39 @@
-"""The smallest adapter that loses nothing: pruning by AB-LoRA for as long as held-out loss allows.
+"""The smallest adapter that loses nothing: pruning for as long as held-out loss does not feel it.
 
-Ours. LoRA trains with the same rank everywhere; then every module takes its singular form, a share
-of the ranks goes in every round, those of the smallest singular values of all modules, and nobody
-receives. Before each round the
-size that is there is judged on held-out examples, pair by pair with the lowest loss before. One
-that is worse is given up for the one before, as it was then, and the rest of the run trains that.
-One that is better still learns: its round passes, since a smaller size would only seem as good.
+Ours. LoRA trains with the same rank everywhere; then in every round each module takes its singular
+form, in which it computes the same, and the smallest singular values of all modules go; nobody
+receives. What that costs is told at once, on held-out examples and pair by pair, before any rank is
+gone: where it costs too much, half as many are tried, and a quarter, and else the round passes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
+from loralloc.allocation import replicas
 from loralloc.allocation.allocator import Allocator
 from loralloc.allocation.choices import is_gathered, learns_from_batches
-from loralloc.allocation.comparison import (
-    Comparison,
-    ExampleLosses,
-    costs,
-    divide,
-    num_parameters,
-)
+from loralloc.allocation.comparison import ExampleLosses, divide, losses_without, num_parameters
 from loralloc.allocation.config import AllocationConfig
-from loralloc.allocation.layers import lora_layers, ranks
+from loralloc.allocation.layers import lora_layers, rank_cost, ranks
 from loralloc.allocation.objective import Objective
+from loralloc.allocation.policy import Limits, Plan, Scores
 from loralloc.allocation.presets import check_read
 from loralloc.allocation.record import Record, Size
-from loralloc.allocation.resize import resize
 from loralloc.allocation.shrinking import (
-    first_look,
-    last_look,
+    SHARES,
+    Difference,
+    is_as_good,
     num_to_prune,
+    paired_difference,
     place_sizes,
     prune,
     share_towards,
 )
 from loralloc.allocation.singular import take_singular_form
-from loralloc.allocation.snapshot import Snapshot
 from loralloc.methods.alora import Alora
 from loralloc.methods.method import About, Length, Session, Wants
 
@@ -51,7 +43,7 @@ SINGULAR = "norm"
 
 @dataclass(kw_only=True)
 class Shrink(Alora):
-    """LoRA that ends with the smallest size it passed whose held-out loss is not worse.
+    """LoRA that is pruned for as long as held-out loss does not feel it.
 
     Of `allocation` it reads what `allocation.presets.SHRINK` names.
     """
@@ -65,21 +57,18 @@ class Shrink(Alora):
         settings="ours",
         learning_rate=5e-4,
         rate_from="LoRA's, which it is between rounds",
-        differs="Prunes only: the smallest singular values of all modules, or by ALoRA's "
-        "importance of ranks as they are, once held-out loss has levelled off and for as long as "
-        "it, compared example by example, is not worse than the lowest before; then the size "
-        "before comes back. How many parameters it ends with is what it finds.",
+        differs="Prunes only, in the second half of a run: the smallest singular values of all "
+        "modules, or by ALoRA's importance of ranks as they are, as many as held-out loss, "
+        "compared example by example before and after, does not feel. How many parameters it ends "
+        "with is what it finds.",
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {}
 
-    _snapshot: Snapshot | None = dataclasses.field(
-        default=None, init=False, repr=False, compare=False
-    )
-    _comparison: Comparison | None = dataclasses.field(
-        default=None, init=False, repr=False, compare=False
-    )
     _scoring: Objective | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    _judging: Objective | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -100,17 +89,12 @@ class Shrink(Alora):
             self.allocation = dataclasses.replace(self.allocation, score=SINGULAR)
 
     @property
-    def is_over(self) -> bool:
-        """Whether the size it has is the one it ends with."""
-        return self._ended(self.record)
-
-    @property
     def round_in_words(self) -> str:
         """See `Alora.round_in_words`."""
         target = self.allocation.target_parameters
         if target is not None:
             return f"an equal share, down to {target:,} parameters"
-        return f"{self.allocation.prune_share:.0%} of the ranks left"
+        return f"at most {self.allocation.prune_share:.0%} of the ranks left"
 
     def wants(self, length: Length) -> Wants:
         """See `Method.wants`: examples to score ranks on, and others to judge sizes by.
@@ -127,13 +111,7 @@ class Shrink(Alora):
         self._schedule = place_sizes(
             config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
         )
-        rounds = self._schedule.steps
-        before = first_look(rounds) if config.target_parameters is None else None
-        self.steps = [
-            *([before] if before else []),
-            *rounds,
-            last_look(rounds, length.num_steps),
-        ]
+        self.steps = list(self._schedule.steps)
         return Wants(held_out=self._num_scoring + config.judging_examples, seed=config.seed)
 
     def join(self, session: Session) -> None:
@@ -143,66 +121,22 @@ class Shrink(Alora):
             ValueError: The target is no size that the adapter can shrink to.
         """
         assert session.objective is not None, "it wants held-out examples"
-        self._scoring, judging = divide(session.objective, self._num_scoring)
-        self._comparison = Comparison(
-            judging, tolerance=self.allocation.tolerance, adapter_name=self.adapter_name
-        )
+        self._scoring, self._judging = divide(session.objective, self._num_scoring)
         super().join(session)
         self._check_target()
 
-    def begin(self, session: Session) -> None:
-        """See `Method.begin`.
-
-        Raises:
-            ValueError: The run goes on at a step by which other sizes were to be judged.
-            TypeError: Ranks cannot move under the optimiser.
-        """
-        self.allocator.check_optimizer(session.optimizer)
-        due = sum(step <= session.steps_done for step in self.steps)
-        found = len(self.record.frontier)
-        if found != due and not (self.is_over and found <= due):
-            raise ValueError(
-                f"The run continues at step {session.steps_done}, before which {due} sizes of the "
-                f"adapter are to be judged, but {found} were; resume from a checkpoint that was "
-                "begun with these options."
-            )
-
-    def after_step(self, number: int, epoch: float) -> bool:
-        """See `Method.after_step`: judge the size there is, then prune, wait, or step back."""
-        if number not in self.steps or self.is_over:
-            return False
-        size = self._judge(number)
-        if not size.kept:
-            self._step_back()
-            return True
-        self._snapshot = None
-        assert self._schedule is not None, "a run calls wants()"
-        waits = size.falling and self.allocation.target_parameters is None
-        if number not in self._schedule.steps or waits:
-            return False
-        return self._prune(number, epoch)
-
-    def first_eligible_step(self) -> int:
-        """See `Method.first_eligible_step`: once the size is found."""
-        sizes = self.record.frontier
-        worse = next((size.step for size in sizes if not size.kept), None)
-        return self.steps[-1] if worse is None else worse
-
     def finish(self) -> None:
-        """See `Method.finish`: the size that was found, with its loss at the end.
-
-        A run that ends before the last look is judged as it is, and steps back where it has to.
-        """
+        """See `Method.finish`: the size that was found, with its loss at the end."""
         assert self._session is not None, "a run calls join()"
         self.allocator.finish()
-        step, was_over = self._session.steps_done, self.is_over
+        self.allocator.release()
+        step = self._session.steps_done
         if not self.record.frontier:
             raise RuntimeError(
-                f"Training ended at step {step}, before the first size was judged at step "
-                f"{self.steps[0]}: the adapter is LoRA as it began; train longer."
+                f"Training ended at step {step}, before the first round at step {self.steps[0]}: "
+                "the adapter is LoRA as it began; train longer."
             )
-        if not self._judge(step, at_the_end=was_over).kept:
-            self._step_back()
+        self._enter(self._ranks(), self._losses(), Difference(0.0, 0.0), kept=True)
 
     def unfinished(self) -> str:
         """See `Method.unfinished`."""
@@ -213,85 +147,118 @@ class Shrink(Alora):
             "trainer.train() first."
         )
 
-    def load(self, folder: Path) -> None:
-        """See `Method.load`: by way of the size that a step back would lead to."""
-        self._snapshot = None
-        if self._allocator is not None:
-            assert self._session is not None, "a run calls join()"
-            before = self._to_step_back_to(Record.load(folder))
-            if before:
-                resize(
-                    self.model,
-                    before,
-                    optimizer=self._session.optimizer,
-                    adapter_name=self.adapter_name,
-                )
-                self._snapshot = Snapshot.of_structure(self.model, self.adapter_name)
-        super().load(folder)
-
-    def state(self) -> dict[str, Any]:
-        """See `Method.state`: the best losses, and the size to step back to."""
-        state = super().state()
-        if self._comparison is not None and self._comparison.best is not None:
-            state["best"] = self._comparison.best._asdict()
-        if self._snapshot is not None:
-            state["snapshot"] = self._snapshot.state()
-        return state
-
-    def needs_state(self) -> bool:
-        """See `Method.needs_state`."""
-        return self._allocator is not None
-
-    def load_state(self, state: Any) -> None:
-        """See `Method.load_state`."""
-        if super().needs_state():
-            super().load_state(state)
-        if self._comparison is not None and "best" in state:
-            self._comparison.best = ExampleLosses(**state["best"])
-        if self._snapshot is not None:
-            self._snapshot.load_state(state["snapshot"])
-
     @property
     def _num_scoring(self) -> int:
         """Held-out examples that importance is measured on."""
         return 0 if is_gathered(self.allocation) else self.allocation.scoring_examples
 
-    def _ended(self, record: Record) -> bool:
-        """Whether a size was worse, or all were looked at."""
-        sizes = record.frontier
-        return len(sizes) >= len(self.steps) or not all(size.kept for size in sizes)
-
     def _ranks(self) -> dict[str, int]:
         return ranks(lora_layers(self.model, self.adapter_name), self.adapter_name)
 
     def _allocate(self, record: Record | None = None) -> None:
-        target = self.allocation.target_parameters or 0
         self._allocator = Allocator(
             self.model,
             self.allocation,
             objective=self._scoring,
             adapter_name=self.adapter_name,
-            policy=functools.partial(
-                prune, costs=costs(self.model, self.adapter_name), least=target
-            ),
+            policy=self._decide,
             schedule=self._schedule,
             record=record,
         )
 
-    def _judge(self, step: int, *, at_the_end: bool = False) -> Size:
-        """Enter the size into the frontier, and say how it did.
+    def _take_round(self, number: int, epoch: float) -> None:
+        if self.allocation.prune_by == "singular-values":
+            assert self._session is not None, "a run calls join()"
+            take_singular_form(self.model, self._session.optimizer, adapter_name=self.adapter_name)
+        super()._take_round(number, epoch)
 
-        One that was kept before, and waited, stays.
+    def _decide(self, scores: Scores, limits: Limits, /) -> Plan:
+        """The policy: the most of the lowest ranks whose loss is not felt, or none of them."""
+        now, losses = self._ranks(), self._losses()
+        if not self.record.frontier:
+            self._enter(now, losses, Difference(0.0, 0.0), kept=True)
+        for plan in self._plans(scores, limits):
+            without = self._losses(plan.pruned, limits.experts)
+            difference = paired_difference(losses.sums, without.sums, without.counts)
+            kept = self.allocation.target_parameters is not None or is_as_good(
+                difference, self.allocation.tolerance, loss=losses.mean
+            )
+            left = {name: plan.rank_after(name) for name in now}
+            self._enter({n: r for n, r in left.items() if r}, without, difference, kept=kept)
+            if kept:
+                return plan
+        return prune(scores, dataclasses.replace(limits, num_pruned=0), costs=self._costs())
 
-        Args:
-            step: Optimiser steps so far.
-            at_the_end: Whether it stays whatever its loss.
+    def _plans(self, scores: Scores, limits: Limits) -> list[Plan]:
+        """What a round tries, the most first; none where nothing can go."""
+        config, total = self.allocation, sum(map(len, scores.importance.values()))
+        open_ranks = sum(max(0, len(x) - config.min_rank) for x in scores.importance.values())
+        target = config.target_parameters
+        if target is None:
+            counts = [num_to_prune(total, config.prune_share * part) for part in SHARES]
+        else:
+            counts = [self._num_towards(target, total)]
+        numbers = dict.fromkeys(min(count, open_ranks) for count in counts)
+        return [
+            prune(
+                scores,
+                dataclasses.replace(limits, num_pruned=number),
+                costs=self._costs(),
+                least=target or 0,
+            )
+            for number in numbers
+            if number
+        ]
+
+    def _num_towards(self, target: int, total: int) -> int:
+        """Ranks that this round prunes, at most, so that the last round reaches a target."""
+        parameters = num_parameters(self._ranks(), self._costs())
+        rounds_left = len(self.steps) - len(self.record.rounds)
+        if parameters <= target:
+            return 0
+        if rounds_left == 1:
+            return total
+        return num_to_prune(total, share_towards(target, parameters, rounds_left))
+
+    def _losses(
+        self,
+        without: Mapping[str, tuple[int, ...]] | None = None,
+        experts: Mapping[str, int] | None = None,
+    ) -> ExampleLosses:
+        """Of the held-out examples, with ranks switched off.
+
+        Raises:
+            ArithmeticError: One is not finite.
         """
-        assert self._comparison is not None and self._session is not None, "a run calls join()"
-        parameters = num_parameters(self.model, self.adapter_name)
-        waited = any(size.parameters == parameters for size in self.record.frontier)
-        stays = waited or at_the_end or self.allocation.target_parameters is not None
-        size = self._comparison.size_now(step=step, stays=stays)
+        assert self._judging is not None and self._session is not None, "a run calls join()"
+        found = replicas.agreed(
+            losses_without(
+                self._judging, without or {}, experts or {}, adapter_name=self.adapter_name
+            )
+        )
+        if not bool(found.sums.isfinite().all()):
+            raise ArithmeticError(
+                f"The held-out loss at step {self._session.steps_done} is not finite, so that "
+                "sizes of the adapter cannot be compared; lower the learning rate or check the "
+                "data."
+            )
+        return found
+
+    def _enter(
+        self, by_module: Mapping[str, int], losses: ExampleLosses, cost: Difference, *, kept: bool
+    ) -> None:
+        """Add a size to the frontier, and to the run's log."""
+        assert self._session is not None, "a run calls join()"
+        size = Size(
+            step=self._session.steps_done,
+            parameters=num_parameters(by_module, self._costs()),
+            ranks=sum(by_module.values()),
+            modules=len(by_module),
+            loss=losses.mean,
+            worse_by=cost.mean,
+            standard_error=cost.standard_error,
+            kept=kept,
+        )
         self.record.frontier.append(size)
         self._session.log(
             {
@@ -300,55 +267,11 @@ class Shrink(Alora):
                 "parameters": size.parameters,
             }
         )
-        return size
 
-    def _prune(self, number: int, epoch: float) -> bool:
-        """A round, if a rank can go; whether one did. What to step back to is kept before."""
-        assert self._session is not None, "a run calls join()"
-        count = self._num_to_prune(rounds_left=len(self.steps) - 1 - self.steps.index(number))
-        if not count:
-            return False
-        if self.allocation.prune_by == "singular-values":
-            take_singular_form(self.model, self._session.optimizer, adapter_name=self.adapter_name)
-        if self.allocation.target_parameters is None:
-            self._snapshot = Snapshot.take(
-                self.model, self._session.optimizer, adapter_name=self.adapter_name
-            )
-        self.allocator.num_pruned = count
-        self._take_round(number, epoch)
-        return True
-
-    def _num_to_prune(self, *, rounds_left: int) -> int:
-        """Ranks that the next round prunes; on the way to a target, at most."""
-        config, by_module = self.allocation, self._ranks().values()
-        num_open = sum(max(0, rank - config.min_rank) for rank in by_module)
-        share, target = config.prune_share, config.target_parameters
-        if target is not None:
-            parameters = num_parameters(self.model, self.adapter_name)
-            if parameters <= target:
-                return 0
-            if rounds_left == 1:
-                return num_open
-            share = share_towards(target, parameters, rounds_left)
-        return min(num_to_prune(sum(by_module), share), num_open)
-
-    def _step_back(self) -> None:
-        """Bring the size before back; the round that took it away leaves the record."""
-        assert self._session is not None and self._snapshot is not None, "a round was taken"
-        self._snapshot.restore(self.model, self._session.optimizer)
-        self._snapshot = None
-        self.record.rounds.pop()
-        self.allocator.finish()
-
-    def _to_step_back_to(self, record: Record) -> dict[str, int]:
-        """The ranks of the size before, where a resumed run may have to come back to it."""
-        steps_back = self.allocation.target_parameters is None and not self._ended(record)
-        if not steps_back or not record.rounds:
-            return {}
-        if record.frontier[-1].step > record.rounds[-1].step:  # it was kept, and waits
-            return {}
-        before, now = record.rounds[-1].ranks_before, self._ranks()
-        return {name: rank for name, rank in before.items() if rank or name in now}
+    def _costs(self) -> dict[str, int]:
+        """Parameters of a rank, by module."""
+        layers = lora_layers(self.model, self.adapter_name)
+        return {name: rank_cost(layer) for name, layer in layers.items()}
 
     def _check_target(self) -> None:
         """Refuse a target that is no smaller size, or one that no rank fits.
@@ -359,8 +282,8 @@ class Shrink(Alora):
         target = self.allocation.target_parameters
         if target is None or self.record.rounds:
             return
-        now, cost = self._ranks(), costs(self.model, self.adapter_name)
-        has = num_parameters(self.model, self.adapter_name)
+        now, cost = self._ranks(), self._costs()
+        has = num_parameters(now, cost)
         floor = sum(min(rank, self.allocation.min_rank) * cost[name] for name, rank in now.items())
         least = max(floor, *cost.values())
         if not least <= target < has:

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from loralloc.allocation.record import Record, Size
+from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 
 
@@ -28,12 +28,6 @@ def frontier_table(record: Record) -> RenderableType:
             str(size.modules),
             f"{size.loss:.4f}",
             f"{size.worse_by:+.4f} ± {size.standard_error:.4f}" if size.standard_error else "-",
-            _what_followed(size),
+            "" if size.kept else "not taken",
         )
     return Group(table, "", Text(in_words(record)))
-
-
-def _what_followed(size: Size) -> str:
-    if not size.kept:
-        return "the size before came back"
-    return "still falling" if size.falling else ""
