@@ -5,7 +5,8 @@ import tiny
 import torch
 from torch.nn import functional
 
-from loralloc.allocation.comparison import divide, example_losses, with_batches
+from loralloc.allocation.comparison import divide, example_losses, losses_without, with_batches
+from loralloc.allocation.layers import lora_layers, weights_b
 from loralloc.allocation.objective import Objective
 
 
@@ -33,6 +34,17 @@ def test_each_example_has_the_loss_that_it_has_alone(objective):
         assert int(count) == int((labels != tiny.IGNORED).sum())
     with objective.evaluating():
         assert found.mean == pytest.approx(objective.mean_loss(), rel=1e-6)
+
+
+def test_ranks_are_switched_off_and_on_again_to_the_bit(objective):
+    layers = lora_layers(objective.model)
+    before = {name: w.detach().clone() for name, w in weights_b(layers).items()}
+    name = next(iter(layers))
+    found = losses_without(objective, {name: (1, 3)}, {}, adapter_name="default")
+    assert all(torch.equal(w, before[n]) for n, w in weights_b(layers).items())
+    with torch.no_grad():
+        weights_b(layers)[name][:, [1, 3]] = 0
+    assert torch.equal(found.sums, example_losses(objective).sums)
 
 
 def test_where_no_more_than_a_mean_is_known_a_batch_is_one():

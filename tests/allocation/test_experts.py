@@ -10,6 +10,7 @@ from peft import PeftModel
 from reference import experts as slow
 
 from loralloc.allocation.allocator import Allocator
+from loralloc.allocation.comparison import example_losses, losses_without
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.importance import gradient, shapley
 from loralloc.allocation.importance.sensitivity import BETA_1, BETA_2, Sensitivity
@@ -18,12 +19,13 @@ from loralloc.allocation.layers import (
     lora_layers,
     rank_cost,
     ranks,
+    weights_ab,
     weights_b,
 )
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Plan
 from loralloc.allocation.resize import resize
-from loralloc.allocation.snapshot import Snapshot
+from loralloc.allocation.singular import take_singular_form
 
 # PEFT looks for patterns of ranks among modules only, and uses those of parameters all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
@@ -198,22 +200,32 @@ def test_the_optimisers_state_goes_with_each_experts_ranks(new_state):
     tiny.train(model, batch, 1, optimizer)
 
 
-def test_a_snapshot_brings_back_parameters_that_have_left():
-    model, batch = adapted(r=2), tiny.causal_batch()
-    optimizer = tiny.optimizer_for(model)
-    tiny.train(model, batch, 2, optimizer)
-    before, structure = logits(model), repr(model)
-    config = model.peft_config["default"]
-    patterns = dict(config.rank_pattern), list(config.target_parameters)
-    snapshot = Snapshot.take(model, optimizer)
-    resize(model, {FIRST + GATE_UP: 0, FIRST + "mlp.gate.weight": 0}, optimizer=optimizer)
-    resize(model, {FIRST + DOWN: 0, "model.layers.1." + DOWN: 0}, optimizer=optimizer)
-    assert len(lora_layers(model)) == 6
-    snapshot.restore(model, optimizer)
-    assert (dict(config.rank_pattern), list(config.target_parameters)) == patterns
-    assert repr(model) == structure
-    torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
-    tiny.train(model, batch, 1, optimizer)
+def test_ranks_of_experts_are_switched_off_in_all_of_them():
+    model = adapted(r=3)
+    objective = Objective(model, tiny.micro_batches(tiny.causal_batch(), 3))
+    name, layers = FIRST + DOWN, lora_layers(model)
+    found = losses_without(objective, {name: (0, 2)}, experts_of(layers), adapter_name="default")
+    keep_rank_1 = Plan(
+        kept={n: ((1,) if n == name else tuple(range(r))) for n, r in ranks(layers).items()},
+        added=dict.fromkeys(layers, 0),
+        pruned={name: (0, 2)},
+    )
+    resize(model, keep_rank_1)
+    torch.testing.assert_close(found.sums, example_losses(objective).sums)
+
+
+def test_parameters_of_experts_keep_the_form_that_they_were_trained_in():
+    model = adapted(r=3)
+    before = {
+        n: [w.detach().clone() for w in pair] for n, pair in weights_ab(lora_layers(model)).items()
+    }
+    expected = logits(model)
+    take_singular_form(model)
+    torch.testing.assert_close(logits(model), expected, atol=1e-5, rtol=1e-4)
+    layers = lora_layers(model)
+    for name, pair in weights_ab(layers).items():
+        same = all(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True))
+        assert same is (name in experts_of(layers))
 
 
 @pytest.mark.parametrize(

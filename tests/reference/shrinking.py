@@ -1,4 +1,4 @@
-"""Which size of a shrinking adapter is kept, one example and one size at a time."""
+"""What may go of an adapter, one example and one rank at a time."""
 
 import math
 
@@ -23,27 +23,22 @@ def paired_difference(before: list[list[float]], after: list[list[float]]) -> tu
     return difference, math.sqrt(variance)
 
 
-def sizes_by_look(losses: list[list[float]], tolerance: float | None) -> list[int]:
-    """The number of the size after each look, from 0 where none was pruned.
-
-    The first look compares with nothing and prunes nothing; the last is only to step back.
+def num_pruned(
+    before: list[float], after: dict[int, list[float]], counts: list[int], tolerance: float | None
+) -> int:
+    """How many of the lowest ranks go in a round, the first of the counts that costs nothing.
 
     Args:
-        losses: At each look, the losses of examples of one target each, whatever the size.
-        tolerance: By how much one may be worse or better and count as the same; None for a standard
-            error.
+        before: The losses of examples of one target each, before.
+        after: The same without so many ranks, by their number.
+        counts: The numbers that are tried, in order.
+        tolerance: What may be lost; None for a standard error or a hundredth of the loss.
     """
-    size, lowest, kept, sizes = 0, losses[0], {0}, [0]
-    for look, now in enumerate(losses[1:], start=1):
-        worse, error = paired_difference([[x] for x in lowest], [[x] for x in now])
-        same = error if tolerance is None else tolerance
-        if worse > same and size not in kept:
-            sizes += [size - 1] * (len(losses) - len(sizes))  # for good
-            return sizes
-        kept.add(size)
-        if worse >= -same and look < len(losses) - 1:  # levelled off
-            size += 1
-        sizes.append(size)
-        if sum(now) < sum(lowest):
-            lowest = now
-    return sizes
+    for count in counts:
+        cost, error = paired_difference([[x] for x in before], [[x] for x in after[count]])
+        allowed = tolerance
+        if allowed is None:
+            allowed = max(error, 0.01 * sum(before) / len(before))
+        if cost <= allowed:
+            return count
+    return 0
