@@ -88,7 +88,7 @@ SETTINGS = {
         test={"decode": "greedy", "max_new_tokens": 1},
         rows={"train": 800, "validation": 150, "test": 200},
         dtype="bfloat16",
-        judging=64,
+        judging=32,
         rates=(1e-3, 2e-3),
     ),
     "sst2": Setting(backbone="minilm-l6", steps=500, batch=16, test={}),
