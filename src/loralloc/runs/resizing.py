@@ -150,7 +150,7 @@ def resize_folder(
     model = open_on(backbone, folder).eval()
     before = ranks(lora_layers(model))
     scoring, judging = (
-        _objectives(model, source, data, seed, judging_examples) if data else (None, None)
+        held_out_objectives(model, source, data, seed, judging_examples) if data else (None, None)
     )
     loss_before = judging.mean_loss() if judging else None
     plan = _plan(model, target, scoring if way == "scores" else None)
@@ -308,7 +308,7 @@ def _fitting(
     return {name: tuple(part.nonzero().flatten().tolist()) for name, part in parts}
 
 
-def _objectives(
+def held_out_objectives(
     model: Any, source: Source, data: Sequence[str], seed: int, judging_examples: int
 ) -> tuple[Objective, Objective]:
     """The loss on held-out examples to measure importance on, and on others to tell it.
