@@ -35,9 +35,7 @@ def search(call, data, output, llama_folder):
 def test_it_prints_and_writes_the_answer_and_keeps_no_run(search, output):
     answer = search()
     assert (answer.code, answer.err) == (0, "")
-    assert re.search(
-        r"r = 2 everywhere was [\d,]+ parameters; [\d,]+ do as well as any size", answer.out
-    )
+    assert re.search(r"r = 2 everywhere was [\d,]+ parameters; [\d,]+ do as well here", answer.out)
     assert re.search(r"r = 4 instead of 2 would (buy|cost) [\d.]+ ± [\d.]+ of the held", answer.out)
     assert sorted(path.name for path in output.iterdir()) == sorted([*FILES, ANSWER])
     found = json.loads((output / ANSWER).read_text())

@@ -50,7 +50,7 @@ def test_a_run_that_shrinks_says_how_small_it_became(train, call, output):
         **dict.fromkeys(("warmup_epochs", "recovery_epochs")),
     )
     assert (answer.code, answer.err) == (0, "")
-    assert "2 rounds of an equal share, down to 900 parameters, after steps 4, 9" in answer.out
+    assert "2 rounds of an equal share, down to 900 parameters, after steps 6, 10" in answer.out
     assert answer.out.count("parameters: held-out loss") == 4
     size = Record.load(output).frontier[-1].parameters
     assert size <= 900

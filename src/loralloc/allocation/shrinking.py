@@ -80,8 +80,26 @@ def is_as_good(difference: Difference, tolerance: float | None, *, loss: float) 
             that is more.
         loss: Before.
     """
-    allowed = max(difference.standard_error, NEGLIGIBLE * loss) if tolerance is None else tolerance
-    return difference.mean <= allowed
+    return difference.mean <= _counted_as_none(difference, tolerance, loss)
+
+
+def still_falls(difference: Difference, tolerance: float | None, *, loss: float) -> bool:
+    """Whether training lowered the loss since the last look, by more than what counts as nothing.
+
+    Then what a smaller adapter would have learnt more slowly cannot be seen yet.
+
+    Args:
+        difference: From the last look to now.
+        tolerance: As above.
+        loss: At the last look.
+    """
+    return difference.mean < -_counted_as_none(difference, tolerance, loss)
+
+
+def _counted_as_none(difference: Difference, tolerance: float | None, loss: float) -> float:
+    if tolerance is not None:
+        return tolerance
+    return max(difference.standard_error, NEGLIGIBLE * loss)
 
 
 def num_to_prune(num_ranks: int, share: float) -> int:

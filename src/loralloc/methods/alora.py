@@ -95,7 +95,7 @@ class Alora(Lora):
 
         Fused optimisers skip steps by themselves, and nothing tells that they did.
         """
-        return not is_gathered(self.allocation) or self.allocation.score == "random"
+        return not is_gathered(self.allocation) or self.allocation.score in ("norm", "random")
 
     @property
     def allocator(self) -> Allocator:

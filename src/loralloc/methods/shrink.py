@@ -3,7 +3,8 @@
 Ours. LoRA trains with the same rank everywhere; then in every round each module takes its singular
 form, in which it computes the same, and the smallest singular values of all modules go; nobody
 receives. What that costs is told at once, on held-out examples and pair by pair, before any rank is
-gone: where it costs too much, half as many are tried, and a quarter, and else the round passes.
+gone: where it costs too much, half as many are tried, and a quarter, and else the round passes. One
+before which training still lowered the loss passes too: a smaller adapter might learn more slowly.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from loralloc.allocation.shrinking import (
     place_sizes,
     prune,
     share_towards,
+    still_falls,
 )
 from loralloc.allocation.singular import take_singular_form
 from loralloc.methods.alora import Alora
@@ -69,6 +71,9 @@ class Shrink(Alora):
         default=None, init=False, repr=False, compare=False
     )
     _judging: Objective | None = dataclasses.field(
+        default=None, init=False, repr=False, compare=False
+    )
+    _last_look: ExampleLosses | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False
     )
 
@@ -147,6 +152,24 @@ class Shrink(Alora):
             "trainer.train() first."
         )
 
+    def state(self) -> dict[str, Any]:
+        """See `Method.state`: the losses of the last look."""
+        state = super().state()
+        if self._last_look is not None:
+            state["last_look"] = self._last_look._asdict()
+        return state
+
+    def needs_state(self) -> bool:
+        """See `Method.needs_state`."""
+        return self._allocator is not None
+
+    def load_state(self, state: Any) -> None:
+        """See `Method.load_state`."""
+        if super().needs_state():
+            super().load_state(state)
+        if "last_look" in state:
+            self._last_look = ExampleLosses(**state["last_look"])
+
     @property
     def _num_scoring(self) -> int:
         """Held-out examples that importance is measured on."""
@@ -177,7 +200,7 @@ class Shrink(Alora):
         now, losses = self._ranks(), self._losses()
         if not self.record.frontier:
             self._enter(now, losses, Difference(0.0, 0.0), kept=True)
-        for plan in self._plans(scores, limits):
+        for plan in () if self._waits(losses) else self._plans(scores, limits):
             without = self._losses(plan.pruned, limits.experts)
             difference = paired_difference(losses.sums, without.sums, without.counts)
             kept = self.allocation.target_parameters is not None or is_as_good(
@@ -188,6 +211,16 @@ class Shrink(Alora):
             if kept:
                 return plan
         return prune(scores, dataclasses.replace(limits, num_pruned=0), costs=self._costs())
+
+    def _waits(self, losses: ExampleLosses) -> bool:
+        """Whether the adapter still learns; the first of several rounds only looks."""
+        last, self._last_look = self._last_look, losses
+        if self.allocation.target_parameters is not None or len(self.steps) == 1:
+            return False
+        if last is None:
+            return True
+        difference = paired_difference(last.sums, losses.sums, losses.counts)
+        return still_falls(difference, self.allocation.tolerance, loss=last.mean)
 
     def _plans(self, scores: Scores, limits: Limits) -> list[Plan]:
         """What a round tries, the most first; none where nothing can go."""
