@@ -102,14 +102,14 @@ def test_new_ranks_change_nothing_and_train(adapter, tmp_path):
     assert seen >= 11
 
 
-def test_scores_decide_where_there_is_data_and_the_loss_is_told(trained, rows, tmp_path):
+def test_scores_decide_where_they_are_asked_for_and_the_loss_is_told(trained, rows, tmp_path):
     before = read_adapter(trained).modules
     total = sum(m.rank * (m.a.shape[1] + m.b.shape[0]) for m in before.values())
     by_scores, by_values = (
         resize_folder(
-            trained, Target(params=int(total * 0.7)), data=rows, by=by, output=tmp_path / str(by)
+            trained, Target(params=int(total * 0.7)), data=rows, by=by, output=tmp_path / by
         )
-        for by in (None, "singular-values")
+        for by in ("scores", "singular-values")
     )
     # What is drawn harms as often as it helps, which importance tells and singular values do not.
     assert by_scores.losses[0] == by_values.losses[0] > by_scores.losses[1]
@@ -139,7 +139,7 @@ def test_more_parameters_are_shared_evenly(adapter, tmp_path):
     ("target", "options", "message"),
     [
         (dict(rank=3), dict(by="scores"), "held-out data, and none is given"),
-        (dict(rank=3), dict(by="norms"), "`--by` is 'norms'; use one of scores, singular-values"),
+        (dict(rank=3), dict(by="norms"), "`--by` is 'norms'; use one of singular-values, scores"),
         (dict(energy=0.5), dict(by="scores", data=["--task", "sst2"]), "reads none; use `--rank`"),
         (dict(params=10_000), {}, "which changes nothing"),
         (dict(params=1), {}, "No rank would be left"),

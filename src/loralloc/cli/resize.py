@@ -9,10 +9,9 @@ from loralloc.cli.console import Console
 from loralloc.cli.help_text import HelpText
 
 EPILOG = """\
-With data, named by flags of `loralloc train` (--task, --dataset_name, --max_length, ...), singular
-directions of the lowest AB-LoRA importance go, and the loss on other held-out examples is told
-before and after; without, those of the smallest singular values go. New ranks have a column of
-zeros in B, so that nothing changes until they are trained."""
+With data, named by flags of `loralloc train` (--task, --dataset_name, --max_length, ...), the loss
+on held-out examples is told before and after, and `--by scores` can measure AB-LoRA importance on
+others. New ranks have a column of zeros in B, so that nothing changes until they are trained."""
 
 
 def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -41,8 +40,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     )
     parser.add_argument(
         "--by",
+        default="singular-values",
         metavar="WAY",
-        help="what decides: scores (default with data) or singular-values (default without)",
+        help="what decides: singular-values (default), or scores, which costs more",
     )
     parser.add_argument(
         "--output_dir", type=Path, help="a folder that is not there (default: ADAPTER-resized)"

@@ -40,7 +40,7 @@ from loralloc.runs.verifying import (
 )
 from loralloc.training.batches import held_out
 
-WAYS = ("scores", "singular-values")
+WAYS = ("singular-values", "scores")
 """By what ranks are chosen that go."""
 
 SCORING_EXAMPLES = 32
@@ -106,7 +106,7 @@ def resize_folder(
     target: Target,
     *,
     data: Sequence[str] = (),
-    by: str | None = None,
+    by: str = "singular-values",
     output: Path | None = None,
     base: str | None = None,
     trust_remote_code: bool = False,
@@ -115,17 +115,17 @@ def resize_folder(
 ) -> Resized:
     """Write an adapter with other ranks; more of them train on from zero.
 
-    Modules that lose ranks take their singular form first, in which B A is the same. Where there is
-    data, the ranks of the lowest AB-LoRA importance (Liu et al. 2024) go, and where there is none
-    those of the smallest singular values of scaling * B A. New ranks have a drawn row of A and a
-    column of B that is zero, so that they add nothing until they are trained.
+    Modules that lose ranks take their singular form first, in which B A is the same. The ranks of
+    the smallest singular values of scaling * B A go, or where it is asked for those of the lowest
+    AB-LoRA importance (Liu et al. 2024). New ranks have a drawn row of A and a column of B that is
+    zero, so that they add nothing until they are trained.
 
     Args:
         folder: A run folder, or any folder with a LoRA adapter of PEFT's.
         target: The size that is asked for.
         data: Flags of `loralloc train` that name held-out data, such as `--task` and
             `--dataset_name`; none for no data.
-        by: One of `WAYS`; None for scores where there is data and `energy` is not asked for.
+        by: One of `WAYS`; scores need data, and do not go with `energy`.
         output: A folder that is not there yet; by default "FOLDER-resized" beside it.
         base: Another name or place of the backbone than the folder says.
         trust_remote_code: Whether code that comes with the backbone may run.
@@ -137,7 +137,7 @@ def resize_folder(
         TypeError: The adapter is more than LoRA.
         ScoringError: Importance is not finite.
     """
-    way = _way(by, target, has_data=bool(data))
+    _check_way(by, target, has_data=bool(data))
     if output is None:
         output = named_beside(folder, "resized")
     if output.exists():
@@ -153,7 +153,7 @@ def resize_folder(
         held_out_objectives(model, source, data, seed, judging_examples) if data else (None, None)
     )
     loss_before = judging.mean_loss() if judging else None
-    plan = _plan(model, target, scoring if way == "scores" else None)
+    plan = _plan(model, target, scoring if by == "scores" else None)
     resize(model, plan, generator=torch.Generator().manual_seed(seed))
     loss_after = judging.mean_loss() if judging else None
     rows = rows_for(source, model)
@@ -175,9 +175,7 @@ def resize_folder(
     return Resized(path=output, before=before, after=after, losses=losses)
 
 
-def _way(by: str | None, target: Target, *, has_data: bool) -> str:
-    if by is None:
-        return "scores" if has_data and target.energy is None else "singular-values"
+def _check_way(by: str, target: Target, *, has_data: bool) -> None:
     if by not in WAYS:
         raise ValueError(f"`--by` is {by!r}; use one of {', '.join(WAYS)}.")
     if by == "scores" and target.energy is not None:
@@ -190,7 +188,6 @@ def _way(by: str | None, target: Target, *, has_data: bool) -> str:
             "`--by scores` measures importance on held-out data, and none is given; name it with "
             "`--task` and `--dataset_name`."
         )
-    return by
 
 
 def _plan(model: Any, target: Target, scoring: Objective | None) -> Plan:
