@@ -187,6 +187,14 @@ def test_a_round_passes_while_training_still_lowers_the_loss(monkeypatch):
     assert [bool(entry.pruned) for entry in method.record.rounds] == [False] * 4
 
 
+def test_where_the_loss_falls_all_along_that_is_said(monkeypatch):
+    monkeypatch.setattr(shrink, "still_falls", lambda *_, **__: True)
+    method = made()
+    Drive(method).begin().train()
+    method.finish()
+    assert "parameters, and fewer were not tried, since held-out loss" in in_words(method.record)
+
+
 def test_a_single_round_does_not_wait():
     method = made(rounds_at=(8,))
     Drive(method).begin().train(until=8)

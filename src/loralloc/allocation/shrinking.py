@@ -215,7 +215,12 @@ def in_words(record: Record) -> str:
     ranks = set(record.initial_ranks.values())
     began = f"r = {min(ranks)} everywhere" if len(ranks) == 1 else "The adapter as it began"
     refused = [size for size in sizes if not size.kept]
-    if last.parameters == first.parameters:
+    if last.parameters == first.parameters and not refused:
+        found = (
+            f"{began} is {first.parameters:,} parameters, and fewer were not tried, since held-out "
+            "loss still fell before every round; train longer, or put `rounds_at` later"
+        )
+    elif last.parameters == first.parameters:
         found = f"{began} is {first.parameters:,} parameters, and none fewer did as well here"
     elif record.config.get("target_parameters") is not None:
         found = f"{began} was {first.parameters:,} parameters; {last.parameters:,} are left"

@@ -233,9 +233,10 @@ class _BarCallback(TrainerCallback):
                 )
         if "held_out_loss" in logs:
             worse = logs["held_out_worse_by"]
+            cost = f", {worse:+.4f} at once" if worse else ""
             self._progress.console.print(
                 f"step {state.global_step}  {int(logs['parameters']):,} parameters: held-out loss "
-                f"{logs['held_out_loss']:.4f}, {worse:+.4f} at once",
+                f"{logs['held_out_loss']:.4f}{cost}",
                 highlight=False,
             )
         if "eval_loss" in logs:

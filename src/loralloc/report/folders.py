@@ -31,7 +31,7 @@ class Size:
     """Mean held-out loss."""
 
     kept: bool
-    """Whether the adapter stayed at this size, or went back to the one before."""
+    """Whether the adapter was pruned to this size, or only tried at it."""
 
 
 @dataclass(frozen=True, kw_only=True)
