@@ -127,6 +127,7 @@ class Shrink(Alora):
         """
         assert session.objective is not None, "it wants held-out examples"
         self._scoring, self._judging = divide(session.objective, self._num_scoring)
+        self._last_look = None
         super().join(session)
         self._check_target()
 
