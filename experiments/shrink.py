@@ -224,7 +224,11 @@ def cell(
         rank = max(1, round(size / of_a_rank))
         more = {"method.over": "all"} if arm == "truncate" else {}
     elif arm == "random" and size != RANK * of_a_rank:
-        more = {"allocation.score": "random", "allocation.target_parameters": size}
+        more = {
+            "allocation.prune_by": "scores",
+            "allocation.score": "random",
+            "allocation.target_parameters": size,
+        }
     method = {"lora-8": "lora", "random": "shrink" if more else "lora"}.get(arm, arm)
     if method == "shrink":
         more["allocation.judging_examples"] = setting.judging
