@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+
+from loralloc import AllocationConfig, get_method
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,3 +78,31 @@ def test_the_tables_in_the_docs_are_those_of_the_results(shrink):
     text = shrink.PAGE.read_text(encoding="utf-8")
     between = text.partition(shrink.BEGIN)[2].partition(shrink.END)[0]
     assert between.strip().split("\n") == shrink.tables(shrink.RESULTS)[:-1]
+
+
+@pytest.mark.parametrize("arm", ["shrink", "lora-8", "lora", "random", "truncate"])
+def test_every_arm_is_a_method_that_takes_its_options(arm, shrink, tmp_path):
+    (tmp_path / "sst2").mkdir()
+    args = argparse.Namespace(data=tmp_path, runs=tmp_path, steps=None, limit=None)
+    made = shrink.cell(args, "sst2", arm, 1e-3, 0, None if arm not in shrink.SIZED else 82944)
+    _takes(made.method, made.options)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("experiments/study/*.yaml")), ids=lambda p: p.stem
+)
+def test_every_row_of_the_study_is_a_method_that_takes_its_options(path):
+    for row in yaml.safe_load(path.read_text(encoding="utf-8"))["methods"]:
+        if isinstance(row, dict):
+            _takes(row.get("method", "lora"), row.get("options", {}))
+
+
+def _takes(method: str, options: dict) -> None:
+    """The method is made, with what is for the allocation in it."""
+    allocation = {
+        name.removeprefix("allocation."): value
+        for name, value in options.items()
+        if name.startswith("allocation.")
+    }
+    if allocation:
+        get_method(method)(allocation=AllocationConfig(**allocation))
