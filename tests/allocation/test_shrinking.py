@@ -78,6 +78,21 @@ def test_ranks_go_within_the_tolerance(mean, tolerance, goes):
     assert is_as_good(Difference(mean, 0.1), tolerance, loss=1.0) is goes
 
 
+@pytest.mark.parametrize(
+    ("tolerance", "spent", "goes"),
+    [
+        (0.3, 0.1, True),
+        (0.3, 0.11, False),
+        (0.3, -5.0, True),
+        (None, 0.1, True),
+        (None, 0.2, False),
+    ],
+)
+def test_what_rounds_before_cost_is_spent(tolerance, spent, goes):
+    found = Difference(0.2, 0.01)
+    assert is_as_good(found, tolerance, loss=30.0, spent=spent) is goes
+
+
 @pytest.mark.parametrize(("mean", "goes"), [(0.029, True), (0.031, False)])
 def test_a_hundredth_of_the_loss_need_not_matter_however_sure_it_is(mean, goes):
     assert is_as_good(Difference(mean, 1e-6), None, loss=3.0) is goes

@@ -168,8 +168,8 @@ class AllocationConfig:
     presets` says which options each reads; the others are refused."""
 
     tolerance: float | None = None
-    """What counts as no difference in held-out loss, with "shrink": in the loss's units, a target;
-    from 0. None for one standard error of the paired difference."""
+    """What the rounds of "shrink" may cost together of held-out loss: in its units, a target; from
+    0. None for a hundredth of it, or in each one standard error, where that is more."""
 
     target_parameters: int | None = None
     """Parameters to shrink to, whatever the loss, in the place of `tolerance`; at least 1."""

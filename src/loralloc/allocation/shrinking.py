@@ -29,8 +29,8 @@ SHARES = (1.0, 0.5, 0.25)
 """Parts of `prune_share` that a round tries, until one costs nothing."""
 
 NEGLIGIBLE = 0.01
-"""Share of the loss that a round may cost. Chosen, not measured: on the same weights the error of a
-difference is small, and what is surely above it need not matter."""
+"""Share of the loss that the rounds of a run may cost together. Chosen, not measured: on the same
+weights the error of a difference is small, and what is surely above it need not matter."""
 
 
 class Difference(NamedTuple):
@@ -71,16 +71,19 @@ def paired_difference(before: Tensor, after: Tensor, counts: Tensor) -> Differen
     return Difference(mean, math.sqrt(squares) / float(n.sum()))
 
 
-def is_as_good(difference: Difference, tolerance: float | None, *, loss: float) -> bool:
+def is_as_good(
+    difference: Difference, tolerance: float | None, *, loss: float, spent: float = 0.0
+) -> bool:
     """Whether ranks may go.
 
     Args:
         difference: What that costs.
-        tolerance: What it may cost; None for one standard error, or `NEGLIGIBLE` of the loss where
-            that is more.
+        tolerance: What all rounds together may cost; None for `NEGLIGIBLE` of the loss, or in each
+            one standard error, where that is more.
         loss: Before.
+        spent: What the rounds before cost together.
     """
-    return difference.mean <= _counted_as_none(difference, tolerance, loss)
+    return difference.mean <= _counted_as_none(difference, tolerance, loss, max(0.0, spent))
 
 
 def still_falls(difference: Difference, tolerance: float | None, *, loss: float) -> bool:
@@ -96,10 +99,12 @@ def still_falls(difference: Difference, tolerance: float | None, *, loss: float)
     return difference.mean < -_counted_as_none(difference, tolerance, loss)
 
 
-def _counted_as_none(difference: Difference, tolerance: float | None, loss: float) -> float:
+def _counted_as_none(
+    difference: Difference, tolerance: float | None, loss: float, spent: float = 0.0
+) -> float:
     if tolerance is not None:
-        return tolerance
-    return max(difference.standard_error, NEGLIGIBLE * loss)
+        return tolerance - spent
+    return max(difference.standard_error, NEGLIGIBLE * loss - spent)
 
 
 def num_to_prune(num_ranks: int, share: float) -> int:

@@ -205,7 +205,10 @@ class Shrink(Alora):
             without = self._losses(plan.pruned, limits.experts)
             difference = paired_difference(losses.sums, without.sums, without.counts)
             kept = self.allocation.target_parameters is not None or is_as_good(
-                difference, self.allocation.tolerance, loss=losses.mean
+                difference,
+                self.allocation.tolerance,
+                loss=losses.mean,
+                spent=sum(size.worse_by for size in self.record.frontier if size.kept),
             )
             left = {name: plan.rank_after(name) for name in now}
             self._enter({n: r for n, r in left.items() if r}, without, difference, kept=kept)
