@@ -41,9 +41,8 @@ from loralloc.allocation.policy import Limits
 from loralloc.allocation.shrinking import paired_difference
 from loralloc.allocation.singular import take_singular_form
 from loralloc.experiments.work import attempt
-from loralloc.methods.gated import keep_highest
 from loralloc.runs.quiet import prepare_process
-from loralloc.runs.resizing import held_out_objectives
+from loralloc.runs.resizing import fitting, held_out_objectives
 from loralloc.runs.verifying import Source, open_on
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,16 +171,11 @@ def lowest(
     importance: Mapping[str, Tensor], costs: Mapping[str, int], share: float
 ) -> dict[str, tuple[int, ...]]:
     """The least important ranks, that many of the parameters."""
-    lengths = [len(values) for values in importance.values()]
-    each = torch.tensor([costs[name] for name in importance]).repeat_interleave(
-        torch.tensor(lengths)
-    )
-    kept = keep_highest(
-        torch.cat(list(importance.values())), each, int(float(each.sum()) * (1 - share))
-    )
+    total = sum(costs[name] * len(values) for name, values in importance.items())
+    kept = fitting(importance, costs, int(total * (1 - share)))
     return {
-        name: tuple((~part).nonzero().flatten().tolist())
-        for name, part in zip(importance, torch.split(kept, lengths), strict=True)
+        name: tuple(i for i in range(len(values)) if i not in kept[name])
+        for name, values in importance.items()
     }
 
 

@@ -11,7 +11,10 @@ from reference import shrinking as reference
 
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.policy import Limits, Scores
+from loralloc.allocation.schedule import spread
 from loralloc.allocation.shrinking import (
+    FIRST,
+    LAST,
     Difference,
     is_as_good,
     num_to_prune,
@@ -19,7 +22,6 @@ from loralloc.allocation.shrinking import (
     place_sizes,
     prune,
     share_towards,
-    spread_sizes,
 )
 
 losses = st.floats(0, 10, allow_subnormal=False)
@@ -164,7 +166,7 @@ def test_a_target_is_reached_by_the_lowest_alone(values, prices, least):
 
 @given(st.integers(1, 12), st.integers(2, 5000))
 def test_sizes_are_tried_in_order_within_the_run(num_rounds, max_steps):
-    rounds = list(spread_sizes(num_rounds, max_steps))
+    rounds = list(spread(num_rounds, max_steps, first=FIRST, last=LAST))
     assert 1 <= len(rounds) <= num_rounds
     assert rounds == sorted(set(rounds)) and rounds[0] >= 1 and rounds[-1] < max_steps
     if max_steps >= 100:

@@ -72,17 +72,24 @@ def place_rounds(config: AllocationConfig, *, steps_per_epoch: int, max_steps: i
         )
     else:
         return Schedule(steps=steps)
-    spread = _spread(config.num_rounds, max_steps)
-    return Schedule(steps=spread, note=f"{need}: {_where(spread, config.num_rounds)}")
+    steps = spread(config.num_rounds, max_steps, first=FIRST, last=LAST)
+    return Schedule(steps=steps, note=f"{need}: {_where(steps, config.num_rounds)}")
 
 
-def _spread(num_rounds: int, max_steps: int) -> tuple[int, ...]:
-    """Steps of as many rounds as fit, evenly from the first place to the last."""
-    first = max(1, round(FIRST * max_steps))
-    room = max(0, math.floor(LAST * max_steps) - first)
+def spread(num_rounds: int, max_steps: int, *, first: float, last: float) -> tuple[int, ...]:
+    """Steps of as many rounds as fit, evenly from one share of a run to another.
+
+    Args:
+        num_rounds: How many, at most; fewer where they would lie less than `MIN_GAP` steps apart.
+        max_steps: Optimiser steps of the run.
+        first: Share of the run after which the first one comes.
+        last: Share after which no more come.
+    """
+    begin = max(1, round(first * max_steps))
+    room = max(0, math.floor(last * max_steps) - begin)
     gaps = min(num_rounds - 1, room // MIN_GAP)
     # Rounded down, so that no gap is shorter than the room for it.
-    return (first, *(first + k * room // gaps for k in range(1, gaps + 1)))
+    return (begin, *(begin + k * room // gaps for k in range(1, gaps + 1)))
 
 
 def _given(places: tuple[int | float, ...], max_steps: int) -> tuple[int, ...]:

@@ -15,15 +15,12 @@ from torch import Tensor
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.policy import Limits, Plan, Scores, choose_pruned
 from loralloc.allocation.record import Record
-from loralloc.allocation.schedule import Schedule, place_rounds
+from loralloc.allocation.schedule import Schedule, place_rounds, spread
 
 FIRST, LAST = 0.5, 0.85
 """Shares of a run between which sizes are tried. Before, a loss that stands still may only not have
 begun to fall (as that of QNLI does for a third of a run of 300 steps); after, what is left needs
 the time to recover."""
-
-MIN_GAP = 4
-"""Fewest steps between two rounds, where the places are not given."""
 
 SHARES = (1.0, 0.5, 0.25)
 """Parts of `prune_share` that a round tries, until one costs nothing."""
@@ -182,24 +179,11 @@ def place_sizes(config: AllocationConfig, *, steps_per_epoch: int, max_steps: in
     """
     if config.rounds_at is not None or max_steps < 2:
         return place_rounds(config, steps_per_epoch=steps_per_epoch, max_steps=max_steps)
-    wanted, places = config.num_rounds, spread_sizes(config.num_rounds, max_steps)
+    wanted, places = config.num_rounds, spread(config.num_rounds, max_steps, first=FIRST, last=LAST)
     if len(places) == wanted:
         return Schedule(steps=places)
     note = f"the run has {max_steps} steps, in which {len(places)} of {wanted} rounds have room"
     return Schedule(steps=places, note=note)
-
-
-def spread_sizes(num_rounds: int, max_steps: int) -> tuple[int, ...]:
-    """Steps after which sizes are tried, evenly from `FIRST` to `LAST` of a run.
-
-    Args:
-        num_rounds: How many, at most; fewer where they would lie less than `MIN_GAP` steps apart.
-        max_steps: Optimiser steps of the run, at least 3.
-    """
-    first = max(1, round(FIRST * max_steps))
-    room = max(0, math.floor(LAST * max_steps) - first)
-    gaps = min(num_rounds - 1, room // MIN_GAP)
-    return (first, *(first + k * room // gaps for k in range(1, gaps + 1)))
 
 
 def in_words(record: Record) -> str:

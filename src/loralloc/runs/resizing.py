@@ -224,7 +224,7 @@ def _plan(model: Any, target: Target, scoring: Objective | None) -> Plan:
     if target.energy is not None:
         kept = {name: _energetic(values, target.energy) for name, values in importance.items()}
     else:
-        kept = _fitting(importance, costs, target.params or 0)
+        kept = fitting(importance, costs, target.params or 0)
     if not any(kept.values()):
         raise ValueError("No rank would be left; ask for more.")
     return _planned(now, kept, 0)
@@ -292,7 +292,7 @@ def _energetic(values: Tensor, energy: float) -> tuple[int, ...]:
     return tuple(range(int((shares < energy * (1 - 1e-12)).sum()) + 1))
 
 
-def _fitting(
+def fitting(
     importance: Mapping[str, Tensor], costs: Mapping[str, int], budget: int
 ) -> dict[str, tuple[int, ...]]:
     """The most important of all modules together that fit the parameters."""
