@@ -46,10 +46,13 @@ def method_page(experiment: Experiment, section: Section) -> str:
     lines = [*INTRODUCTION, *_methods()]
     tables: list[str] = []
     for task in experiment.tasks:
-        entries = [entry for entry in section.entries if entry.task == task and entry.results]
+        of_task = [entry for entry in section.entries if entry.task == task]
+        entries = [entry for entry in of_task if entry.is_whole]
         if entries:
             steps = f"{experiment.settings['max_steps']:,} steps of 16 examples"
             tables += ["", f"## {task}, {experiment.backbones['small']}, {steps}", ""]
+            if len(entries) < len(of_task):
+                tables += [f"Whole so far: {len(entries)} of {len(of_task)} rows.", ""]
             tables += _table(entries)
     return "\n".join([*lines, *([*tables, *NOTES] if tables else NONE_YET), *_counts()]) + "\n"
 

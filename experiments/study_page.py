@@ -31,9 +31,8 @@ def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -
         tables = (made if experiment.ladder else _sizes)(experiment, run)
         command = f"`python experiments/study.py --data DATA {experiment.name}`"
         lines += [f"## {experiment.title}", ""]
-        missing = _missing(section)
-        if missing:
-            lines += [f"Of its {len(section.entries)} rows {missing} are not whole yet.", ""]
+        if len(run.entries) < len(section.entries):
+            lines += [f"Whole so far: {len(run.entries)} of {len(section.entries)} rows.", ""]
         name = f"study-{experiment.name}"
         if experiment.kind == "sweep" and (drawing := ceilings(name, section)):
             drawing.save(pictures / f"{name}.png")
@@ -46,16 +45,7 @@ def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -
 
 def replace_entries(section: Section) -> Section:
     """The section with the entries that are whole."""
-    return replace(section, entries=[entry for entry in section.entries if _is_whole(entry)])
-
-
-def _is_whole(entry: Entry) -> bool:
-    is_searched = entry.search is not None and not entry.search.failures
-    return bool(entry.results) and not entry.failures and is_searched
-
-
-def _missing(section: Section) -> int:
-    return sum(not _is_whole(entry) for entry in section.entries)
+    return replace(section, entries=[entry for entry in section.entries if entry.is_whole])
 
 
 def _ceilings(experiment: Experiment, section: Section) -> list[Table]:

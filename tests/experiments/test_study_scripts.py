@@ -12,7 +12,7 @@ from loralloc.experiments.executors.executor import Resources, get_executor
 from loralloc.experiments.experiment import Variant, load_experiment, load_scale
 from loralloc.experiments.fairness import search_rates
 from loralloc.experiments.reproduce import carry_out_all
-from loralloc.experiments.work import RESULT
+from loralloc.experiments.work import FAILURE, NOT_RUN, RESULT, failed
 from loralloc.methods.catalog import METHODS
 from loralloc.runs.adaptation import method_of
 from loralloc.runs.settings import resolve
@@ -128,6 +128,29 @@ def test_rows_of_two_experiments_in_one_folder_are_apart(make, write_rows, tmp_p
     assert texts[0].startswith('{"sentence": "aaaaaaaaa film"')  # the first, not the shortest
 
 
+def test_a_row_is_whole_with_a_rate_that_failed_and_not_with_one_that_was_not_run(study, grid):
+    def made(cells):
+        for cell in cells:
+            of_edge = cell.test is None and cell.learning_rate > 1e-3
+            failure = {"lora": "the loss is nan", "late": NOT_RUN}.get(cell.name.split(" ")[0], "")
+            yield outcome(
+                cell,
+                findings={},
+                dev_loss=abs(cell.learning_rate - 5e-4),
+                failure=failure if of_edge else "",
+            )
+
+    section = carry_out_all(grid, "fair", made)
+    assert {entry.method: entry.is_whole for entry in section.entries} == {
+        "lora": True, "alora": True, "late": False
+    }  # fmt: skip
+    told = replace(grid.experiment, backbones={"small": "m"}, settings={"max_steps": 16})
+    page = study.method_page(told, section)
+    rows = len(section.entries)
+    assert f"Whole so far: {rows - 1} of {rows} rows." in page
+    assert "| late |" not in page
+
+
 def test_nobody_tells_what_is_finished_and_runs_nothing(lora_cells):
     done, left = lora_cells
     done.folder.mkdir(parents=True)
@@ -137,6 +160,9 @@ def test_nobody_tells_what_is_finished_and_runs_nothing(lora_cells):
     assert found[0].result["cell"] == done.as_data()
     assert not left.folder.exists()
     (done.folder / RESULT).unlink()
+    failed(done, ValueError("the loss is nan"))
+    assert next(get_executor("none")([done], Resources())).failure == "the loss is nan"
+    (done.folder / FAILURE).unlink()
 
 
 def test_some_methods_of_an_experiment(grid):

@@ -11,7 +11,7 @@ from loralloc.experiments.experiment import BASELINE, Terms
 from loralloc.experiments.fairness import Key, Search, off_budget
 from loralloc.experiments.grid import Grid
 from loralloc.experiments.statistics import Comparison, Spread, compare, equivalent_rank, spread
-from loralloc.experiments.work import Outcome, Result
+from loralloc.experiments.work import NOT_RUN, Outcome, Result
 from loralloc.tasks.catalog import TASKS
 
 CROSS_ENTROPY = "cross-entropy"
@@ -38,6 +38,12 @@ class Entry:
     def name(self) -> str:
         """The method and its budget."""
         return f"{self.method} r={self.rank}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether its learning rate was searched for, where it is, and every seed was tested."""
+        is_searched = self.search is None or NOT_RUN not in self.search.failures.values()
+        return is_searched and bool(self.results) and not self.failures
 
     @property
     def measures(self) -> list[str]:

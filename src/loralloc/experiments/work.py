@@ -31,6 +31,7 @@ LORA_A, PEFT_PREFIX = ".lora_A.weight", "base_model.model."
 """Names of a rank's rows in a saved adapter."""
 
 RESULT, TRAINED, FAILURE = "result.json", "trained.json", "failure.json"
+NOT_RUN = "it has not been run yet"
 TEST_FOLDER = "eval/test"
 DIGITS = 5
 """Of the loss of an example, which float32 does not hold much better."""
@@ -81,6 +82,12 @@ def failed(cell: Cell, error: BaseException) -> Outcome:
     trace = "".join(traceback.format_exception(error))
     write_json(cell.folder / FAILURE, {"reason": reason, "traceback": trace})
     return Outcome(cell=cell, result=None, failure=reason)
+
+
+def why_it_failed(cell: Cell) -> str:
+    """The reason that the last attempt at a cell left, if it failed."""
+    found = read_json(cell.folder / FAILURE)
+    return "" if found is None else str(found["reason"])
 
 
 def run_cell(cell: Cell) -> Result:

@@ -1,4 +1,4 @@
-"""Nobody: what is finished is told, and nothing is run."""
+"""Nobody: what is finished or failed is told, and nothing is run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.executors.executor import Resources
-from loralloc.experiments.work import Outcome, finished
-
-NOT_RUN = "it has not been run yet"
+from loralloc.experiments.work import NOT_RUN, Outcome, finished, why_it_failed
 
 
 def run(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
@@ -16,5 +14,5 @@ def run(cells: Sequence[Cell], resources: Resources) -> Iterator[Outcome]:
     del resources
     for cell in cells:
         result = finished(cell)
-        failure = NOT_RUN if result is None else ""
+        failure = "" if result else why_it_failed(cell) or NOT_RUN
         yield Outcome(cell=cell, result=result, failure=failure, ran=False)
