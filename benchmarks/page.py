@@ -315,6 +315,31 @@ def memory(result: dict[str, Any]) -> list[str]:
     return lines
 
 
+def shrunk(result: dict[str, Any]) -> list[str]:
+    """What inference gains where modules were left without ranks."""
+    rows, length = result["read"]
+    left = "`shrink` left in a run on E2E" if result["of_a_run"] else "every tenth module has"
+    run = " --run RUN" if result["of_a_run"] else ""
+    over = result["over_frozen"]
+    lines = [
+        "## Modules without a rank",
+        "",
+        command("shrunk", result).replace(".py", f".py{run}"),
+        f"smollm2-135m in float32 with the ranks that {left}, not merged. It reads {rows} x "
+        f"{length} tokens, and writes {result['written']} tokens one after the other; seconds over "
+        "those of the model without an adapter.",
+        "",
+        "| adapter | modules | ranks | reading | writing |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name in ("uniform", "shrunk"):
+        lines.append(
+            f"| {name} | {result['modules'][name]} | {result['ranks'][name]:,} | "
+            f"{over['read'][name]:.2f} | {over['write'][name]:.2f} |"
+        )
+    return lines
+
+
 def ratio(above: list[float], below: list[float]) -> float:
     """The median over the turns that both took."""
     return statistics.median(a / b for a, b in zip(above, below, strict=False))
@@ -334,6 +359,7 @@ SECTIONS = {
     "scoring": scoring,
     "end_to_end": whole_runs,
     "memory": memory,
+    "shrunk": shrunk,
 }
 """Of the page, in order, by the benchmark whose JSON each is written from."""
 

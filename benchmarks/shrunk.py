@@ -21,7 +21,7 @@ from typing import Any
 import harness
 import torch
 
-from loralloc.allocation.layers import lora_layers
+from loralloc.allocation.layers import lora_layers, ranks
 from loralloc.allocation.record import Record
 from loralloc.allocation.resize import resize
 
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--run", type=Path, help="a run folder of --method shrink on smollm2-135m")
     args = parser.parse_args(argv)
     models = {name: adapted(args.data, name, args.run) for name in NAMES}
-    modules = {name: len(layers_of(model)) for name, model in models.items()}
+    held = {name: ranks_of(model) for name, model in models.items()}
+    modules = {name: len(each) for name, each in held.items()}
     repeats = 5 if args.quick else 15
     seconds = {
         work.__name__: harness.by_turns(
@@ -63,9 +64,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json,
         {
             "quick": args.quick,
+            "of_a_run": args.run is not None,
             "modules": modules,
-            **{
-                f"uniform_over_shrunk_{work}": harness.ratio(taken["uniform"], taken["shrunk"])
+            "ranks": {name: sum(each.values()) for name, each in held.items()},
+            "read": [EXAMPLES, LENGTH],
+            "written": NEW_TOKENS,
+            "over_frozen": {
+                work: {name: harness.ratio(each, taken["frozen"]) for name, each in taken.items()}
                 for work, taken in seconds.items()
             },
             "seconds": seconds,
@@ -86,9 +91,9 @@ def adapted(folder: Path, name: str, run: Path | None) -> Any:
     return model
 
 
-def layers_of(model: Any) -> Sequence[str]:
-    """The adapted modules."""
-    return list(lora_layers(model)) if getattr(model, "peft_config", None) else ()
+def ranks_of(model: Any) -> dict[str, int]:
+    """The rank of every adapted module."""
+    return ranks(lora_layers(model)) if getattr(model, "peft_config", None) else {}
 
 
 @torch.no_grad()

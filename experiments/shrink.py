@@ -2,7 +2,8 @@
 
 On E2E (smollm2-135m), SST-2 and QNLI (minilm-l6), for each seed:
 
-    shrink      from r = 8 on every linear layer, by AB-LoRA, while held-out loss allows
+    shrink      from r = 8 on every linear layer, by singular values, while held-out loss allows
+    rates       the same, and modules that shrank train faster (`rank_lr_power` 0.5)
     lora-8      LoRA with r = 8
     lora        LoRA at the whole rank nearest to the size that shrink ended with, 1 at least
     random      from r = 8 to that size, its ranks drawn
@@ -42,6 +43,7 @@ RESULTS = ROOT / "experiments" / "results" / "shrink"
 RANK = 8
 NAMES = {
     "shrink": "`shrink` from r = 8",
+    "rates": "the same with `rank_lr_power=0.5`",
     "lora-8": "LoRA, r = 8",
     "lora": "LoRA of that size",
     "random": "ranks drawn, to that size",
@@ -229,7 +231,10 @@ def cell(
             "allocation.score": "random",
             "allocation.target_parameters": size,
         }
-    method = {"lora-8": "lora", "random": "shrink" if more else "lora"}.get(arm, arm)
+    elif arm == "rates":
+        more = {"allocation.rank_lr_power": 0.5}
+    methods = {"lora-8": "lora", "rates": "shrink", "random": "shrink" if more else "lora"}
+    method = methods.get(arm, arm)
     if method == "shrink":
         more["allocation.judging_examples"] = setting.judging
     options = {

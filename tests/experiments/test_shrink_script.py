@@ -27,7 +27,9 @@ def measured(shrink, tmp_path, monkeypatch):
 
     def attempt(args, task, arm, rate, seed):
         path, size = (f(args, task, arm, rate, seed) for f in (shrink.path_of, size_of))
-        told = {"shrink": 1000 + seed + round(rate * 1e5), "lora-8": 8000}.get(arm, size)
+        told = {"shrink": 1000 + seed + round(rate * 1e5), "rates": 900, "lora-8": 8000}.get(
+            arm, size
+        )
         loss = abs(rate - (1e-3 if arm == "shrink" else 2e-3)) + seed
         data = dict(task=task, arm=arm, size=size, learning_rate=rate, seed=seed)
         data |= dict(parameters=told, dev_loss=loss, test_cross_entropy=loss + 0.5)
@@ -49,7 +51,7 @@ def test_every_arm_is_searched_on_the_first_seed_alike(shrink, measured):
     assert {f"sst2-shrink-lr0.001-seed{seed}.json" for seed in range(3)} <= names
     assert {f"sst2-lora-1100-lr{rate}-seed0.json" for rate in ("0.0005", "0.001")} <= names
     assert {f"sst2-lora-{1100 + seed}-lr0.002-seed{seed}.json" for seed in range(3)} <= names
-    assert len(names) == 5 * (3 + 2)
+    assert len(names) == len(shrink.ARMS) * (3 + 2)
 
 
 def test_what_fails_of_one_arm_keeps_no_other_back(shrink, measured, monkeypatch):
@@ -58,7 +60,7 @@ def test_what_fails_of_one_arm_keeps_no_other_back(shrink, measured, monkeypatch
     measured.arms = list(shrink.ARMS)
     assert not shrink.carry_out_task(measured, "sst2")
     there = {path.name.split("-")[1] for path in measured.out.glob("*.json")}
-    assert there == {"shrink", "lora", "truncate"}
+    assert there == {"shrink", "rates", "lora", "truncate"}
 
 
 def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrink, measured):
@@ -71,7 +73,7 @@ def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrin
     assert rows[1] == (
         "| `shrink` from r = 8 | 0.001 | 1,100 1,101 1,102 | 0.5000 1.5000 2.5000 | 1.5000 |"
     )
-    assert rows[3].startswith("| LoRA of that size | 0.002 | 1,100 1,101 1,102 |")
+    assert rows[4].startswith("| LoRA of that size | 0.002 | 1,100 1,101 1,102 |")
 
 
 def test_the_tables_in_the_docs_are_those_of_the_results(shrink):
@@ -80,7 +82,7 @@ def test_the_tables_in_the_docs_are_those_of_the_results(shrink):
     assert between.strip().split("\n") == shrink.tables(shrink.RESULTS)[:-1]
 
 
-@pytest.mark.parametrize("arm", ["shrink", "lora-8", "lora", "random", "truncate"])
+@pytest.mark.parametrize("arm", ["shrink", "rates", "lora-8", "lora", "random", "truncate"])
 def test_every_arm_is_a_method_that_takes_its_options(arm, shrink, tmp_path):
     (tmp_path / "sst2").mkdir()
     args = argparse.Namespace(data=tmp_path, runs=tmp_path, steps=None, limit=None)

@@ -15,7 +15,7 @@ from session import Drive, prepared, products
 
 from loralloc.allocation.comparison import ExampleLosses
 from loralloc.allocation.config import AllocationConfig
-from loralloc.allocation.layers import lora_layers, rank_cost, ranks
+from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_ab
 from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 from loralloc.allocation.singular import take_singular_form
@@ -30,6 +30,11 @@ PLACES = (8, 10, 12)
 def made(model=None, *, rank=4, **options) -> Shrink:
     config = AllocationConfig(**{"rounds_at": (LOOK, *PLACES), "tolerance": 9.0, **options})
     return prepared(Shrink(rank=rank, allocation=config), model or tiny.llama())
+
+
+def weights_of(method) -> dict[str, list[torch.Tensor]]:
+    pairs = weights_ab(lora_layers(method.model)).items()
+    return {name: [weight.detach().clone() for weight in pair] for name, pair in pairs}
 
 
 def parameters(method) -> int:
@@ -113,6 +118,25 @@ def test_what_a_size_costs_is_measured_with_exactly_its_ranks_off():
     size = method.record.frontier[1]
     assert size.loss == pytest.approx(now.mean, rel=1e-5)  # the ranks have gone since
     assert size.worse_by == pytest.approx(size.loss - method.record.frontier[0].loss, rel=1e-6)
+
+
+def test_modules_that_shrank_train_at_rates_of_their_own():
+    after = []
+    for power in (0.0, 0.5):
+        method = made(prune_share=0.5, rounds_at=(8,), rank_lr_power=power)
+        drive = Drive(method).begin()
+        drive.train(until=8)
+        before = weights_of(method)
+        drive.train(until=9)
+        after.append(weights_of(method))
+        left = method.record.ranks
+    assert len({rank for rank in left.values() if rank}) > 1
+    for name, begun in before.items():
+        for weight, at_one_rate, at_its_own in zip(
+            begun, after[0][name], after[1][name], strict=True
+        ):
+            expected = weight + (4 / left[name]) ** 0.5 * (at_one_rate - weight)
+            torch.testing.assert_close(at_its_own, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_smallest_singular_values_of_all_modules_go_and_nothing_else_changes(monkeypatch):

@@ -12,7 +12,7 @@ SHRINK_ONLY = ("tolerance", "target_parameters", "prune_by", "prune_share", "jud
 SHRINK = (
     *SHRINK_ONLY,
     *("preset", "num_rounds", "rounds_at", "score", "scoring_examples", "verify_ranks"),
-    *("shapley_nodes", "min_rank", "seed"),
+    *("shapley_nodes", "min_rank", "rank_lr_power", "seed"),
 )
 """Options that "shrink" reads."""
 
