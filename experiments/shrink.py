@@ -10,9 +10,9 @@ On E2E (smollm2-135m), SST-2 and QNLI (minilm-l6), for each seed:
     truncate    LoRA of twice that whole rank, cut to the largest singular values of all modules
 
 A run of `loralloc` each, tested by the cross-entropy of the test rows. Of every arm alike the first
-seed is run at each rate, and the others at the one of the lowest development loss there. A cell
-whose JSON is in the output folder is not run again, and one that was cut short goes on. The tables
-go into docs/alora.md.
+seed is run at each rate, at twice or half of it while the best is at an edge, and the others at the
+one of the lowest development loss. A cell whose JSON is in the output folder is not run again, and
+one that was cut short goes on. The tables go into docs/alora.md.
 
 Run: python experiments/shrink.py --data FOLDER [--only TASK ...] [--arms ARM ...] [--seeds N ...]
 """
@@ -56,6 +56,9 @@ SIZED = ("lora", "random", "truncate")
 PAGE = ROOT / "docs" / "alora.md"
 BEGIN, END = "<!-- shrunk -->", "<!-- end of shrunk -->"
 
+MOST_WIDER = 3
+"""Rates beyond an edge, at most."""
+
 EVAL_BATCH = 32
 """Development rows at once."""
 
@@ -91,7 +94,7 @@ SETTINGS = {
         rows={"train": 800, "validation": 150, "test": 200},
         dtype="bfloat16",
         judging=32,
-        rates=(1e-3, 2e-3),
+        rates=(2e-3, 4e-3, 8e-3),
     ),
     "sst2": Setting(backbone="minilm-l6", steps=500, batch=16, test={}),
     "qnli": Setting(backbone="minilm-l6", steps=300, batch=16, test={}, rates=(5e-4, 1e-3)),
@@ -131,42 +134,49 @@ def carry_out_task(args: argparse.Namespace, task: str) -> bool:
 
 
 def carry_out_arm(args: argparse.Namespace, task: str, arm: str) -> bool:
-    """All runs of an arm: each rate on the first seed, the best on the others."""
+    """All runs of an arm: its rates on the first seed, the best on the others."""
     first, *others = args.seeds
-    if not all([carry_out(args, task, arm, rate, first) for rate in SETTINGS[task].rates]):
-        return False
-    rate = best_rate(args, task, arm)
-    return all([carry_out(args, task, arm, rate, seed) for seed in others])
+    wanted = list(SETTINGS[task].rates)
+    for _ in range(1 + MOST_WIDER):
+        if not all([carry_out(args, task, arm, rate, first) for rate in wanted]):
+            return False
+        rates = tried(args, task, arm)
+        best = min(rates, key=rates.__getitem__)
+        wanted = [2 * best] if best == max(rates) else [best / 2] if best == min(rates) else []
+    return all([carry_out(args, task, arm, best, seed) for seed in others])
 
 
-def best_rate(args: argparse.Namespace, task: str, arm: str) -> float:
-    """The rate of the lowest development loss on the first seed."""
-
-    def dev_loss(rate: float) -> float:
-        found = json.loads(path_of(args, task, arm, rate, args.seeds[0]).read_text("utf-8"))
-        return float(found["dev_loss"])
-
-    return min(SETTINGS[task].rates, key=dev_loss)
+def tried(args: argparse.Namespace, task: str, arm: str) -> dict[float, float]:
+    """Development losses of the first seed, by learning rate."""
+    paths = Path(args.out).glob(name_of(args, task, arm, None, args.seeds[0]))
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return {run["learning_rate"]: float(run["dev_loss"]) for run in found}
 
 
-def path_of(args: argparse.Namespace, task: str, arm: str, rate: float, seed: int) -> Path:
-    """Where the JSON of a cell is."""
+def name_of(args: argparse.Namespace, task: str, arm: str, rate: float | None, seed: int) -> str:
+    """How the JSON of a cell is called; with any rate, for None."""
     size = size_of(args, task, arm, seed)
-    named = [task, arm, *([] if size is None else [size]), f"lr{rate:g}", f"seed{seed}"]
-    return Path(args.out) / ("-".join(map(str, named)) + ".json")
+    of_rate = "*" if rate is None else f"{rate:g}"
+    named = [task, arm, *([] if size is None else [size]), f"lr{of_rate}", f"seed{seed}"]
+    return "-".join(map(str, named)) + ".json"
 
 
 def size_of(args: argparse.Namespace, task: str, arm: str, seed: int) -> int | None:
     """Parameters that an arm is to have: as many as shrink ended with, at its best rate."""
     if arm not in SIZED:
         return None
-    found = path_of(args, task, "shrink", best_rate(args, task, "shrink"), seed)
+    rates = tried(args, task, "shrink")
+    best = min(rates, key=rates.__getitem__)
+    found = Path(args.out) / name_of(args, task, "shrink", best, seed)
     return int(json.loads(found.read_text(encoding="utf-8"))["parameters"])
 
 
 def carry_out(args: argparse.Namespace, task: str, arm: str, rate: float, seed: int) -> bool:
     """One cell, unless its JSON is there; whether it is there now."""
-    path, size = path_of(args, task, arm, rate, seed), size_of(args, task, arm, seed)
+    path, size = (
+        Path(args.out) / name_of(args, task, arm, rate, seed),
+        size_of(args, task, arm, seed),
+    )
     if path.is_file():
         return True
     made = cell(args, task, arm, rate, seed, size)
@@ -289,22 +299,28 @@ def tables(folder: Path) -> list[str]:
         half = ", the backbone in bfloat16" if setting.dtype == "bfloat16" else ""
         shrunk = at_best_rate(cells[task, "shrink"])
         sizes = {run["seed"]: run["parameters"] for run in shrunk}
-        rates = len(setting.rates)
         lines += [
             f"**{task}**, {setting.backbone}{half}, {setting.steps} steps of {setting.batch} rows:",
             "",
             "| | learning rate | parameters, every seed | test cross-entropy, every seed | mean |",
             "|---|---:|---:|---:|---:|",
-            row("shrink", shrunk),
         ]
-        for arm in ARMS[1:]:
+        for arm in ARMS:
             runs = cells.get((task, arm), [])
             if arm in SIZED:
                 runs = [run for run in runs if run["size"] == sizes.get(run["seed"])]
-            if len(runs) >= rates + len(sizes) - 1:
-                lines.append(row(arm, at_best_rate(runs)))
+            if is_whole(runs, setting.rates, list(sizes)):
+                lines.append(row(arm, runs))
         lines.append("")
     return lines
+
+
+def is_whole(
+    runs: Sequence[Mapping[str, Any]], rates: Sequence[float], seeds: Sequence[int]
+) -> bool:
+    """Whether an arm was run at each rate with the first seed, and at its best with all."""
+    of_first = {run["learning_rate"] for run in runs if run["seed"] == seeds[0]}
+    return of_first >= set(rates) and [run["seed"] for run in at_best_rate(runs)] == list(seeds)
 
 
 def at_best_rate(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -320,12 +336,15 @@ def _dev_loss(run: Mapping[str, Any]) -> float:
 
 
 def row(arm: str, runs: Sequence[Mapping[str, Any]]) -> str:
-    """One arm of a table."""
+    """One arm of a table, of all its runs."""
+    searched = [run["learning_rate"] for run in runs if run["seed"] == runs[0]["seed"]]
+    runs = at_best_rate(runs)
     losses = [run["test_cross_entropy"] for run in runs]
     sizes = " ".join(f"{run['parameters']:,}" for run in runs)
     each = " ".join(f"{loss:.4f}" for loss in losses)
     mean = statistics.mean(losses)
-    rate = f"{runs[0]['learning_rate']:g}"
+    best = runs[0]["learning_rate"]
+    rate = f"{best:g}" + (" (edge)" if best in (min(searched), max(searched)) else "")
     return f"| {NAMES[arm]} | {rate} | {sizes} | {each} | {mean:.4f} |"
 
 

@@ -26,18 +26,17 @@ def measured(shrink, tmp_path, monkeypatch):
     """Carries out cells whose losses and sizes are a function of arm, rate and seed."""
 
     def attempt(args, task, arm, rate, seed):
-        path, size = (f(args, task, arm, rate, seed) for f in (shrink.path_of, size_of))
+        path = args.out / shrink.name_of(args, task, arm, rate, seed)
+        size = shrink.size_of(args, task, arm, seed)
         told = {"shrink": 1000 + seed + round(rate * 1e5), "rates": 900, "lora-8": 8000}.get(
             arm, size
         )
-        loss = abs(rate - (1e-3 if arm == "shrink" else 2e-3)) + seed
+        best = {"shrink": 1e-3, "truncate": 1.0}.get(arm, 2e-3)
+        loss = abs(rate - best) + seed
         data = dict(task=task, arm=arm, size=size, learning_rate=rate, seed=seed)
         data |= dict(parameters=told, dev_loss=loss, test_cross_entropy=loss + 0.5)
         path.write_text(json.dumps(data))
         return True
-
-    def size_of(args, task, arm, rate, seed):
-        return shrink.size_of(args, task, arm, seed)
 
     monkeypatch.setattr(shrink, "carry_out", attempt)
     return argparse.Namespace(out=tmp_path, seeds=[0, 1, 2])
@@ -51,7 +50,9 @@ def test_every_arm_is_searched_on_the_first_seed_alike(shrink, measured):
     assert {f"sst2-shrink-lr0.001-seed{seed}.json" for seed in range(3)} <= names
     assert {f"sst2-lora-1100-lr{rate}-seed0.json" for rate in ("0.0005", "0.001")} <= names
     assert {f"sst2-lora-{1100 + seed}-lr0.002-seed{seed}.json" for seed in range(3)} <= names
-    assert len(names) == len(shrink.ARMS) * (3 + 2)
+    others = [name for name in names if "-shrink-" not in name and "-truncate-" not in name]
+    assert len(others) == 4 * (3 + 1 + 2)  # one beyond the edge that the best is at
+    assert len(names) == len(others) + (3 + 2) + (3 + shrink.MOST_WIDER + 2)
 
 
 def test_what_fails_of_one_arm_keeps_no_other_back(shrink, measured, monkeypatch):
@@ -74,6 +75,7 @@ def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrin
         "| `shrink` from r = 8 | 0.001 | 1,100 1,101 1,102 | 0.5000 1.5000 2.5000 | 1.5000 |"
     )
     assert rows[4].startswith("| LoRA of that size | 0.002 | 1,100 1,101 1,102 |")
+    assert rows[6].startswith("| twice that size, cut by singular values | 0.016 (edge) |")
 
 
 def test_the_tables_in_the_docs_are_those_of_the_results(shrink):
