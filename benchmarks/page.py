@@ -318,25 +318,30 @@ def memory(result: dict[str, Any]) -> list[str]:
 def shrunk(result: dict[str, Any]) -> list[str]:
     """What inference gains where modules were left without ranks."""
     rows, length = result["read"]
-    left = "`shrink` left in a run on E2E" if result["of_a_run"] else "every tenth module has"
-    run = " --run RUN" if result["of_a_run"] else ""
+    run = " --run RUN" if "shrunk" in result["modules"] else ""
     over = result["over_frozen"]
+    names = {
+        "uniform": "rank 8 everywhere",
+        "shrunk": "what `shrink` left of it on E2E",
+        "tenth": "a rank on every tenth module",
+    }
     lines = [
         "## Modules without a rank",
         "",
-        command("shrunk", result).replace(".py", f".py{run}"),
-        f"smollm2-135m in float32 with the ranks that {left}, not merged. It reads {rows} x "
-        f"{length} tokens, and writes {result['written']} tokens one after the other; seconds over "
-        "those of the model without an adapter.",
+        command("shrunk", result).replace(".py", f".py{run}", 1),
+        f"adapters of smollm2-135m in float32, not merged. It reads {rows} x {length} tokens, and "
+        f"writes {result['written']} tokens one after the other; seconds over those of the model "
+        "without an adapter.",
         "",
         "| adapter | modules | ranks | reading | writing |",
         "|---|---:|---:|---:|---:|",
     ]
-    for name in ("uniform", "shrunk"):
-        lines.append(
-            f"| {name} | {result['modules'][name]} | {result['ranks'][name]:,} | "
-            f"{over['read'][name]:.2f} | {over['write'][name]:.2f} |"
-        )
+    for name in result["modules"]:
+        if name in names:
+            lines.append(
+                f"| {names[name]} | {result['modules'][name]} | {result['ranks'][name]:,} | "
+                f"{over['read'][name]:.2f} | {over['write'][name]:.2f} |"
+            )
     return lines
 
 

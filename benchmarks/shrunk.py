@@ -5,7 +5,8 @@ prompts, and writes one token after another,
 
     frozen      without an adapter
     uniform     with rank 8 on every linear layer of every block
-    shrunk      with the ranks of a run (--run), or with one rank on every tenth module
+    shrunk      with the ranks that a run left (--run)
+    tenth       with one rank on every tenth module
 
 Run: python benchmarks/shrunk.py [--run FOLDER] [--quick] [--json PATH]
 """
@@ -25,8 +26,7 @@ from loralloc.allocation.layers import lora_layers, ranks
 from loralloc.allocation.record import Record
 from loralloc.allocation.resize import resize
 
-NAMES = ("frozen", "uniform", "shrunk")
-KEPT_EVERY = 10
+NAMES = ("frozen", "uniform", "shrunk", "tenth")
 EXAMPLES, LENGTH, NEW_TOKENS = 8, 64, 16
 
 
@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = harness.parser(__doc__)
     parser.add_argument("--run", type=Path, help="a run folder of --method shrink on smollm2-135m")
     args = parser.parse_args(argv)
-    models = {name: adapted(args.data, name, args.run) for name in NAMES}
+    names = [name for name in NAMES if name != "shrunk" or args.run]
+    models = {name: adapted(args.data, name, args.run) for name in names}
     held = {name: ranks_of(model) for name, model in models.items()}
     modules = {name: len(each) for name, each in held.items()}
     repeats = 5 if args.quick else 15
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             *(1e3 * statistics.median(seconds[work][name]) for work in seconds),
             *(harness.ratio(seconds[work][name], seconds[work]["frozen"]) for work in seconds),
         )
-        for name in NAMES
+        for name in names
     ]
     harness.show(
         f"smollm2-135m: read {EXAMPLES} x {LENGTH} tokens, write {NEW_TOKENS}",
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.json,
         {
             "quick": args.quick,
-            "of_a_run": args.run is not None,
             "modules": modules,
             "ranks": {name: sum(each.values()) for name, each in held.items()},
             "read": [EXAMPLES, LENGTH],
@@ -85,9 +85,9 @@ def adapted(folder: Path, name: str, run: Path | None) -> Any:
     if name == "frozen":
         return model.unload()
     if name == "shrunk":
-        names = list(lora_layers(model))
-        few = {module: int(i % KEPT_EVERY == 0) for i, module in enumerate(names)}
-        resize(model, Record.load(run).ranks if run else few)
+        resize(model, Record.load(run).ranks)
+    elif name == "tenth":
+        resize(model, {module: int(i % 10 == 0) for i, module in enumerate(lora_layers(model))})
     return model
 
 

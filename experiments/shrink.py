@@ -337,7 +337,8 @@ def _dev_loss(run: Mapping[str, Any]) -> float:
 
 def row(arm: str, runs: Sequence[Mapping[str, Any]]) -> str:
     """One arm of a table, of all its runs."""
-    searched = [run["learning_rate"] for run in runs if run["seed"] == runs[0]["seed"]]
+    first = min(run["seed"] for run in runs)
+    searched = [run["learning_rate"] for run in runs if run["seed"] == first]
     runs = at_best_rate(runs)
     losses = [run["test_cross_entropy"] for run in runs]
     sizes = " ".join(f"{run['parameters']:,}" for run in runs)

@@ -28,7 +28,7 @@ def measured(shrink, tmp_path, monkeypatch):
     def attempt(args, task, arm, rate, seed):
         path = args.out / shrink.name_of(args, task, arm, rate, seed)
         size = shrink.size_of(args, task, arm, seed)
-        told = {"shrink": 1000 + seed + round(rate * 1e5), "rates": 900, "lora-8": 8000}.get(
+        told = {"shrink": 1000 - seed + round(rate * 1e5), "rates": 900, "lora-8": 8000}.get(
             arm, size
         )
         best = {"shrink": 1e-3, "truncate": 1.0}.get(arm, 2e-3)
@@ -49,7 +49,7 @@ def test_every_arm_is_searched_on_the_first_seed_alike(shrink, measured):
     assert {f"sst2-shrink-lr{rate}-seed0.json" for rate in ("0.0005", "0.001", "0.002")} <= names
     assert {f"sst2-shrink-lr0.001-seed{seed}.json" for seed in range(3)} <= names
     assert {f"sst2-lora-1100-lr{rate}-seed0.json" for rate in ("0.0005", "0.001")} <= names
-    assert {f"sst2-lora-{1100 + seed}-lr0.002-seed{seed}.json" for seed in range(3)} <= names
+    assert {f"sst2-lora-{1100 - seed}-lr0.002-seed{seed}.json" for seed in range(3)} <= names
     others = [name for name in names if "-shrink-" not in name and "-truncate-" not in name]
     assert len(others) == 4 * (3 + 1 + 2)  # one beyond the edge that the best is at
     assert len(names) == len(others) + (3 + 2) + (3 + shrink.MOST_WIDER + 2)
@@ -72,9 +72,9 @@ def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrin
     (measured.out / "sst2-lora-7-lr0.0001-seed0.json").write_text(json.dumps(stray))
     rows = [line for line in shrink.tables(measured.out) if line.startswith("| ")]
     assert rows[1] == (
-        "| `shrink` from r = 8 | 0.001 | 1,100 1,101 1,102 | 0.5000 1.5000 2.5000 | 1.5000 |"
+        "| `shrink` from r = 8 | 0.001 | 1,100 1,099 1,098 | 0.5000 1.5000 2.5000 | 1.5000 |"
     )
-    assert rows[4].startswith("| LoRA of that size | 0.002 | 1,100 1,101 1,102 |")
+    assert rows[4].startswith("| LoRA of that size | 0.002 | 1,100 1,099 1,098 |")
     assert rows[6].startswith("| twice that size, cut by singular values | 0.016 (edge) |")
 
 
