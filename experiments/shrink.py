@@ -141,7 +141,7 @@ def carry_out_arm(args: argparse.Namespace, task: str, arm: str) -> bool:
         if not all([carry_out(args, task, arm, rate, first) for rate in wanted]):
             return False
         rates = tried(args, task, arm)
-        best = min(rates, key=rates.__getitem__)
+        best = best_rate(rates)
         wanted = [2 * best] if best == max(rates) else [best / 2] if best == min(rates) else []
     return all([carry_out(args, task, arm, best, seed) for seed in others])
 
@@ -151,6 +151,11 @@ def tried(args: argparse.Namespace, task: str, arm: str) -> dict[float, float]:
     paths = Path(args.out).glob(name_of(args, task, arm, None, args.seeds[0]))
     found = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
     return {run["learning_rate"]: float(run["dev_loss"]) for run in found}
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The rate of the lowest development loss, of losses by rate."""
+    return min(losses, key=losses.__getitem__)
 
 
 def name_of(args: argparse.Namespace, task: str, arm: str, rate: float | None, seed: int) -> str:
@@ -165,8 +170,7 @@ def size_of(args: argparse.Namespace, task: str, arm: str, seed: int) -> int | N
     """Parameters that an arm is to have: as many as shrink ended with, at its best rate."""
     if arm not in SIZED:
         return None
-    rates = tried(args, task, "shrink")
-    best = min(rates, key=rates.__getitem__)
+    best = best_rate(tried(args, task, "shrink"))
     found = Path(args.out) / name_of(args, task, "shrink", best, seed)
     return int(json.loads(found.read_text(encoding="utf-8"))["parameters"])
 
