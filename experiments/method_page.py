@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from study_page import told_failures
+
 from loralloc.cli.methods import papers_count, papers_shape
 from loralloc.experiments.collected import BASELINE, CROSS_ENTROPY, Entry, Section
 from loralloc.experiments.experiment import Experiment
@@ -48,12 +50,13 @@ def method_page(experiment: Experiment, section: Section) -> str:
     for task in experiment.tasks:
         of_task = [entry for entry in section.entries if entry.task == task]
         entries = [entry for entry in of_task if entry.is_whole]
-        if entries:
+        told = told_failures(of_task)
+        if entries or told:
             steps = f"{experiment.settings['max_steps']:,} steps of 16 examples"
             tables += ["", f"## {task}, {experiment.backbones['small']}, {steps}", ""]
             if len(entries) < len(of_task):
                 tables += [f"Whole so far: {len(entries)} of {len(of_task)} rows.", ""]
-            tables += _table(entries)
+            tables += [*told, *(_table(entries) if entries else [])]
     return "\n".join([*lines, *([*tables, *NOTES] if tables else NONE_YET), *_counts()]) + "\n"
 
 

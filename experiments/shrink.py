@@ -32,7 +32,7 @@ from typing import Any
 from loralloc.allocation.record import Record
 from loralloc.allocation.shrinking import in_words
 from loralloc.experiments.cell import Cell
-from loralloc.experiments.rows import rows_of
+from loralloc.experiments.rows import hash_of, rows_of
 from loralloc.experiments.work import attempt
 from loralloc.methods.peft_method import rank_parameters, resolve_targets
 from loralloc.runs.models import empty_model
@@ -118,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.data is None:
         parser.error("name the folder of the data sets with --data or LORALLOC_DATA")
+    if (args.steps or args.limit) and args.out == RESULTS:
+        parser.error("--steps and --limit are no runs of docs/alora.md: name another folder, --out")
     prepare_process()
     complete = all([carry_out_task(args, task) for task in args.only])
     if args.out == RESULTS:
@@ -177,13 +179,12 @@ def size_of(args: argparse.Namespace, task: str, arm: str, seed: int) -> int | N
 
 def carry_out(args: argparse.Namespace, task: str, arm: str, rate: float, seed: int) -> bool:
     """One cell, unless its JSON is there; whether it is there now."""
-    path, size = (
-        Path(args.out) / name_of(args, task, arm, rate, seed),
-        size_of(args, task, arm, seed),
-    )
-    if path.is_file():
-        return True
+    path = Path(args.out) / name_of(args, task, arm, rate, seed)
+    size = size_of(args, task, arm, seed)
     made = cell(args, task, arm, rate, seed, size)
+    if path.is_file():
+        check_same(path, made)
+        return True
     outcome = attempt(made)
     if outcome.result is None:
         sys.stderr.write(f"{path.name}: {outcome.failure}\n")
@@ -214,6 +215,21 @@ def carry_out(args: argparse.Namespace, task: str, arm: str, rate: float, seed: 
     scratch.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     scratch.replace(path)
     return True
+
+
+def check_same(path: Path, made: Cell) -> None:
+    """Refuse a result that is there of a run with other options.
+
+    Raises:
+        SystemExit: Naming the first of them.
+    """
+    before = json.loads(path.read_text(encoding="utf-8"))["options"]
+    for name, value in made.options.items():
+        if name in before and before[name] != value:
+            raise SystemExit(
+                f"{path} is of a run with {name} {before[name]}, which is {value} now; name "
+                "another folder with --out."
+            )
 
 
 def cell(
@@ -278,6 +294,7 @@ def cell(
         seed=seed,
         learning_rate=rate,
         options=options,
+        rows=hash_of(rows),
         root=str(args.runs),
         test=test,
     )
@@ -303,8 +320,9 @@ def tables(folder: Path) -> list[str]:
         half = ", the backbone in bfloat16" if setting.dtype == "bfloat16" else ""
         shrunk = at_best_rate(cells[task, "shrink"])
         sizes = {run["seed"]: run["parameters"] for run in shrunk}
+        steps = shrunk[0]["steps"]
         lines += [
-            f"**{task}**, {setting.backbone}{half}, {setting.steps} steps of {setting.batch} rows:",
+            f"**{task}**, {setting.backbone}{half}, {steps} steps of {setting.batch} rows:",
             "",
             "| | learning rate | parameters, every seed | test cross-entropy, every seed | mean |",
             "|---|---:|---:|---:|---:|",

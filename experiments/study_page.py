@@ -37,6 +37,7 @@ def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -
         if experiment.kind == "sweep" and (drawing := ceilings(name, section)):
             drawing.save(pictures / f"{name}.png")
             lines += [f"![{drawing.title}](images/{name}.png)", "", f"*{drawing.caption}*", ""]
+        lines += told_failures(section.entries)
         for table in tables:
             lines += [table.markdown().replace("## ", "### ", 1)]
         lines += [f"Command: {command}.", ""]
@@ -46,6 +47,12 @@ def study_page(found: Sequence[tuple[Experiment, Section]], *, pictures: Path) -
 def replace_entries(section: Section) -> Section:
     """The section with the entries that are whole."""
     return replace(section, entries=[entry for entry in section.entries if entry.is_whole])
+
+
+def told_failures(entries: Sequence[Entry]) -> list[str]:
+    """What failed of them, a line each: such a row is not to be taken for one still to be run."""
+    told = [f"- {entry.name} on {entry.task}: {why}" for entry in entries for why in entry.failed]
+    return ["Failed:", "", *told, ""] if told else []
 
 
 def _ceilings(experiment: Experiment, section: Section) -> list[Table]:

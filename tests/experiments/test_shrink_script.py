@@ -34,7 +34,7 @@ def measured(shrink, tmp_path, monkeypatch):
         best = {"shrink": 1e-3, "truncate": 1.0}.get(arm, 2e-3)
         loss = abs(rate - best) + seed
         data = dict(task=task, arm=arm, size=size, learning_rate=rate, seed=seed)
-        data |= dict(parameters=told, dev_loss=loss, test_cross_entropy=loss + 0.5)
+        data |= dict(parameters=told, dev_loss=loss, test_cross_entropy=loss + 0.5, steps=7)
         path.write_text(json.dumps(data))
         return True
 
@@ -70,7 +70,9 @@ def test_a_table_has_every_arm_at_its_best_rate_and_leaves_other_sizes_out(shrin
     stray = dict(task="sst2", arm="lora", size=7, learning_rate=1e-4, seed=0, dev_loss=0.0)
     stray |= dict(parameters=7, test_cross_entropy=0.0)
     (measured.out / "sst2-lora-7-lr0.0001-seed0.json").write_text(json.dumps(stray))
-    rows = [line for line in shrink.tables(measured.out) if line.startswith("| ")]
+    lines = shrink.tables(measured.out)
+    assert lines[0] == "**sst2**, minilm-l6, 7 steps of 16 rows:"  # as they were run
+    rows = [line for line in lines if line.startswith("| ")]
     assert rows[1] == (
         "| `shrink` from r = 8 | 0.001 | 1,100 1,099 1,098 | 0.5000 1.5000 2.5000 | 1.5000 |"
     )

@@ -1,3 +1,5 @@
+import statistics
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -44,8 +46,8 @@ def test_many_examples_are_drawn_and_the_same_every_time():
 def test_a_spread_is_median_mean_and_an_interval_around_it():
     found = spread([80.0, 84.0, 90.0])
     assert (found.median, found.mean) == (84.0, pytest.approx(254 / 3))
-    low, high = found.interval
-    assert 80 <= low < found.mean < high <= 90
+    half = 4.302653 * statistics.stdev(found.values) / 3**0.5  # of two degrees of freedom
+    assert found.interval == pytest.approx((found.mean - half, found.mean + half), rel=1e-6)
     assert spread([80.0]).interval is None
     assert spread([80.0, 80.0]).interval == (80.0, 80.0)
 

@@ -1,6 +1,7 @@
 """The scripts behind docs/methods.md and docs/study.md: what they run, and what they write."""
 
 import importlib
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from loralloc.experiments.executors.executor import Resources, get_executor
 from loralloc.experiments.experiment import Variant, load_experiment, load_scale
 from loralloc.experiments.fairness import search_rates
 from loralloc.experiments.reproduce import carry_out_all
-from loralloc.experiments.work import FAILURE, NOT_RUN, RESULT, failed
+from loralloc.experiments.rows import hash_of
+from loralloc.experiments.work import FAILURE, NOT_RUN, RESULT, attempt, failed
 from loralloc.methods.catalog import METHODS
 from loralloc.runs.adaptation import method_of
 from loralloc.runs.settings import resolve
@@ -115,6 +117,43 @@ def test_the_same_rows_in_another_folder_are_the_same_run(make, write_rows, tmp_
     assert folders[0] == folders[1] != folders[2]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "json"])
+def test_other_rows_are_told_apart_whatever_kind_of_file_they_are_in(suffix, tmp_path):
+    told = []
+    for name in ("fine", "bad", "fine"):
+        folder = tmp_path / f"{len(told)}"
+        folder.mkdir()
+        (folder / f"train.{suffix}").write_text(f"sentence,label\na {name} film,1\n")
+        (folder / "notes.txt").write_text(f"{len(told)}")  # is not read
+        told.append((hash_of(str(folder)), hash_of(str(folder / f"train.{suffix}"))))
+    assert told[0] == told[2]
+    assert told[0][0] != told[1][0]
+    assert told[0][1] != told[1][1]
+    assert hash_of("nobody/has-this") == hash_of(None) == ""
+
+
+def test_what_has_no_test_split_is_tested_on_the_last_rows_of_training(make, write_rows, tmp_path):
+    for split, count in (("train", 9), ("validation", 2)):
+        rows = [{"instruction": f"say {n}", "output": f"{split} {n}"} for n in range(count)]
+        write_rows(tmp_path / "data" / "alpaca" / f"{split}.jsonl", rows)
+    limits = {"train": 20, "validation": 2, "test": 2}
+    changes = dict(tasks=("alpaca",), methods=("lora",), data=tmp_path / "data")
+    grid = make(rows=limits, **changes)
+    texts = {
+        split: Path(grid.sources["alpaca"], f"{split}.jsonl").read_text().splitlines()
+        for split in limits
+    }
+    assert [json.loads(line)["output"] for line in texts["test"]] == ["train 7", "train 8"]
+    assert len(texts["train"]) == 7
+    (cell, *_) = replace(grid, seeds=(0,)).at_one_rate("paper", {})
+    test = attempt(cell).result["test"]
+    assert (test["figures"], test["examples"]["scores"]) == ([], None)
+    assert len(test["examples"]["losses"]) == 2
+    assert test["cross_entropy"] > 0
+    with pytest.raises(ValueError, match=r"alpaca, which has no test split; give it `rows`"):
+        make(scale=replace(grid.scale, rows=None), **changes)
+
+
 def test_rows_of_two_experiments_in_one_folder_are_apart(make, write_rows, tmp_path):
     rows = [{"sentence": "a" * (9 - n) + " film", "label": n % 2} for n in range(9)]
     for split in ("train", "validation", "test"):
@@ -149,12 +188,15 @@ def test_a_row_is_whole_with_a_rate_that_failed_and_not_with_one_that_was_not_ru
     rows = len(section.entries)
     assert f"Whole so far: {rows - 1} of {rows} rows." in page
     assert "| late |" not in page
+    assert "- lora r=8 on sst2: the loss is nan" in page
+    assert "it has not been run yet" not in page
 
 
-def test_nobody_tells_what_is_finished_and_runs_nothing(lora_cells):
-    done, left = lora_cells
+def test_nobody_tells_what_is_finished_and_runs_nothing(lora_cells, tmp_path):
+    done, left = (replace(cell, root=str(tmp_path)) for cell in lora_cells)
     done.folder.mkdir(parents=True)
-    (done.folder / RESULT).write_text('{"test": {}, "dev_loss": 1.0}')
+    told = {"cell": done.anywhere(), "test": {}, "dev_loss": 1.0}
+    (done.folder / RESULT).write_text(json.dumps(told))
     found = list(get_executor("none")([done, left], Resources()))
     assert [one.failure for one in found] == ["", "it has not been run yet"]
     assert found[0].result["cell"] == done.as_data()

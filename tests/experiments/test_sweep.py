@@ -1,5 +1,6 @@
 """A search finds the optimum, says where it lies, and gives the numbers of runs one by one."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,8 @@ from loralloc.cli import main
 from loralloc.experiments import sweep
 from loralloc.experiments.executors import fleet
 from loralloc.experiments.executors.executor import Resources, get_executor
-from loralloc.experiments.work import TRAINED, Outcome
+from loralloc.experiments.files import write_json
+from loralloc.experiments.work import RESULT, TRAINED, Outcome
 
 QUICK = {
     "max_steps": 2,
@@ -92,6 +94,26 @@ def test_where_memory_is_short_fewer_go_at_once(options, tmp_path, monkeypatch):
     made = cells(options, tmp_path, ranks=[1, 2], learning_rates=[1e-3])
     assert [o.cell for o in fleet.run(made, Resources())] == made
     assert tried == [2, 1, 1]
+
+
+def test_what_another_process_has_trained_meanwhile_is_not_trained_again(
+    options, tmp_path, monkeypatch
+):
+    one, other, left = cells(options, tmp_path, learning_rates=[3e-3, 2e-3, 1e-3])
+    for cell, name, data in ((one, TRAINED, {}), (other, RESULT, {"test": None})):
+        write_json(cell.folder / name, {"cell": cell.anywhere(), **data})
+    begun, held = [], []
+
+    def begin(cell, prepare):
+        begun.append(cell)
+        raise ValueError("it is not prepared here")
+
+    monkeypatch.setattr(fleet, "begin_cell", begin)
+    monkeypatch.setattr(fleet, "locked", lambda folder: held.append(folder) or nullcontext())
+    assert fleet._train_at_once([one, other, left]) == {}
+    assert begun == [left]
+    assert held == sorted(held)  # or two fleets could wait for each other
+    assert len(held) == 3
 
 
 def test_several_workers_test_what_a_fleet_has_trained(options, tmp_path, monkeypatch):

@@ -32,6 +32,25 @@ def test_scores_stand_beside_the_papers(grid):
     ) == {"lora": "", "alora": "88.0"}
 
 
+def test_loras_ladder_has_nothing_of_the_papers_beside_it(make):
+    grid = make("table7", methods=("lora", "alora"), seeds=(0, 1))
+    overview = tables(grid.experiment, [section_of(grid, terms="fair")])[0]
+    theirs = column(overview, "Table 7, millions")
+    assert theirs == {
+        "lora": "3.54 / 3.54", "alora": "3.54 / 3.42", "lora r=4": "", "lora r=16": "",
+        "lora r=32": "",
+    }  # fmt: skip
+
+
+def test_only_the_measure_that_examples_were_scored_by_is_told_by_examples(make):
+    grid = make("table2", methods=("lora", "alora"), tasks=("e2e",), seeds=(0, 1))
+    section = section_of(grid, alora=lambda cell: {"score": 60.0 + cell.seed})
+    entry = section.find("e2e", "alora", 8)
+    told = {name for name in (*entry.measures, "cross-entropy") if entry.examples(name)}
+    assert told == {"BLEU", "cross-entropy"}
+    assert section.against_lora(entry, "METEOR").p_examples is None
+
+
 def test_a_difference_inside_the_noise_is_printed_as_such(grid):
     section = section_of(grid, alora=lambda cell: {"score": 49.0 + cell.seed})
     overview, detail = tables(grid.experiment, [section])[:2]

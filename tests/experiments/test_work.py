@@ -5,6 +5,7 @@ import pytest
 from transformers import TrainerCallback
 
 from loralloc.experiments import work
+from loralloc.experiments.cell import digest_of
 from loralloc.experiments.executors.executor import Resources, get_executor
 from loralloc.experiments.files import write_json
 from loralloc.experiments.work import FAILURE, RESULT, TRAINED, attempt, finished
@@ -55,6 +56,29 @@ def test_a_cell_that_was_only_trained_is_tested_alone(lora_cells, tmp_path, monk
     assert finished(cell) is None
     monkeypatch.setattr(work, "train_cell", lambda cell: pytest.fail("trained again"))
     assert attempt(cell).result["test"]["num_examples"] == 4
+
+
+def test_a_cell_that_was_tested_in_another_way_is_tested_again(lora_cells, tmp_path, monkeypatch):
+    cell = elsewhere(lora_cells[0], tmp_path)
+    fewer = replace(cell, test={**cell.test, "limit": 2})
+    assert attempt(cell).result["test"]["num_examples"] == 4
+    assert finished(fewer) is None
+    monkeypatch.setattr(work, "train_cell", lambda cell: pytest.fail("trained again"))
+    assert attempt(fewer).result["test"]["num_examples"] == 2
+    assert finished(fewer) is not None
+
+
+def test_questions_are_the_same_wherever_they_lie():
+    here, there, others = ({"questions": f"{at}/q", "k": 1} for at in ("/a", "/b", "/c"))
+    assert digest_of(here) == digest_of(there)
+    assert digest_of({**others, "questions": "/c/p"}) != digest_of(here)
+
+
+def test_a_run_that_is_replaced_is_not_taken_for_trained(lora_cells, tmp_path):
+    cell = elsewhere(lora_cells[0], tmp_path)
+    attempt(cell.untested())
+    work.begin_cell(cell)
+    assert not (cell.folder / TRAINED).exists()
 
 
 class Killed(BaseException):
@@ -132,7 +156,7 @@ def test_a_worker_that_dies_is_a_hole_and_the_rest_goes_on(lora_cells, tmp_path,
     from loralloc.experiments.executors import pool
 
     cells = [elsewhere(cell, tmp_path) for cell in lora_cells]
-    write_json(cells[1].folder / RESULT, {"test": {}})
+    write_json(cells[1].folder / RESULT, {"cell": cells[1].anywhere(), "test": {}})
     monkeypatch.setattr(pool, "COMMAND", ("python3", "-c", "import os; os._exit(7)"))
     found = list(pool.run(cells, Resources(workers=2, retries=1)))
     assert [outcome.failure for outcome in found if outcome.result is None] == [

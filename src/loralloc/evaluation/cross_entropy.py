@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from loralloc.evaluation.evaluate import Evaluation
+from loralloc.evaluation.evaluate import Asked
 from loralloc.evaluation.labels import score_endings
 from loralloc.evaluation.prompts import batches, encode, evaluating
 from loralloc.evaluation.tokens import answered_tokens, end_tokens, start_tokens
@@ -39,34 +39,34 @@ class CrossEntropies:
     """The mean over each example's own targets."""
 
 
-def cross_entropies(evaluation: Evaluation) -> CrossEntropies:
+def cross_entropies(asked: Asked) -> CrossEntropies:
     """The cross-entropy of every example's right answers under a run's model.
 
     Of several references each is read, and every token counts once. A span's is that of its first
     and last token, in the first window that holds it.
 
     Args:
-        evaluation: As `evaluate.prepare` gives it.
+        asked: As `evaluate.read` gives it.
 
     Raises:
         ValueError: A right answer cannot be encoded.
     """
-    request = evaluation.request
+    request = asked.request
     model, tokenizer = load_trained(
         request.run,
         with_adapter=not request.base,
-        head=evaluation.head,
+        head=asked.head,
         trust_remote_code=request.trust_remote_code,
     )
     saved = saved_settings(request.run)
-    sums, counts = _WAYS[evaluation.head.name](
+    sums, counts = _WAYS[asked.head.name](
         model,
         tokenizer,
-        evaluation.examples,
+        asked.examples,
         batch_size=request.batch_size,
         max_length=saved.get("max_length"),
         stride=saved.get("stride"),
-        asked=_asked(evaluation),
+        prompts=_prompts(asked),
     )
     return CrossEntropies(
         mean=sum(sums) / sum(counts),
@@ -78,9 +78,9 @@ Sums = tuple[list[float], list[int]]
 """Of every example the sum over its targets, and their number."""
 
 
-def _asked(evaluation: Evaluation) -> list[Prompt]:
-    conversation = saved_conversation(evaluation.request.run)
-    prompts = [example.prompt for example in evaluation.examples]
+def _prompts(asked: Asked) -> list[Prompt]:
+    conversation = saved_conversation(asked.request.run)
+    prompts = [example.prompt for example in asked.examples]
     return [conversation.ask(prompt) if conversation else prompt for prompt in prompts]
 
 
@@ -90,14 +90,14 @@ def _of_language_model(
     examples: Sequence[Example],
     *,
     batch_size: int,
-    asked: Sequence[Prompt],
+    prompts: Sequence[Prompt],
     **_: Any,
 ) -> Sums:
     """Tokens of every reference, or of the response where there is none, and the end token."""
-    owners, prompts, endings = [], [], []
-    end = end_tokens(tokenizer, asked)[0]
-    starts = start_tokens(tokenizer, asked)
-    for index, (example, prompt, start) in enumerate(zip(examples, asked, starts, strict=True)):
+    owners, asked, endings = [], [], []
+    end = end_tokens(tokenizer, prompts)[0]
+    starts = start_tokens(tokenizer, prompts)
+    for index, (example, prompt, start) in enumerate(zip(examples, prompts, starts, strict=True)):
         right = (example.response,) if example.label is not None else example.references
         for text in right or (example.response,):
             (both,) = answered_tokens(tokenizer, [prompt], text)
@@ -107,10 +107,10 @@ def _of_language_model(
                     "it has no tokens of its own to measure."
                 )
             owners.append(index)
-            prompts.append(prompt)
+            asked.append(prompt)
             endings.append([*both[len(start) :], end])
     longest = max(map(len, endings))
-    token_ids, _cut = encode(model, tokenizer, prompts, max_new_tokens=longest, truncate=True)
+    token_ids, _cut = encode(model, tokenizer, asked, max_new_tokens=longest, truncate=True)
     lengths = [len(ids) + len(ending) for ids, ending in zip(token_ids, endings, strict=True)]
     sums, counts = [0.0] * len(examples), [0] * len(examples)
     for group in batches(lengths, batch_size=batch_size):

@@ -28,15 +28,12 @@ PACKAGES = ("loralloc", "peft", "torch", "transformers")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """An evaluation whose data is loaded and checked, and its predictions so far."""
+class Asked:
+    """What is asked of a run: examples that are loaded and checked."""
 
     request: Request
     task: Task
     head: Head
-    decoding: Decoding | None
-    """How a language model answers; None for encoders."""
-
     examples: list[Example]
     """What is measured: rows with one prompt are one example where texts are generated."""
 
@@ -45,6 +42,14 @@ class Evaluation:
 
     source: str
     """Where the rows came from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Asked):
+    """What is asked of a run, and its predictions so far."""
+
+    decoding: Decoding | None
+    """How a language model answers; None for encoders."""
 
     predictions: Predictions
     """Those that are there already, and those to come."""
@@ -67,18 +72,18 @@ def prepare(request: Request) -> Evaluation:
     head = head_of(request.run)
     saved, conversation = saved_settings(request.run), saved_conversation(request.run)
     task = _task(request, saved)
+    if not task.metrics:
+        raise ValueError(
+            f"The task {task.name} is only trained on and has no metric; name another."
+        )
     check_packages(task.metrics)
-    way = WAYS[head.name]
+    way, metric = WAYS[head.name], task.metrics[0]
     decoding = way.settle(request, task)
-    split = _split(request, saved, task)
-    examples = to_examples(split, task)
-    if "bleu" in task.metrics:  # several texts for one prompt, not several rows to get right
-        examples = merge_references(examples)
-    chosen = examples[: request.limit]
+    asked = read(request)
+    chosen = asked.examples
     folder = folder_of(request, head=head.name, task=task, decoding=decoding)
     if request.overwrite:
         files.clear(folder)
-    metric = task.metrics[0]
     predictions = Predictions(
         folder,
         settings={
@@ -94,15 +99,28 @@ def prepare(request: Request) -> Evaluation:
         gold=[list(e.references) or e.response for e in chosen],
         score=lambda index, text: score_example(metric, text, chosen[index]),
     )
-    return Evaluation(
+    return Evaluation(**vars(asked), decoding=decoding, predictions=predictions)
+
+
+def read(request: Request) -> Asked:
+    """Find the run's head, task and data.
+
+    Raises:
+        ValueError: If the folder holds no finished run, or the data cannot be read.
+    """
+    saved = saved_settings(request.run)
+    task = _task(request, saved)
+    split = _split(request, saved, task)
+    examples = to_examples(split, task)
+    if "bleu" in task.metrics:  # several texts for one prompt, not several rows to get right
+        examples = merge_references(examples)
+    return Asked(
         request=request,
         task=task,
-        head=head,
-        decoding=decoding,
-        examples=chosen,
+        head=head_of(request.run),
+        examples=examples[: request.limit],
         num_in_split=len(examples),
         source=split.source,
-        predictions=predictions,
     )
 
 
@@ -193,8 +211,6 @@ def _task(request: Request, saved: Mapping[str, Any]) -> Task:
     task = get_task(name)
     if "judge" in task.metrics:
         raise ValueError(f"The answers to {name} are compared by a judge; use `loralloc judge`.")
-    if not task.metrics:
-        raise ValueError(f"The task {name} is only trained on and has no metric; name another.")
     return task
 
 

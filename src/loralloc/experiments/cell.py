@@ -101,3 +101,11 @@ class Cell:
     def from_data(data: Mapping[str, Any]) -> Cell:
         """A cell that `as_data` gave."""
         return Cell(**data)
+
+
+def digest_of(test: Mapping[str, Any]) -> str:
+    """What tells a test from another of the same run, wherever its questions lie."""
+    told = dict(test)
+    if "questions" in told:
+        told["questions"] = Path(told["questions"]).name
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()

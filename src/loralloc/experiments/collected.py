@@ -46,6 +46,12 @@ class Entry:
         return is_searched and bool(self.results) and not self.failures
 
     @property
+    def failed(self) -> list[str]:
+        """Why runs of it failed that were run: each reason once."""
+        trials = self.search.failures.values() if self.search else ()
+        return [why for why in dict.fromkeys((*self.failures.values(), *trials)) if why != NOT_RUN]
+
+    @property
     def measures(self) -> list[str]:
         """Names of the figures that its tests gave, the task's own first."""
         figures: list[dict[str, Any]] = next(
@@ -71,14 +77,20 @@ class Entry:
         return spread(list(values.values())) if values and not self.failures else None
 
     def examples(self, measure: str) -> dict[int, Sequence[float]] | None:
-        """The measure of every example, by seed; None where examples have none of their own."""
+        """The measure of every example, by seed; None where examples have none of their own.
+
+        A test keeps the score of its first measure; where that is BLEU, of single sentences, of
+        which a corpus's BLEU is no mean.
+        """
+        if measure not in (CROSS_ENTROPY, *self.measures[:1]):
+            return None
         found = {}
         for seed, result in self.results.items():
             lists = (result["test"] or {}).get("examples")
             if lists is None:
                 return None
             values = lists["losses"] if measure == CROSS_ENTROPY else lists["scores"]
-            if any(value is None for value in values):
+            if values is None or None in values:
                 return None
             found[seed] = values
         return found or None

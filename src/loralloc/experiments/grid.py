@@ -16,6 +16,7 @@ from loralloc.methods.alora import Alora
 from loralloc.methods.catalog import get_method
 from loralloc.methods.lora import Lora
 from loralloc.runs.adaptation import has_own_scale
+from loralloc.tasks.catalog import get_task
 
 SCALE_OF_UPDATES, DROPOUT = 1.0, 0.0
 """Of every method on low-rank updates alike, those apart whose authors have a scale of their own: s
@@ -215,14 +216,22 @@ def make_grid(
     elif Path(name).is_dir():
         name = str(Path(name).absolute())
     is_smoke = scale.name == "smoke"
+    limits, tested = experiment.rows or scale.rows, experiment.kind != "judged"
+    bare = [task for task in experiment.tasks if not get_task(task).metrics]
+    if bare and tested and limits is None:
+        raise ValueError(
+            f"The experiment {experiment.name} measures {bare[0]}, which has no test split; give "
+            "it `rows`, so that the last of its training rows are one."
+        )
     sources = {
         task: rows_of(
             task,
             data=data,
-            limits=experiment.rows or scale.rows,
+            limits=limits,
             folder=root / "data",
             made=is_smoke,
             shortest=experiment.rows is None,
+            tested=tested,
         )
         for task in experiment.tasks
     }

@@ -11,6 +11,7 @@ from typing import Any
 from loralloc.experiments.files import write_text
 from loralloc.experiments.made_rows import made_rows
 from loralloc.tasks.catalog import get_task, load_task
+from loralloc.tasks.source import SUFFIXES
 from loralloc.tasks.task import Task
 
 QUESTIONS = "mt_bench"
@@ -39,6 +40,7 @@ def rows_of(
     folder: Path,
     made: bool = False,
     shortest: bool = False,
+    tested: bool = True,
 ) -> str | None:
     """Where a task's rows are for the runs of an experiment.
 
@@ -49,6 +51,8 @@ def rows_of(
         folder: Where slices are written.
         made: Whether rows are made up where the data has none of this task.
         shortest: Whether the shortest rows are taken, not the first.
+        tested: Whether there has to be a test split: where the data has none, the last rows of the
+            training split are it.
 
     Returns:
         What a run takes as `dataset_name`; None for the task's own data set on the Hub.
@@ -60,7 +64,7 @@ def rows_of(
     source = source_of(task, data)
     if limits is None:
         return source
-    wanted = {split: limits[split] for split in limits if split in _splits(task)}
+    wanted = {split: limits[split] for split in limits if split in _splits(task, tested=tested)}
     are_made = source is None and made
     kind = "made" if are_made else "shortest" if shortest else "first"
     parts = [name, kind, *map(str, wanted.values()), hash_of(source)[:8]]
@@ -78,33 +82,39 @@ def hash_of(source: str | None) -> str:
     """What tells these rows from others; empty for a data set on the Hub.
 
     Args:
-        source: As `rows_of` gives it.
+        source: What a run takes as `dataset_name`: a folder, a file, or a name.
     """
-    if source is None:
+    if source is None or not Path(source).exists():
         return ""
-    digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.jsonl")):
-        digest.update(path.name.encode())
-        digest.update(path.read_bytes())
+    place, digest = Path(source), hashlib.sha256()
+    for path in [place] if place.is_file() else sorted(place.iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            digest.update(path.name.encode())
+            digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def _splits(task: Task) -> tuple[str, ...]:
+def _splits(task: Task, *, tested: bool) -> tuple[str, ...]:
     if task.name == QUESTIONS:
         return ("test",)
-    return ("train", "validation", "test") if task.metrics else ("train", "validation")
+    return ("train", "validation", "test") if tested else ("train", "validation")
 
 
 def _slices(
     task: Task, source: str | None, limits: Mapping[str, int], *, shortest: bool
 ) -> dict[str, list[Any]]:
     """The first or the shortest rows of every split, in their order."""
-    splits = load_task(task, source)
+    splits = {name: split.dataset.to_list() for name, split in load_task(task, source).items()}
+    if "test" in limits and "test" not in splits and len(splits.get("train", ())) > limits["test"]:
+        splits["train"], splits["test"] = (
+            splits["train"][: -limits["test"]],
+            splits["train"][-limits["test"] :],
+        )
     found = {}
     for split, limit in limits.items():
         if split not in splits:
             continue
-        rows: list[Any] = splits[split].dataset.to_list()
+        rows: list[Any] = splits[split]
         chosen = list(range(len(rows)))
         if shortest:
             chosen.sort(key=lambda i: len(json.dumps(rows[i], default=str)))

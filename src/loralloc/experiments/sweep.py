@@ -15,6 +15,7 @@ from typing import Any
 
 from loralloc.experiments.cell import Cell
 from loralloc.experiments.files import write_json
+from loralloc.experiments.rows import hash_of
 from loralloc.experiments.work import Outcome
 from loralloc.training.seal import CHECKPOINTS
 
@@ -147,7 +148,9 @@ def cells(
             "There is nothing to search over; give several values, such as `--learning_rate "
             "5e-4,1e-3,2e-3` or `--r 2,4,8`."
         )
-    data = options.get("task") or Path(str(options.get("dataset_name") or "data")).stem
+    source = options.get("dataset_name")
+    data = options.get("task") or Path(str(source or "data")).stem
+    rows = hash_of(source)
     made = []
     for method, rank, rate, seed in itertools.product(methods, ranks, learning_rates, seeds):
         alpha = {} if "lora_alpha" in options else {"lora_alpha": SCALE * rank}
@@ -161,6 +164,7 @@ def cells(
                 seed=seed,
                 learning_rate=rate,
                 options={"disable_tqdm": True, **options, **alpha, **own},
+                rows=rows,
                 root=str(root / "cells"),
             )
         )

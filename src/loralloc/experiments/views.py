@@ -50,12 +50,14 @@ def _overview(experiment: Experiment, section: Section) -> list[Table]:
     for method, rank in _lines(section):
         entries = {e.task: e for e in section.entries if (e.method, e.rank) == (method, rank)}
         row = [_named(experiment, method, rank), _parameters(entries.values())]
-        row += [_pair(counts.get(method))] if counts else []
+        is_papers = rank in experiment.ranks  # and not a step of LoRA's ladder
+        row += [_pair(counts.get(method) if is_papers else None)] if counts else []
         for task, names in measures.items():
             for position, name in enumerate(names):
                 row.append(_score(section, entries.get(task), name))
                 if printed and position == 0:
-                    row.append(_number(printed.get(method, {}).get(task), ".1f", NOT_PRINTED))
+                    theirs = printed.get(method, {}).get(task) if is_papers else None
+                    row.append(_number(theirs, ".1f", NOT_PRINTED))
         rows.append(row)
     title = f"{experiment.title}, {TERMS[section.terms]}"
     return [Table(title=title, columns=columns, rows=rows, notes=[*NOTES, *_said(experiment)])]

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from loralloc.experiments.cell import Cell
+from loralloc.experiments.cell import Cell, digest_of
 from loralloc.experiments.files import locked, read_json, write_json
 from loralloc.methods.gated import GatedLora
 from loralloc.methods.in_place import WEIGHTS_NAME as WEIGHTS
 
 if TYPE_CHECKING:
+    from loralloc.evaluation.figure import Figure
     from loralloc.experiments.cost import Clock
     from loralloc.runs.run import Run
 
@@ -32,7 +33,7 @@ LORA_A, PEFT_PREFIX = ".lora_A.weight", "base_model.model."
 
 RESULT, TRAINED, FAILURE = "result.json", "trained.json", "failure.json"
 NOT_RUN = "it has not been run yet"
-TEST_FOLDER = "eval/test"
+TEST_FOLDER, ASKED = "eval/test", "asked.json"
 DIGITS = 5
 """Of the loss of an example, which float32 does not hold much better."""
 
@@ -60,8 +61,12 @@ class Outcome:
 def finished(cell: Cell) -> Result | None:
     """The result of a cell that is finished; None of any other."""
     found = read_json(cell.folder / RESULT)
-    if found is None or (cell.test is not None and found["test"] is None):
+    if found is None:
         return None
+    if cell.test is not None:
+        before = found["cell"]["test"]
+        if found["test"] is None or before is None or digest_of(before) != digest_of(cell.test):
+            return None  # not tested, or in another way
     return {**found, "cell": cell.as_data()}
 
 
@@ -145,6 +150,7 @@ def begin_cell(cell: Cell, *, prepare: Callable[..., Run] | None = None) -> Begu
 
     resume = newest_whole(cell.folder) is not None
     overwrite = not resume and holds_run(cell.folder)
+    (cell.folder / TRAINED).unlink(missing_ok=True)  # of a run that is about to be replaced
     options = {**cell.options, "output_dir": str(cell.folder)}
     reset_peak()
     run = (prepare or loralloc.prepare)(options, resume=resume, overwrite=overwrite)
@@ -200,7 +206,8 @@ def test_cell(cell: Cell) -> dict[str, Any]:
     """Test a trained cell; an interrupted test goes on.
 
     Returns:
-        Figures, cross-entropy, and the scores and losses of every example.
+        Figures, cross-entropy, and the scores and losses of every example. Of a task without a
+        metric the cross-entropy is all.
     """
     assert cell.test is not None, "the cell is not to be tested"
     if "questions" in cell.test:
@@ -208,16 +215,20 @@ def test_cell(cell: Cell) -> dict[str, Any]:
     from loralloc.evaluation import evaluate
     from loralloc.evaluation.cross_entropy import cross_entropies
     from loralloc.evaluation.request import Request
+    from loralloc.tasks.catalog import get_task
 
     begin = time.perf_counter()
-    options = dict(cell.test)
-    request = Request(run=cell.folder, output_dir=cell.folder / TEST_FOLDER, **options)
-    evaluation = evaluate.prepare(request)
-    call = None
-    if evaluation.num_left:
-        call = evaluate.predict(evaluation, evaluate.load(evaluation))
-    figures = evaluate.finish(evaluation, call)
-    losses = cross_entropies(evaluation)
+    folder, this = cell.folder / TEST_FOLDER, {"digest": digest_of(cell.test)}
+    other = (read_json(folder / ASKED) or this) != this
+    request = Request(run=cell.folder, output_dir=folder, overwrite=other, **dict(cell.test))
+    asked = (evaluate.prepare if get_task(cell.task).metrics else evaluate.read)(request)
+    figures: list[Figure] = []
+    scores: list[float | None] | None = None
+    if isinstance(asked, evaluate.Evaluation):
+        write_json(folder / ASKED, this)  # so that another test does not go on from this one
+        call = evaluate.predict(asked, evaluate.load(asked)) if asked.num_left else None
+        figures, scores = evaluate.finish(asked, call), _scores(folder)
+    losses = cross_entropies(asked)
     _collect()
     return {
         "figures": [
@@ -229,11 +240,11 @@ def test_cell(cell: Cell) -> dict[str, Any]:
             }
             for figure in figures
         ],
-        "num_examples": len(evaluation.examples),
-        "num_in_split": evaluation.num_in_split,
+        "num_examples": len(asked.examples),
+        "num_in_split": asked.num_in_split,
         "cross_entropy": losses.mean,
         "examples": {
-            "scores": _scores(request.output_dir),
+            "scores": scores,
             "losses": [round(loss, DIGITS) for loss in losses.by_example],
         },
         "seconds": time.perf_counter() - begin,
@@ -283,11 +294,10 @@ def _answer(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _scores(folder: Path | None) -> list[float | None]:
+def _scores(folder: Path) -> list[float | None]:
     """Of every example, in their order."""
     from loralloc.evaluation.predictions import PREDICTIONS_NAME
 
-    assert folder is not None
     text = (folder / PREDICTIONS_NAME).read_text(encoding="utf-8")
     return [json.loads(line)["score"] for line in text.split("\n")[:-1]]
 

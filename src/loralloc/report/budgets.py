@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -16,21 +17,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DEVELOPMENT = "lowest development loss"
-Sweep = dict[str, dict[int, list[float]]]
-"""Method -> parameters -> a value for every seed."""
+Sweep = dict[str, dict[int, list[tuple[int, float]]]]
+"""Method -> parameters -> for every seed its own parameters and its value."""
 
 
-def sweeps(runs: Sequence[TrainedRun]) -> list[Drawing]:
+def sweeps(series: Sequence[Series]) -> list[Drawing]:
     """What each budget came to, as in Figure 2 of Liu et al. 2024; nothing without several sizes.
 
     One figure for each backbone, data set and measure in which two sizes of a method can be
-    compared.
+    compared. Where a method was run at one size with several settings, as a search for learning
+    rates does, that of the lowest development loss is drawn.
     """
-    places = dict.fromkeys((model_of(run), data_of(run)) for run in runs)
+    by_place: dict[tuple[str, str], list[Series]] = {}
+    for one in series:
+        by_place.setdefault((model_of(one.runs[0]), data_of(one.runs[0])), []).append(one)
     drawings: list[Drawing] = []
-    for model, data in places:
-        there = [run for run in runs if (model_of(run), data_of(run)) == (model, data)]
-        for measure in measures(there):
+    for (model, data), there in by_place.items():
+        for measure in measures([run for one in there for run in one.runs]):
             sweep = _sweep(there, measure)
             if any(len(sizes) > 1 for sizes in sweep.values()):
                 number = len(drawings) + 1
@@ -38,8 +41,9 @@ def sweeps(runs: Sequence[TrainedRun]) -> list[Drawing]:
                     Drawing(
                         name=f"budgets-{number}",
                         title=f"{measure[0].upper()}{measure[1:]} by budget",
-                        caption=f"{model} on {data}: every run a dot by the parameters that it "
-                        "stores, the line through the mean of its seeds.",
+                        caption=f"{model} on {data}: every seed a dot by the parameters that it "
+                        "stores, the line through their means. Of several settings at one size "
+                        "the one of the lowest development loss.",
                         draw=partial(_draw_sweep, sweep),
                     )
                 )
@@ -79,17 +83,24 @@ def lowest_loss(run: TrainedRun) -> float | None:
     return min(run.curve("eval_loss")[1], default=None)
 
 
-def _sweep(runs: Sequence[TrainedRun], measure: str) -> Sweep:
+def _sweep(series: Sequence[Series], measure: str) -> Sweep:
     """Sizes within 3% of each other are one budget: what methods make of it differs a little."""
     sweep: Sweep = {}
-    for run in runs:
-        value, size = value_of(run, measure), run.parameters
-        if value is None or not size:
+    for one in sorted(series, key=_mean_loss):
+        measured = ((run.parameters, value_of(run, measure)) for run in one.runs)
+        seeds = [(size, value) for size, value in measured if size and value is not None]
+        if not seeds:
             continue
-        sizes = sweep.setdefault(method_of(run), {})
-        same = next((known for known in sizes if abs(known - size) <= 0.03 * known), size)
-        sizes.setdefault(same, []).append(value)
+        size = statistics.median_low(size for size, _ in seeds)
+        sizes = sweep.setdefault(method_of(one.runs[0]), {})
+        if not any(abs(known - size) <= 0.03 * known for known in sizes):
+            sizes[size] = seeds
     return sweep
+
+
+def _mean_loss(series: Series) -> float:
+    losses = [loss for run in series.runs if (loss := lowest_loss(run)) is not None]
+    return statistics.mean(losses) if losses else math.inf
 
 
 def _draw_sweep(sweep: Sweep) -> Figure:
@@ -98,9 +109,9 @@ def _draw_sweep(sweep: Sweep) -> Figure:
     for index, sizes in enumerate(sweep.values()):
         style = look(index)
         x = sorted(sizes)
-        y = [statistics.mean(sizes[size]) for size in x]
+        y = [statistics.mean(value for _, value in sizes[size]) for size in x]
         handles += axes.plot(x, y, **style)
-        dots = [(size, value) for size in x for value in sizes[size]]
+        dots = [dot for size in x for dot in sizes[size]]
         axes.plot(
             [size for size, _ in dots],
             [value for _, value in dots],

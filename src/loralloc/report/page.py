@@ -79,7 +79,7 @@ def report_on(runs: Sequence[TrainedRun], *, experiments: Sequence[Table] = ()) 
             title="Results",
             tables=_there(tables.by_series(series), tables.results(runs)),
         ),
-        Part(anchor="budgets", title="Budgets", drawings=sweeps(runs)),
+        Part(anchor="budgets", title="Budgets", drawings=sweeps(series)),
         Part(anchor="learning", title="Learning curves", drawings=learning_curves(series)),
         Part(
             anchor="frontier",

@@ -136,9 +136,12 @@ def _train_at_once(cells: Sequence[Cell]) -> dict[Path, Outcome]:
     failures: dict[Path, Outcome] = {}
     try:
         with ExitStack() as locks:
-            for cell in cells:
+            # In one order, or two fleets could wait for each other.
+            for cell in sorted(cells, key=lambda cell: cell.folder):
                 locks.enter_context(locked(cell.folder))
             for cell in cells:
+                if finished(cell) is not None or (cell.folder / TRAINED).is_file():
+                    continue  # by whoever held the lock
                 try:
                     begun.append(begin_cell(cell, prepare=fleet.add))
                 except ValueError as error:
