@@ -22,6 +22,14 @@ def test_a_control_is_alora_with_one_option_fixed(kind, option):
 
 
 @pytest.mark.parametrize("kind", [RandomRounds, InverseRounds])
+@pytest.mark.parametrize("options", [{"tolerance": 0.1}, {"preset": "shrink"}])
+def test_options_of_shrinking_are_refused_as_alora_refuses_them(options, kind):
+    for other in (Alora, kind):
+        with pytest.raises(ValueError, match="shrink"):
+            other(allocation=AllocationConfig(**options))
+
+
+@pytest.mark.parametrize("kind", [RandomRounds, InverseRounds])
 def test_it_moves_as_many_ranks_as_alora_at_the_same_steps_and_others(kind):
     records = {}
     for other in (Alora, kind):

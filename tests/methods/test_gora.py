@@ -137,6 +137,18 @@ def test_the_update_is_of_the_gradients_length():
     assert np.median(lengths) == pytest.approx(0.05, rel=0.35)
 
 
+def test_b_has_its_own_learning_rate_also_once_ranks_are_found():
+    method = made(ratio=4.0)
+    drive = Drive(method, lr=0.01).begin()
+    drive.train(until=1)
+    optimizer = drive.optimizer
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in method.model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == (0.04 if "lora_B" in name else 0.01)
+    assert Gora().ratio == 16
+
+
 def test_a_resumed_run_does_not_begin_again(tmp_path):
     method = made()
     Drive(method, num_steps=4).begin().train(until=2)

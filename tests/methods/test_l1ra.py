@@ -5,7 +5,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import competitors as slow
-from reference.gated import soft_threshold
 from session import BUILDS, Drive, logits, prepared
 
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_ab
@@ -42,15 +41,33 @@ def test_after_adams_step_the_penalty_is_taken_off():
     for one in (plain, method):
         Drive(one, num_steps=100).begin().train(until=1)
     for name, factor in method.factors.items():
-        expected = [soft_threshold(c, 0.02 * 2.0) for c in plain.factors[name].tolist()]
+        expected = [max(c - 0.02 * 2.0, 0.0) for c in plain.factors[name].tolist()]
         assert factor.tolist() == pytest.approx(expected)
         assert factor.max() < 1
 
 
+def test_gates_stay_between_0_and_1_and_a_short_run_moves_ranks():
+    method = made()
+    drive = Drive(method, num_steps=40).begin()
+    drive.train(until=31)
+    gates = torch.cat([factor.detach() for factor in method.factors.values()])
+    assert gates.min() >= 0
+    assert gates.max() <= 1
+    assert method.off * 40 == pytest.approx(0.53)
+    for factor in list(method.factors.values())[:2]:
+        factor.data[0] = -1.0  # 0 after the next step, which is that of a round
+    drive.train()
+    method.finish()
+    assert method.findings()["ranks_moved"] >= 2
+
+
 def test_the_factors_have_a_learning_rate_of_their_own():
     method = made(gate_lr=0.3, penalty=0.0)
-    Drive(method, num_steps=100, lr=1e-4).begin().train(until=2)  # B is zero in the first
-    moved = torch.cat([(factor.detach() - 1).abs() for factor in method.factors.values()])
+    drive = Drive(method, num_steps=100, lr=1e-4).begin()
+    for factor in method.factors.values():
+        factor.data.fill_(0.5)  # at 1 what would grow is held
+    drive.train(until=2)  # B is zero in the first
+    moved = torch.cat([(factor.detach() - 0.5).abs() for factor in method.factors.values()])
     assert float(moved.max()) == pytest.approx(0.3, rel=0.5)
 
 

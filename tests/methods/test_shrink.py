@@ -280,6 +280,13 @@ def test_a_score_is_refused_where_singular_values_decide(score):
         Shrink(allocation=AllocationConfig(score=score))
 
 
+def test_a_score_that_asks_more_than_once_what_is_pruned_is_refused():
+    with pytest.raises(ValueError, match="'screened', which asks what is pruned more than once"):
+        made(prune_by="scores", score="screened")
+    with pytest.raises(ValueError, match="`verify_ranks` is 5, which shrinking does not read"):
+        made(verify_ranks=5)
+
+
 def test_gates_that_are_a_part_of_the_model_are_refused():
     with pytest.raises(ValueError, match="'architecture', whose gates are a part of the model"):
         Drive(made(score="architecture", prune_by="scores"))

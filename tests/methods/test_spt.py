@@ -327,6 +327,19 @@ def test_weights_and_gates_do_not_learn_from_each_others_examples():
         assert torch.equal(parameter.grad, torch.ones_like(weight))
 
 
+def test_a_step_that_accumulates_batches_has_as_many_of_the_other_half():
+    found = []
+    for factors in ([3.0], [1.0, 5.0]):  # of one mean
+        drive = searched(until=1, consistency=0.0)
+        search, session_ = drive.method._search, drive.session
+        session_.batches_per_step = len(factors)
+        session_.second_half = iter(factors)
+        session_.loss = lambda factor, search=search: factor * next(iter(search.gates().values()))
+        search.update(drive.method.model, session_)
+        found.append(search.alpha.detach().clone())
+    assert torch.allclose(*found)
+
+
 @pytest.mark.parametrize("weight", [0.0, 3.0])
 def test_the_gates_loss_has_the_distance_of_two_sub_networks(weight):
     drive = searched(until=1, consistency=weight)

@@ -1,6 +1,7 @@
 """SSP: its search, what is left of it, and the paper's counts."""
 
 import copy
+import itertools
 
 import pytest
 import tiny
@@ -53,6 +54,19 @@ def test_the_search_keeps_what_lowers_the_loss_on_the_other_half():
     # What is wanted has 2,992 parameters: of the rest no unit fits the 8 that are left.
     assert method.num_stored() == 2992
     assert method.structure()["units"] == wanted
+
+
+def test_a_step_that_accumulates_batches_has_as_many_of_the_other_half():
+    found = []
+    for factors in ([3.0], [1.0, 5.0]):  # of one mean
+        method = made()
+        drive = Drive(method, num_steps=40).begin()
+        drive.session.batches_per_step = len(factors)
+        drive.session.second_half = itertools.cycle(factors)
+        drive.session.loss = lambda factor, method=method: factor * gates(method)[0]
+        drive.train(until=1)
+        found.append(method._alphas.detach().clone())
+    assert torch.allclose(*found)
 
 
 def test_one_step_of_the_architecture_weights_is_adamws_on_the_clipped_gradient():

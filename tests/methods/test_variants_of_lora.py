@@ -104,11 +104,20 @@ def test_magnitudes_count(shape):
     assert method.num_trained() == plain.num_trained() + outputs
 
 
-def test_the_scaling_of_rslora_falls_with_the_root_of_the_rank():
+def test_the_scaling_of_rslora_is_alpha_over_the_root_of_the_rank():
     for rank in (2, 8):
         layers = lora_layers(prepared(RsLora(rank=rank), tiny.llama()).model)
         scalings = [layer.scaling["default"] for layer in layers.values()]
         assert scalings == pytest.approx([2 * rank**0.5] * 14)
+
+
+def test_the_scaling_of_rslora_falls_where_a_budget_chooses_the_rank():
+    model = tiny.llama()
+    for rank in (2, 8, 32):
+        method = RsLora()
+        method.fit(model, method.count(model, rank))
+        assert method.rank == rank
+        assert method.scale * method.rank / rank**0.5 == pytest.approx(16 / rank**0.5)
 
 
 @pytest.mark.parametrize("shape", BUILDS)

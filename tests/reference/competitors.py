@@ -101,14 +101,15 @@ def off_diagonal(rows: Matrix) -> float:
 
 def reassign(gates: list[list[float]], costs: list[int], spare: int):
     """Singh et al. 2025, Algorithm 1: (pruned, given) of every module, and what is left."""
-    pruned = []
-    for of_module in gates:
+    pruned, receivers = [], []
+    for m, of_module in enumerate(gates):
         empty = [i for i, c in enumerate(of_module) if c <= 0]
+        if not empty:
+            receivers.append(m)
         if len(empty) == len(of_module):
             empty.pop()
         pruned.append(empty)
     spare += sum(cost * len(empty) for cost, empty in zip(costs, pruned, strict=True))
-    receivers = [m for m, empty in enumerate(pruned) if not empty]
     receivers.sort(key=lambda m: -min(gates[m]))
     given = [0] * len(gates)
     while any(costs[m] <= spare for m in receivers):

@@ -79,6 +79,18 @@ def test_the_step_may_be_anywhere_in_an_epoch(tmp_path):
     assert len(weights) == 12
 
 
+@pytest.mark.parametrize("count", [24, 22])
+def test_after_the_step_come_whole_passes_wherever_in_an_epoch_it_is(count, tmp_path):
+    trainer = causal_trainer(tmp_path, num_train_epochs=3)
+    trainer.train_dataset = trainer.train_dataset.select(range(count))
+    weights, _ = train(trainer, until_step=8)
+    seen = together(weights, range(9, 15))
+    assert len(seen) == count
+    # Of a set that is no whole number of batches, what the small last step of an epoch is short of.
+    assert len(set(seen)) >= count - (24 - count)
+    assert weights[9] != weights[15]  # another pass, in another order
+
+
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
 def test_the_order_is_the_trainers_own(strategy, tmp_path):
     trainer = causal_trainer(tmp_path, train_sampling_strategy=strategy)

@@ -11,7 +11,7 @@ SHRINK_ONLY = ("tolerance", "target_parameters", "prune_by", "prune_share", "jud
 
 SHRINK = (
     *SHRINK_ONLY,
-    *("preset", "num_rounds", "rounds_at", "score", "scoring_examples", "verify_ranks"),
+    *("preset", "num_rounds", "rounds_at", "score", "scoring_examples"),
     *("shapley_nodes", "min_rank", "rank_lr_power", "seed"),
 )
 """Options that "shrink" reads."""

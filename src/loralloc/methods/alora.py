@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -174,8 +173,7 @@ class Alora(Lora):
         if learns_from_batches(self.allocation) and self._has_rounds_ahead:
             assert self._session is not None, "a run calls join()"
             self.model.train()
-            batches = self._session.second_half
-            self.allocator.learn(itertools.islice(batches, self._session.batches_per_step))
+            self.allocator.learn(self._session.of_second_half())
 
     def step(self, number: int) -> None:
         """See `Method.step`: what is gathered from gradients is."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
-from loralloc.allocation.blocks import blocks
+from loralloc.allocation.blocks import backbone, blocks
 from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import About
 
@@ -20,9 +20,9 @@ SHIFT = "bias_shift"
 
 @dataclass(kw_only=True)
 class BitFit(InPlaceMethod):
-    """b + db for every bias b of the blocks, with db zero at the start and trained in float32.
+    """b + db for every bias b of the backbone, with db zero at the start and trained in float32.
 
-    Where no bias is in the blocks, as in Llama, every linear layer of theirs is given one.
+    Where it has none, as Llama, every linear layer of its blocks is given one.
     """
 
     about: ClassVar[About] = About(
@@ -34,7 +34,7 @@ class BitFit(InPlaceMethod):
         settings="published",
         learning_rate=1e-3,
         rate_from="the default of the authors' script for GLUE (BERT-base)",
-        differs="Where the blocks have no biases, as in Llama, their linear layers are given some.",
+        differs="Where there are no biases, as in Llama, the blocks' linear layers are given some.",
         merges=True,
     )
     size: ClassVar[str] = ""
@@ -81,10 +81,10 @@ class BitFit(InPlaceMethod):
 
 
 def shifted(model: Any) -> list[Any]:
-    """The modules of the blocks whose biases train, in model order."""
-    inside = list(blocks(model).modules())
-    biased = [module for module in inside if isinstance(getattr(module, "bias", None), Tensor)]
-    return biased or [module for module in inside if isinstance(module, (nn.Linear, Conv1D))]
+    """The modules whose biases train, in model order."""
+    everywhere = backbone(model).modules()
+    biased = [m for m in everywhere if isinstance(getattr(m, "bias", None), Tensor)]
+    return biased or [m for m in blocks(model).modules() if isinstance(m, (nn.Linear, Conv1D))]
 
 
 def _shift(module: nn.Module, args: Any, output: Tensor) -> Tensor:

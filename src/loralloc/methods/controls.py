@@ -22,8 +22,9 @@ class _Control(Alora):
         """Fix the option.
 
         Raises:
-            ValueError: It was given another value.
+            ValueError: It was given another value, or the options are for shrinking.
         """
+        super().__post_init__()
         option, value = self.fixed
         given = getattr(self.allocation, option)
         if given not in (getattr(AllocationConfig, option), value):

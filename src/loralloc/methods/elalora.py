@@ -62,7 +62,8 @@ class ElaLora(TripletLora):
         rate_from="the authors' script for SST-2 (DeBERTaV3-base)",
         differs="As many triplets are given as the parameters of those that went can buy, more or "
         "fewer than b, so that the budget holds in parameters, not in triplets; Adam's moments "
-        "stay, which the authors' code loses.",
+        "stay, which the authors' code loses. Gradients of the factors are not clipped with the "
+        "others.",
         merges=True,
     )
 

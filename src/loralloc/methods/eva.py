@@ -33,6 +33,9 @@ class Eva(LoraFromData):
     PEFT computes them; the adapter is plain LoRA from then on.
     """
 
+    examples: int = 1024
+    """Training examples at most; it stops where components have settled."""
+
     rho: float = 2.0
     """Ranks of a layer at most, over `rank`; 1 gives every layer as many. Source: PEFT."""
 
@@ -48,8 +51,9 @@ class Eva(LoraFromData):
         settings="published",
         learning_rate=5e-4,
         rate_from="LoRA's, which it is after the start",
-        differs="The budget is in ranks, as published: it equals LoRA's in ranks, and in "
-        "parameters only where modules are of one size.",
+        differs="The scaling is LoRA's, far above the authors' of 1/16. The budget is in ranks, "
+        "as published: it equals LoRA's in ranks, and in parameters only where modules are of one "
+        "size.",
         merges=True,
     )
 

@@ -70,7 +70,8 @@ class IguLora(TripletLora):
         rate_from="the authors' script for SST-2 (LLaMA-2-7B)",
         differs="The authors train what is left anew, in a second run: here it trains on, without "
         "the path, and the second run is `pattern` on the first one's folder. The scaling is the "
-        "run's, far above theirs of 1/r.",
+        "run's, far above theirs of 1/r. A step that accumulates batches has one point for all of "
+        "them, and gradients of the factors are not clipped with the others.",
         starts_as_base=False,
         why_not_base="e begins at 0.1, and neither A nor B at zero.",
         merges=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import nn
 from torch.optim import Optimizer
 
 from loralloc.methods.method import About, Session
@@ -49,23 +50,37 @@ class LoraPlus(LoraShaped):
         Raises:
             ValueError: The optimiser is there already, with learning rates of its own.
         """
-        if session.optimizer is not None:
-            raise ValueError(
-                "The trainer has an optimiser already, and lora-plus gives B a learning rate of "
-                "its own when the optimiser is made; leave out `optimizers`."
-            )
+        check_no_optimizer(session, self.about.name)
 
     def arrange(self, optimizer: Optimizer) -> None:
         """See `Method.arrange`."""
-        faster = {
-            id(parameter)
-            for name, parameter in self.model.named_parameters()
-            if "lora_B" in name or parameter.ndim == 1
-        }
-        groups = []
-        for group in optimizer.param_groups:
-            for is_fast, rate in ((False, group["lr"]), (True, self.ratio * group["lr"])):
-                params = [p for p in group["params"] if (id(p) in faster) == is_fast]
-                if params:
-                    groups.append({**group, "params": params, "lr": rate})
-        optimizer.param_groups[:] = groups
+        speed_up_b(optimizer, self.model, self.ratio)
+
+
+def check_no_optimizer(session: Session, name: str) -> None:
+    """Refuse an optimiser that was made before the method could arrange it.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if session.optimizer is not None:
+        raise ValueError(
+            f"The trainer has an optimiser already, and {name} gives B a learning rate of its own "
+            "when the optimiser is made; leave out `optimizers`."
+        )
+
+
+def speed_up_b(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
+    """Give B, and vectors such as a head's bias, `ratio` times the learning rate of the rest."""
+    faster = {
+        id(parameter)
+        for name, parameter in model.named_parameters()
+        if "lora_B" in name or parameter.ndim == 1
+    }
+    groups = []
+    for group in optimizer.param_groups:
+        for is_fast, rate in ((False, group["lr"]), (True, ratio * group["lr"])):
+            params = [p for p in group["params"] if (id(p) in faster) == is_fast]
+            if params:
+                groups.append({**group, "params": params, "lr": rate})
+    optimizer.param_groups[:] = groups

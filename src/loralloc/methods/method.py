@@ -8,6 +8,7 @@ What a method wants of the run (`Wants`) and is given by it (`Session`) stands a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -384,7 +385,8 @@ class Session:
     sees its examples stays as it is."""
 
     second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
-    """Training batches that the weights are not trained on, without end; see `Wants.half_until`."""
+    """Training batches that the weights are not trained on, without end; see `Wants.half_until`.
+    A step has as many of them as of its own; see `of_second_half`."""
 
     objective: Objective | None = None
     """What the trainer minimises, on development examples where the method wants some (see
@@ -397,3 +399,7 @@ class Session:
 
     on_round: Callable[[Round], None] | None = None
     """Called with each round of allocation once it has taken place."""
+
+    def of_second_half(self) -> Iterator[Batch]:
+        """A step's batches of the second half: as many as its own are."""
+        return itertools.islice(self.second_half, self.batches_per_step)

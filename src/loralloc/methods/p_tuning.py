@@ -35,8 +35,8 @@ class PTuning(PeftMethod):
     whatever the budget: at LoRA's, prompts are many times as long as a short text."""
 
     init_std: float = 0.02
-    """Standard deviation of keys and values at the start; the original has 1, as PyTorch's
-    embeddings."""
+    """Standard deviation of keys and values at the start, as Transformers begins embeddings, the
+    authors' among them; PEFT's are of PyTorch's 1, which disturbs a language model far more."""
 
     _positions: int | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -45,12 +45,12 @@ class PTuning(PeftMethod):
         title="P-tuning v2",
         paper="Liu et al. 2022",
         status="faithful",
-        initialisation="ours",
+        initialisation="published",
         settings="published",
         learning_rate=7e-3,
         rate_from="the authors' script for BoolQ (RoBERTa-large)",
-        differs="Keys and values begin near 0 (`init_std`) rather than at a standard deviation of "
-        "1, which disturbs a language model far more.",
+        differs="Nothing of keys and values is dropped out in training, where the authors drop a "
+        "tenth.",
         starts_as_base=False,
         why_not_base="every token attends to the learned keys from the first step on",
         shares_prompts=False,

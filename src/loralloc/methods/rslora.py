@@ -5,13 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from loralloc.methods.method import About
+from torch import nn
+
+from loralloc.methods.method import DEFAULT_RANK, About
 from loralloc.methods.peft_method import LoraShaped
 
 
 @dataclass(kw_only=True)
 class RsLora(LoraShaped):
-    """y = W x + alpha / sqrt(r) B (A x), alpha being `scale` times r."""
+    """y = W x + alpha / sqrt(r) B (A x), alpha being `scale` times r.
+
+    Where a budget chooses r, alpha is `scale` times 8 whatever r is, so that the scaling falls.
+    """
 
     about: ClassVar[About] = About(
         name="rslora",
@@ -24,6 +29,14 @@ class RsLora(LoraShaped):
         rate_from="LoRA's; what differs is the scaling",
         merges=True,
     )
+
+    def fit(self, model: nn.Module, budget: int) -> None:
+        """See `Method.fit`."""
+        is_open = self.rank is None
+        super().fit(model, budget)
+        if is_open:
+            assert self.rank is not None, "it was chosen now"
+            self.scale *= DEFAULT_RANK / self.rank
 
     def lora_options(self) -> dict[str, Any]:
         """See `LoraShaped.lora_options`."""

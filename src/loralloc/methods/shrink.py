@@ -20,6 +20,7 @@ from loralloc.allocation.choices import is_gathered, learns_from_batches
 from loralloc.allocation.comparison import ExampleLosses, divide, losses_without, num_parameters
 from loralloc.allocation.config import AllocationConfig
 from loralloc.allocation.layers import lora_layers, rank_cost, ranks
+from loralloc.allocation.named import name_of
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Plan, Scores
 from loralloc.allocation.presets import check_read
@@ -85,6 +86,11 @@ class Shrink(Alora):
         """
         self.allocation = dataclasses.replace(self.allocation, preset="shrink")
         check_read(self.allocation)
+        if name_of(self.allocation.score) == "screened":
+            raise ValueError(
+                "`score` is 'screened', which asks what is pruned more than once, while shrink "
+                "judges each answer by held-out loss and keeps it; use 'gradient' or 'ablation'."
+            )
         if self.allocation.prune_by == "singular-values":
             if self.allocation.score not in (AllocationConfig.score, SINGULAR):
                 raise ValueError(

@@ -25,8 +25,9 @@ def second_half(
 
     Until then an epoch goes through half 1 twice, so that it has as many steps as before: epochs
     go on to mean the same amount of training of the weights. From `until_step` on the trainer sees
-    all examples, in its own order. What a step sees depends on the seeds and the number of the
-    step alone, so a resumed run sees what an unbroken one would have seen.
+    all examples, in its own order, in passes that begin there. What a step sees depends on the
+    seeds and the number of the step alone, so a resumed run sees what an unbroken one would have
+    seen.
 
     Call it once, after the trainer's arguments are final; nothing of the trainer is changed.
 
@@ -79,7 +80,7 @@ def second_half(
 
 
 class HalfSampler(Sampler[int]):
-    """Half of the examples twice an epoch until a step, then all of them.
+    """Half of the examples twice an epoch until a step, then all of them in passes from there.
 
     Args:
         everything: The order of all examples.
@@ -102,13 +103,14 @@ class HalfSampler(Sampler[int]):
         accumulation_steps: int,
         drop_last: bool,
     ) -> None:
-        self._everything, self._half, self._rows = everything, half, rows
+        self._length, self._half, self._rows = len(everything), half, rows
         self._until_step = until_step
         self._examples_per_step = batch_size * accumulation_steps
         used = len(everything) - len(everything) % batch_size if drop_last else len(everything)
         self._steps_per_epoch = steps_per_epoch(
             used, batch_size=batch_size, accumulation_steps=accumulation_steps
         )
+        self._pass = functools.lru_cache(maxsize=1)(everything.of)
         self._epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -116,15 +118,30 @@ class HalfSampler(Sampler[int]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._everything)
+        return self._length
 
     def __iter__(self) -> Iterator[int]:
-        steps_left = max(self._until_step - self._epoch * self._steps_per_epoch, 0)
+        begin = self._epoch * self._steps_per_epoch
+        steps_left = max(self._until_step - begin, 0)
         num_from_half = min(steps_left * self._examples_per_step, len(self))
         if num_from_half:
             yield from self._twice()[:num_from_half]
-        if num_from_half < len(self):
-            yield from self._everything.of(self._epoch)[num_from_half:]
+        for step in range(max(self._until_step, begin), begin + self._steps_per_epoch):
+            left = len(self) - (step - begin) * self._examples_per_step
+            yield from self._after_search(step - self._until_step)[:left]
+
+    def _after_search(self, step: int) -> list[int]:
+        """Examples of one of the steps that begin with the search's end.
+
+        Passes over everything begin there, not with an epoch: what an epoch's rest leaves out would
+        never be seen in a run of one pass.
+        """
+        number, place = divmod(step, self._steps_per_epoch)
+        order = self._pass(-(-self._until_step // self._steps_per_epoch) + number)
+        first = place * self._examples_per_step
+        rows = order[first : first + self._examples_per_step]
+        # The last step of a pass is a small one; within an epoch it is filled up.
+        return rows + order[: self._examples_per_step - len(rows)]
 
     def _twice(self) -> list[int]:
         """Two passes over the half; batches of like length stay whole, what is over comes last."""

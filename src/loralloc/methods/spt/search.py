@@ -57,15 +57,16 @@ class LayerSearch:
         return dict(zip(self._candidates, a.unbind(), strict=True))
 
     def update(self, model: Any, session: Session) -> None:
-        """Take one step of alpha on a batch of the second half; no gradient reaches a weight."""
-        batch = next(session.second_half)
-        (gradient,) = torch.autograd.grad(session.loss(batch), self.alpha)
-        if self._consistency:
-            # By itself: the graphs of two passes are held at once, not those of three.
-            first, second = (self._sub_network(model, session, batch) for _ in range(2))
-            distance = (first - second).square().mean() * replicas.weight(len(first))
-            gradient += self._consistency * torch.autograd.grad(distance, self.alpha)[0]
-        self.alpha.grad = gradient
+        """Take one step of alpha on the second half; no gradient reaches a weight."""
+        gradients: list[Tensor] = []
+        for batch in session.of_second_half():
+            gradients += torch.autograd.grad(session.loss(batch), self.alpha)
+            if self._consistency:
+                # By itself: the graphs of two passes are held at once, not those of three.
+                first, second = (self._sub_network(model, session, batch) for _ in range(2))
+                distance = (first - second).square().mean() * replicas.weight(len(first))
+                gradients[-1] += self._consistency * torch.autograd.grad(distance, self.alpha)[0]
+        self.alpha.grad = torch.stack(gradients).mean(dim=0)
         replicas.average_gradients([self.alpha])
         self._optimizer.step()
         self.alpha.grad = None

@@ -223,9 +223,11 @@ class Ssp(InPlaceMethod):
 
     def _train_alphas(self, number: int) -> None:
         """One step on the half of the examples that the weights do not see, with the same u."""
-        self._set_gates(number, with_graph=True)
-        loss = self._session.loss(next(self._session.second_half))
-        (self._alphas.grad,) = torch.autograd.grad(loss, [self._alphas])
+        gradients: list[Tensor] = []
+        for batch in self._session.of_second_half():
+            self._set_gates(number, with_graph=True)
+            gradients += torch.autograd.grad(self._session.loss(batch), [self._alphas])
+        self._alphas.grad = torch.stack(gradients).mean(dim=0)
         replicas.average_gradients([self._alphas])
         nn.utils.clip_grad_norm_([self._alphas], CLIP)
         left = 1 - (number - 1) / self._num_search_steps
