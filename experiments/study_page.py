@@ -73,7 +73,7 @@ def _ceilings(experiment: Experiment, section: Section) -> list[Table]:
                     _rates(entry),
                     _each(entry),
                     f"{spread.mean:{DIGITS}}",
-                    _against(entry, first),
+                    against(entry, first),
                 ]
             )
         columns = [
@@ -108,7 +108,7 @@ def _shares(experiment: Experiment, section: Section) -> list[Table]:
                 f"{entry.parameters('stored'):,}",
                 _each(entry),
                 f"{spread.mean:{DIGITS}}",
-                _against(entry, lora) if lora else "-",
+                against(entry, lora) if lora else "-",
                 _share(entry, lora, more),
             ]
             rows.append(row)
@@ -137,7 +137,7 @@ def _sizes(experiment: Experiment, section: Section) -> list[Table]:
                 f"{entry.parameters('stored'):,}",
                 _each(entry),
                 f"{spread.mean:{DIGITS}}",
-                _against(entry, whole) if whole else "-",
+                against(entry, whole) if whole else "-",
             ]
             rows.append(row)
         columns = [
@@ -166,7 +166,7 @@ def _each(entry: Entry) -> str:
     return " ".join(f"{value:{DIGITS}}" for value in entry.values(CROSS_ENTROPY).values())
 
 
-def _against(entry: Entry, other: Entry) -> str:
+def against(entry: Entry, other: Entry) -> str:
     """The difference, marked where it is inside the noise."""
     if entry is other:
         return "-"
@@ -187,7 +187,7 @@ def _share(entry: Entry, lora: Entry | None, more: Entry | None) -> str:
         return "-"
     means = [one.spread(CROSS_ENTROPY) for one in (entry, lora, more)]
     ours, base, best = (spread.mean for spread in means if spread is not None)
-    if base <= best or _against(more, lora).endswith("~"):
+    if base <= best or against(more, lora).endswith("~"):
         return "no ceiling"
     return f"{(base - ours) / (base - best):.0%}"
 

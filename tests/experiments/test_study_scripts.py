@@ -330,8 +330,8 @@ def test_the_page_of_methods_has_means_spreads_and_what_gates_did(study, grid):
     (row,) = [line for line in lines.splitlines() if line.startswith("| late |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1].endswith("(edge)")
-    assert cells[2:5] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000"]
-    assert cells[8:] == ["overlap with draw 0.600", "1.00"]
+    assert cells[2:6] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000", "+0.0000 ~"]
+    assert cells[9:] == ["overlap with draw 0.600", "1.00"]
 
 
 def test_a_ceiling_has_a_map_of_what_was_searched(study, make, tmp_path):
