@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from loralloc.allocation.shrinking import Difference
+from loralloc.runs import search as searching
 from loralloc.runs.search import ANSWER, FILES, Doubling
 
 
@@ -56,11 +57,28 @@ def test_the_runs_beside_it_can_be_left_out(search, output):
     assert json.loads((output / ANSWER).read_text())["doubling"] is None
 
 
+def test_what_was_found_is_kept_where_the_runs_beside_it_fail(search, output, monkeypatch):
+    def failing(*_):
+        raise ValueError("the runs beside it failed")
+
+    monkeypatch.setattr(searching, "_doubling", failing)
+    assert "the runs beside it failed" in search().sentence
+    assert json.loads((output / ANSWER).read_text())["doubling"] is None
+
+
+def test_a_folder_of_a_run_is_left_alone(search, output):
+    output.mkdir()
+    (output / "settings.json").write_text("{}")
+    assert "holds a settings.json already" in search().sentence
+    assert [path.name for path in output.iterdir()] == ["settings.json"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (("--method", "sora"), "`method` is 'sora', but a search shrinks LoRA; leave it out"),
         (("--steps", "1"), "`--steps` is 1; it must be at least 2"),
+        (("--max_steps", "8"), "each run of a search takes `--steps`; give that"),
         (("--ranks_per_round", "3"), "`ranks_per_round` is 3, which shrinking does not read"),
     ],
 )

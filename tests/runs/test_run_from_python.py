@@ -193,6 +193,18 @@ def test_a_whole_run_whose_folder_is_then_left_alone_resumed_or_replaced(options
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
 
 
+@pytest.mark.parametrize("steps", [4, 6])  # in the midst of an epoch, and at the end of one
+def test_a_run_that_has_ended_is_the_same_after_it_was_resumed(steps, options, tmp_path):
+    more = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "max_steps": steps}
+    loralloc.train(loralloc.prepare({**options, **more, "save_steps": 2}))
+    weights = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    resumed = loralloc.prepare({"output_dir": tmp_path / "out"}, resume=True)
+    loralloc.train(resumed)
+    assert resumed.trainer.state.global_step == steps
+    again = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    torch.testing.assert_close(again, weights, rtol=0, atol=0)
+
+
 def test_a_run_that_is_not_there_cannot_be_resumed(options):
     with pytest.raises(FileNotFoundError, match="so there is no run to resume"):
         loralloc.prepare(options, resume=True)

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset, IterableDataset
+from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from trainers import (
     StopAt,
@@ -23,7 +24,15 @@ from trainers import (
 from transformers import TrainerCallback
 from transformers.distributed import DistributedConfig
 
-from loralloc import AllocationConfig, Scores, ScoringError, attach, plan
+from loralloc import (
+    AllocationConfig,
+    Scores,
+    ScoringError,
+    attach,
+    drive,
+    get_method,
+    plan,
+)
 from loralloc.allocation.layers import lora_layers, weight_b
 from loralloc.allocation.record import Record
 
@@ -359,7 +368,9 @@ def test_several_eval_datasets_are_taken_together(trainer_of, caplog):
 def test_with_fewer_held_out_examples_than_wanted_all_are_used_and_it_is_said(trainer_of, caplog):
     trainer = trainer_of("causal", num_eval=8)
     allocation = attach(trainer, options(scoring_examples=32))
-    assert "on all 8 held-out examples, fewer than the 32 of `scoring_examples`" in caplog.text
+    assert (
+        "measured on all 8 held-out examples, fewer than the 32 that were asked for" in caplog.text
+    )
     trainer.train()
     assert len(allocation.record.rounds) == 3
 
@@ -538,3 +549,29 @@ def test_a_loss_that_is_not_finite_refuses_the_round_and_leaves_the_model(traine
         torch.equal(value.nan_to_num(7.0), after[name].nan_to_num(7.0))
         for name, value in poison.before.items()
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [({"num_rounds": 2}, "are {'num_rounds': 2}; give an AllocationConfig"), (8, "options are 8;")],
+)
+def test_options_of_another_kind_are_refused(config, words, trainer_of):
+    with pytest.raises(TypeError, match=words):
+        attach(trainer_of("causal"), config)
+
+
+def test_what_is_no_trainer_or_no_method_is_refused(trainer_of):
+    trainer = trainer_of("causal")
+    with pytest.raises(TypeError, match=r"The first argument is a Peft.*; give a transformers"):
+        attach(trainer.model)
+    for method in ("sora", get_method("sora")):
+        with pytest.raises(TypeError, match=r"give one that is made, as in drive\(trainer, get_"):
+            drive(trainer, method)
+
+
+def test_an_adapter_of_pefts_adalora_is_told_where_to_go(trainer_of):
+    trainer = trainer_of("causal")
+    config = AdaLoraConfig(total_step=10, target_modules=["q_proj"])
+    trainer.model = get_peft_model(tiny.llama(), config)
+    with pytest.raises(TypeError, match=r"AdaLoRA, which has an allocation of its own"):
+        attach(trainer)

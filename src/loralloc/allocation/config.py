@@ -169,7 +169,7 @@ class AllocationConfig:
 
     tolerance: float | None = None
     """What the rounds of "shrink" may cost together of held-out loss: in its units, a target; from
-    0. None for a hundredth of it, or in each one standard error, where that is more."""
+    0. None for a hundredth of it, or in each round one standard error, where that is more."""
 
     target_parameters: int | None = None
     """Parameters to shrink to, whatever the loss, in the place of `tolerance`; at least 1."""
@@ -181,7 +181,7 @@ class AllocationConfig:
 
     prune_share: float = 0.3
     """Share of the ranks that a round of "shrink" prunes; between 0 and 1. Chosen, not measured: 8
-    rounds leave a seventeenth."""
+    rounds, of which the first only looks, leave a twelfth."""
 
     judging_examples: int = 256
     """Held-out examples on which sizes are compared with "shrink", beside those that importance is

@@ -47,15 +47,21 @@ def run(args: argparse.Namespace) -> int:
 
     prepare_process()
     from loralloc.allocation.shrinking import in_words
+    from loralloc.runs.folder import SETTINGS
     from loralloc.runs.run import Run
-    from loralloc.runs.search import FILES, search
+    from loralloc.runs.search import ANSWER, FILES, search
     from loralloc.runs.settings import resolve
 
     if args.steps < 2:
         raise ValueError(f"`--steps` is {args.steps}; it must be at least 2.")
+    if any(word.split("=")[0].replace("-", "_") == "__max_steps" for word in args.rest):
+        raise ValueError(
+            "`--max_steps` is the length of the run that the ranks are for, and each run of a "
+            "search takes `--steps`; give that."
+        )
     settings = resolve(args.rest, config=args.config)
     folder = settings.output_dir
-    taken = [name for name in FILES if (folder / name).exists()]
+    taken = [name for name in (*FILES, ANSWER, SETTINGS) if (folder / name).exists()]
     if taken:
         raise ValueError(
             f"{folder} holds a {taken[0]} already; name another `--output_dir`, or remove it."
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
             doubles=not args.no_doubling,
             on_run=introduce,
             on_round=progress.show_round,
+            on_shrunk=lambda found: found.save(folder),  # whatever becomes of the other runs
         )
     answer.save(folder)
     out = Console()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,7 @@ def search(
     doubles: bool = True,
     on_run: Callable[[Run], None] | None = None,
     on_round: Callable[[Round], None] | None = None,
+    on_shrunk: Callable[[Answer], None] | None = None,
 ) -> Answer:
     """Shrink LoRA in a short run, and train LoRA with r and 2r as long beside it.
 
@@ -102,6 +103,7 @@ def search(
         doubles: Whether to find out what doubling r would buy, in two more runs.
         on_run: Called with each run before it trains.
         on_round: Called with each round of the run that shrinks.
+        on_shrunk: Called with the answer as it is before the runs that double r.
 
     Raises:
         ValueError: The settings ask for another method, or do not fit together.
@@ -123,8 +125,10 @@ def search(
     scaling = next(iter(layers.values())).scaling["default"]
     record = shrunk.allocation.record
     pattern = Pattern(ranks=record.ranks, scaling=float(scaling))
-    doubling = _doubling(settings, num_steps, on_run) if doubles else None
-    return Answer(pattern=pattern, record=record, doubling=doubling)
+    answer = Answer(pattern=pattern, record=record, doubling=None)
+    if on_shrunk:
+        on_shrunk(answer)
+    return replace(answer, doubling=_doubling(settings, num_steps, on_run)) if doubles else answer
 
 
 def _doubling(settings: Settings, num_steps: int, on_run: Callable[[Run], None] | None) -> Doubling:

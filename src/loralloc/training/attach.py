@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from peft import AdaLoraConfig
 from transformers import Trainer
 
 from loralloc.allocation import replicas
@@ -55,9 +56,24 @@ def attach(
         >>> attach(trainer, AllocationConfig(num_rounds=8))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}; give a transformers.Trainer, whose "
+            "model has the adapter. For a loop of your own there is `follow`."
+        )
+    config = AllocationConfig() if config is None else config
+    if not isinstance(config, AllocationConfig):
+        raise TypeError(
+            f"The options are {config!r:.60}; give an AllocationConfig, as in attach(trainer, "
+            "AllocationConfig(num_rounds=4))."
+        )
     model = adapted_part(trainer.model)
     name = active_adapter(model) if adapter_name is None else adapter_name
-    config = config or AllocationConfig()
+    if isinstance(getattr(model, "peft_config", {}).get(name), AdaLoraConfig):
+        raise TypeError(
+            "The adapter is PEFT's AdaLoRA, which has an allocation of its own; begin with a "
+            "LoraConfig, or give the bare model to drive(trainer, get_method('adalora')(rank=8))."
+        )
     kind = Shrink if config.preset == "shrink" else Alora
     method = kind.on(model, config, adapter_name=name)
     drive(trainer, method, scoring_dataset=scoring_dataset, on_round=on_round)

@@ -52,8 +52,8 @@ def held_out(
         )
     if wanted < num_examples:
         notes.append(
-            f"importance is measured on all {wanted} held-out examples, fewer than the "
-            f"{num_examples} of `scoring_examples`"
+            f"measured on all {wanted} held-out examples, fewer than the {num_examples} that were "
+            "asked for"
         )
     batches = draw(trainer, dataset, num_examples=wanted, seed=seed)
     return batches, "; ".join(notes)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import Trainer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.files import read_json, read_tensors, write_text
@@ -129,6 +130,24 @@ def drawing_nothing(evaluate: Callable[..., Any]) -> Callable[..., Any]:
             set_random_state(before)
 
     return evaluate_alike
+
+
+def stopping_at_the_end(trainer: Trainer) -> Callable[..., None]:
+    """A trainer's `_run_epoch` that takes no step beyond the run's last.
+
+    Transformers looks whether a run is over after a step: one that goes on from the checkpoint of
+    its last step, in the midst of an epoch, would take another.
+    """
+    own = trainer._run_epoch
+
+    @functools.wraps(own)
+    def run_epoch(*args: Any, **kwargs: Any) -> None:
+        if trainer.state.global_step < trainer.state.max_steps:
+            own(*args, **kwargs)
+        else:
+            trainer.control.should_training_stop = True
+
+    return run_epoch
 
 
 def _take_tensors(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

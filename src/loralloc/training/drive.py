@@ -24,7 +24,12 @@ from loralloc.kernels.quantised import keep_unpacked, train_in_float32
 from loralloc.methods.method import Method, Session
 from loralloc.training.adopt import adopt
 from loralloc.training.batches import draw, held_out
-from loralloc.training.checkpoint import drawing_nothing, read_state, write_state
+from loralloc.training.checkpoint import (
+    drawing_nothing,
+    read_state,
+    stopping_at_the_end,
+    write_state,
+)
 from loralloc.training.eligibility import begin_counting, leave_uncounted
 from loralloc.training.finite import check_finite
 from loralloc.training.halves import second_half
@@ -83,6 +88,16 @@ def drive(
         >>> drive(trainer, get_method("sora")(rank=8))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}; give a transformers.Trainer."
+        )
+    if not isinstance(method, Method):
+        given = method if isinstance(method, str) else getattr(method, "__name__", type(method))
+        raise TypeError(
+            f"The method is {given!r}; give one that is made, as in "
+            "drive(trainer, get_method('sora')(rank=8))."
+        )
     if any(isinstance(callback, Driver) for callback in trainer.callback_handler.callbacks):
         raise ValueError(
             "The trainer is driven by a method already; attach or drive one once, or detach() it "
@@ -266,6 +281,7 @@ class Driver(TrainerCallback):
             "_load_from_checkpoint": self._load_from_checkpoint,
             "_load_best_model": self._load_best_model,
             "_save_checkpoint": sealing(trainer),
+            "_run_epoch": stopping_at_the_end(trainer),
             "evaluate": drawing_nothing(trainer.evaluate),
         }
         if self._wants.half_until:
