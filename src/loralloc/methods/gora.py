@@ -10,20 +10,19 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, rank_cost, weight_a, weight_b
 from loralloc.allocation.objective import Batch
 from loralloc.allocation.resize import resize
 from loralloc.methods.from_data import LoraFromData
-from loralloc.methods.lora_plus import check_no_optimizer, speed_up_b
+from loralloc.methods.lora_plus import FasterB
 from loralloc.methods.method import About, Session, trainable
 from loralloc.methods.weight_gradients import WeightGradients
 
 
 @dataclass(kw_only=True)
-class Gora(LoraFromData):
+class Gora(FasterB, LoraFromData):
     """Before the first step G = dL/dW, the mean over some batches, of every adapted layer.
 
     With I = mean |W * G| a layer's share of a total is I over the sum of all I; the layer has
@@ -36,14 +35,11 @@ class Gora(LoraFromData):
         s B = - g sqrt(in_features / r) G A^T (A A^T)^-1
 
     so that the adapter begins with about a step of descent, of length g |G|. B then has `ratio`
-    times the learning rate of A, as in LoRA+.
+    times the learning rate of A, as in LoRA+ and the authors' scripts.
     """
 
     examples: int = 1024
     """Training examples that G is of. Source: the authors' scripts, 32 steps of 32 examples."""
-
-    ratio: float = 16.0
-    """Learning rate of B over that of A, at least 1. Source: the authors' scripts."""
 
     step_size: float = 0.05
     """g. Source: He et al. 2025 (gamma)."""
@@ -77,28 +73,15 @@ class Gora(LoraFromData):
         Raises:
             ValueError: One is out of its range.
         """
-        super().__post_init__()
+        FasterB.__post_init__(self)
+        LoraFromData.__post_init__(self)
         if not 0 < self.least <= 1 <= self.most:
             raise ValueError(
                 f"`least` is {self.least} and `most` {self.most}; they are ranks over `rank`, so "
                 "that 0 < least <= 1 <= most."
             )
-        if not self.ratio >= 1:
-            raise ValueError(f"`ratio` is {self.ratio}; it must be a number of at least 1.")
         if not self.step_size > 0:
             raise ValueError(f"`step_size` is {self.step_size}; it must be a number above 0.")
-
-    def join(self, session: Session) -> None:
-        """See `Method.join`.
-
-        Raises:
-            ValueError: The optimiser is there already, with learning rates of its own.
-        """
-        check_no_optimizer(session, self.about.name)
-
-    def arrange(self, optimizer: Optimizer) -> None:
-        """See `Method.arrange`."""
-        speed_up_b(optimizer, self.model, self.ratio)
 
     def start(self, session: Session, batches: Sequence[Batch]) -> None:
         """See `LoraFromData.start`."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
 from torch.optim import Optimizer
 
 from loralloc.methods.method import About, Session
@@ -13,7 +12,7 @@ from loralloc.methods.peft_method import LoraShaped
 
 
 @dataclass(kw_only=True)
-class LoraPlus(LoraShaped):
+class FasterB(LoraShaped):
     """LoRA whose B, and vectors such as a head's bias, have `ratio` times the learning rate.
 
     The grouping is that of PEFT's `create_loraplus_optimizer`; all else of the run's optimiser,
@@ -22,18 +21,6 @@ class LoraPlus(LoraShaped):
 
     ratio: float = 16.0
     """Learning rate of B over that of A, at least 1. Source: Hayou et al. 2024."""
-
-    about: ClassVar[About] = About(
-        name="lora-plus",
-        title="LoRA+",
-        paper="Hayou et al. 2024",
-        status="faithful",
-        initialisation="published",
-        settings="published",
-        learning_rate=2.5e-4,
-        rate_from="half of LoRA's, as PEFT advises beside a ratio of this size",
-        merges=True,
-    )
 
     def __post_init__(self) -> None:
         """Check the ratio.
@@ -50,37 +37,40 @@ class LoraPlus(LoraShaped):
         Raises:
             ValueError: The optimiser is there already, with learning rates of its own.
         """
-        check_no_optimizer(session, self.about.name)
+        if session.optimizer is not None:
+            raise ValueError(
+                f"The trainer has an optimiser already, and {self.about.name} gives B a learning "
+                "rate of its own when the optimiser is made; leave out `optimizers`."
+            )
 
     def arrange(self, optimizer: Optimizer) -> None:
         """See `Method.arrange`."""
-        speed_up_b(optimizer, self.model, self.ratio)
+        faster = {
+            id(parameter)
+            for name, parameter in self.model.named_parameters()
+            if "lora_B" in name or parameter.ndim == 1
+        }
+        groups = []
+        for group in optimizer.param_groups:
+            for is_fast, rate in ((False, group["lr"]), (True, self.ratio * group["lr"])):
+                params = [p for p in group["params"] if (id(p) in faster) == is_fast]
+                if params:
+                    groups.append({**group, "params": params, "lr": rate})
+        optimizer.param_groups[:] = groups
 
 
-def check_no_optimizer(session: Session, name: str) -> None:
-    """Refuse an optimiser that was made before the method could arrange it.
+@dataclass(kw_only=True)
+class LoraPlus(FasterB):
+    """LoRA with a faster B, and nothing else changed."""
 
-    Raises:
-        ValueError: There is one.
-    """
-    if session.optimizer is not None:
-        raise ValueError(
-            f"The trainer has an optimiser already, and {name} gives B a learning rate of its own "
-            "when the optimiser is made; leave out `optimizers`."
-        )
-
-
-def speed_up_b(optimizer: Optimizer, model: nn.Module, ratio: float) -> None:
-    """Give B, and vectors such as a head's bias, `ratio` times the learning rate of the rest."""
-    faster = {
-        id(parameter)
-        for name, parameter in model.named_parameters()
-        if "lora_B" in name or parameter.ndim == 1
-    }
-    groups = []
-    for group in optimizer.param_groups:
-        for is_fast, rate in ((False, group["lr"]), (True, ratio * group["lr"])):
-            params = [p for p in group["params"] if (id(p) in faster) == is_fast]
-            if params:
-                groups.append({**group, "params": params, "lr": rate})
-    optimizer.param_groups[:] = groups
+    about: ClassVar[About] = About(
+        name="lora-plus",
+        title="LoRA+",
+        paper="Hayou et al. 2024",
+        status="faithful",
+        initialisation="published",
+        settings="published",
+        learning_rate=2.5e-4,
+        rate_from="half of LoRA's, as PEFT advises beside a ratio of this size",
+        merges=True,
+    )

@@ -385,8 +385,7 @@ class Session:
     sees its examples stays as it is."""
 
     second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
-    """Training batches that the weights are not trained on, without end; see `Wants.half_until`.
-    A step has as many of them as of its own; see `of_second_half`."""
+    """Training batches that the weights are not trained on, without end; see `Wants.half_until`."""
 
     objective: Objective | None = None
     """What the trainer minimises, on development examples where the method wants some (see
