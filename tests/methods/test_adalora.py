@@ -14,7 +14,7 @@ from test_parameter_counts import gpt2_large, llama_2_7b, roberta_large
 
 from loralloc.kernels.lora import fuse
 from loralloc.methods.adalora import AdaLora
-from loralloc.methods.method import Session
+from loralloc.methods.session import Session
 
 NUM_MODULES = 14
 """Linear layers of the tiny Llama's two blocks."""

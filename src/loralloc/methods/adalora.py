@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from loralloc.allocation.files import read_tensors
 from loralloc.methods.in_place import WEIGHTS_NAME
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.orthogonal import off_orthonormal
 from loralloc.methods.peft_method import LoraShaped, PeftMethod
+from loralloc.methods.session import Session
 
 START = 2
 """Ranks at the start over ranks at the end, on average (the paper's comparison)."""

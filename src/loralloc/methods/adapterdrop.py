@@ -14,7 +14,8 @@ from torch import Tensor
 from loralloc.allocation.blocks import Sublayer, blocks
 from loralloc.methods.bottleneck import Bottleneck, act_sequentially
 from loralloc.methods.houlsby import Houlsby, draw_near_zero
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 
 
 @dataclass(kw_only=True)

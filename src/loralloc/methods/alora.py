@@ -20,13 +20,14 @@ from loralloc.allocation.presets import check_read
 from loralloc.allocation.record import FILE_NAME, Record, Round
 from loralloc.allocation.schedule import Schedule, place_rounds
 from loralloc.methods.lora import Lora
-from loralloc.methods.method import IS_A_BLOCK, About, Length, Session, Wants
+from loralloc.methods.method import IS_A_BLOCK, About
 from loralloc.methods.restore import (
     check_scaling,
     give_ranks,
     load_weights,
     ranks_for,
 )
+from loralloc.methods.session import Length, Session, Wants
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from loralloc.allocation.layers import lora_layers, rank_cost, weights_ab
 from loralloc.allocation.optimizer_state import check_optimizer
-from loralloc.methods.method import Session
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 START = 2
 """Ranks at the start over ranks at the end, on average."""

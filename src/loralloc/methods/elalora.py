@@ -14,7 +14,8 @@ from torch import Tensor
 from loralloc.allocation.layers import lora_layers, weights_ab
 from loralloc.allocation.policy import Limits, Plan
 from loralloc.methods.factored import TripletLora
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 from loralloc.methods.triplet_sensitivity import TripletSensitivity
 
 NEW_FACTOR = 1e-13

@@ -17,8 +17,9 @@ from loralloc.allocation.objective import Batch
 from loralloc.allocation.resize import resize
 from loralloc.allocation.supervised import IGNORED
 from loralloc.methods.from_data import LoraFromData
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.restore import KEY_PREFIX
+from loralloc.methods.session import Session
 
 MOST_PASSES = 200
 """Passes over the examples after which their components are taken to settle no more."""

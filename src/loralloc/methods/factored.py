@@ -24,9 +24,9 @@ from loralloc.allocation.layers import lora_layers, rank_cost, weights_ab, weigh
 from loralloc.allocation.optimizer_state import check_optimizer, swap
 from loralloc.allocation.policy import Plan
 from loralloc.allocation.resize import resize
-from loralloc.methods.method import Session
 from loralloc.methods.orthogonal import off_orthonormal
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 STD = 0.02
 """Standard deviation of A and B at the start, as in AdaLoRA."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from loralloc.allocation.layers import lora_layers, weights_ab
 from loralloc.allocation.objective import Batch
 from loralloc.allocation.optimizer_state import check_optimizer
-from loralloc.methods.method import Session
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 
 @dataclass(kw_only=True)

@@ -22,8 +22,8 @@ from loralloc.allocation.layers import lora_layers, rank_cost, weights_ab, weigh
 from loralloc.allocation.optimizer_state import check_optimizer
 from loralloc.allocation.policy import Plan
 from loralloc.allocation.resize import resize
-from loralloc.methods.method import Session
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 START = 2
 """Ranks at the start over ranks at the end, on average (the paper's comparison)."""

@@ -17,7 +17,8 @@ from loralloc.allocation.objective import Batch
 from loralloc.allocation.resize import resize
 from loralloc.methods.from_data import LoraFromData
 from loralloc.methods.lora_plus import FasterB
-from loralloc.methods.method import About, Session, trainable
+from loralloc.methods.method import About, trainable
+from loralloc.methods.session import Session
 from loralloc.methods.weight_gradients import WeightGradients
 
 

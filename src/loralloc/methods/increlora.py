@@ -16,7 +16,8 @@ from loralloc.allocation import replicas
 from loralloc.allocation.layers import lora_layers, weight_a, weight_b
 from loralloc.allocation.policy import Limits, Plan, share_out
 from loralloc.methods.factored import STD, TripletLora
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 from loralloc.methods.weight_gradients import WeightGradients
 
 BETA = 0.85

@@ -13,7 +13,8 @@ from torch import Tensor
 from loralloc.allocation.layers import lora_layers, weight_a
 from loralloc.allocation.policy import Limits, Plan, share_out
 from loralloc.methods.factored import FactoredLora
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 
 TAKEN_OFF = 0.53
 """What the penalty takes off c in the authors' run for Mistral-7B: 0.02 times 5e-3 in some 5,300

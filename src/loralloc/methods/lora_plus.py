@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from torch.optim import Optimizer
 
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.peft_method import LoraShaped
+from loralloc.methods.session import Session
 
 
 @dataclass(kw_only=True)

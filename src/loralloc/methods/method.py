@@ -2,15 +2,14 @@
 
 A run prepares a model with a method, tells the method of every batch and every optimiser step, adds
 its extra loss to the training loss, and saves and loads through it. It knows no method by name.
-What a method wants of the run (`Wants`) and is given by it (`Session`) stands at the end.
+What a method wants of the run and is given by it stands in `methods.session`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,8 +18,8 @@ from peft import TaskType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from loralloc.allocation.objective import Batch, Objective
-from loralloc.allocation.record import Round
+from loralloc.allocation.objective import Batch
+from loralloc.methods.session import Length, Session, Wants
 
 Status = Literal["faithful", "port", "reconstruction", "control", "ours"]
 """How near a method's algorithm is to its paper: as published, moved to other backbones, or rebuilt
@@ -321,84 +320,3 @@ def freeze(model: nn.Module) -> None:
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that train, by name, in model order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Length:
-    """How long a run is."""
-
-    num_steps: int
-    """Optimiser steps of the whole run, without those that a method takes on top."""
-
-    steps_per_epoch: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wants:
-    """What a method asks of a run beyond its batches, before it begins."""
-
-    held_out: int = 0
-    """Development examples to measure on."""
-
-    half_until: int = 0
-    """Optimiser steps during which the weights see one half of the training examples (drawn by the
-    seed), and the method the other; see `Session.second_half`."""
-
-    seed: int | None = None
-    """Seed by which examples are drawn; None for the run's."""
-
-    on_top: int = 0
-    """Optimiser steps that a search takes before those of the run, which are as many as without."""
-
-    restart_at: int = 0
-    """The step after which the learning rate's schedule begins anew."""
-
-
-@dataclass(kw_only=True)
-class Session:
-    """What a run gives a method to work with, from its first step to its last."""
-
-    optimizer: Any = None
-    """The `torch.optim.Optimizer` that trains the model; before training begins, one that the user
-    gave, or None."""
-
-    num_steps: int
-    """Optimiser steps of the whole run, those on top among them."""
-
-    search_steps: int = 0
-    """How many of them, the first, a search takes on top; see `Wants.on_top`."""
-
-    steps_per_epoch: int
-
-    steps_done: int = 0
-    """Optimiser steps so far, those before a resumed checkpoint among them."""
-
-    batches_per_step: int = 1
-    """Batches whose gradients an optimiser step adds up."""
-
-    loss: Callable[[Batch], Tensor]
-    """Mean loss of the model on a batch, with its graph, in the mode the model is in. Of processes
-    with a batch each it is weighted, so that the average of their gradients is the mean's."""
-
-    training: Callable[[int], Sequence[Batch]] = lambda num_examples: ()
-    """So many training examples, drawn by the seed, in micro-batches; the order in which the run
-    sees its examples stays as it is."""
-
-    second_half: Iterator[Batch] = dataclasses.field(default_factory=lambda: iter(()))
-    """Training batches that the weights are not trained on, without end; see `Wants.half_until`."""
-
-    objective: Objective | None = None
-    """What the trainer minimises, on development examples where the method wants some (see
-    `Wants.held_out`); None where it wants neither these nor a half of the training examples."""
-
-    seed: int = 0
-
-    log: Callable[[Mapping[str, float]], None] = lambda numbers: None
-    """Writes an entry into the run's log."""
-
-    on_round: Callable[[Round], None] | None = None
-    """Called with each round of allocation once it has taken place."""
-
-    def of_second_half(self) -> Iterator[Batch]:
-        """A step's batches of the second half: as many as its own are."""
-        return itertools.islice(self.second_half, self.batches_per_step)

@@ -12,8 +12,9 @@ from torch import nn
 from transformers.utils import ModelOutput
 
 from loralloc.allocation.objective import Batch
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.peft_method import PeftMethod
+from loralloc.methods.session import Session
 
 NATIVE_TOKENS = 20
 """Tokens of the authors for tasks of classification."""

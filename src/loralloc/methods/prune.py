@@ -18,7 +18,8 @@ from loralloc.allocation.refusals import ScoringError
 from loralloc.allocation.resize import resize
 from loralloc.methods.cut import CutLora
 from loralloc.methods.gated import keep_highest
-from loralloc.methods.method import About, Length, Wants
+from loralloc.methods.method import About
+from loralloc.methods.session import Length, Wants
 
 
 @dataclass(kw_only=True)

@@ -38,7 +38,8 @@ from loralloc.allocation.shrinking import (
 )
 from loralloc.allocation.singular import take_singular_form
 from loralloc.methods.alora import Alora
-from loralloc.methods.method import About, Length, Session, Wants
+from loralloc.methods.method import About
+from loralloc.methods.session import Length, Session, Wants
 
 SINGULAR = "norm"
 """The score of ranks in singular form: there |s B_i| |A_i| is the singular value."""

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from loralloc.methods.gated import GatedLora, keep_highest
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 
 TRAVEL = 6.0
 """How far a gate can move, in all, until the budget is due: the learning rates of the authors' runs

@@ -21,7 +21,8 @@ from loralloc.allocation import replicas
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.record import Round
 from loralloc.kernels.quantised import keep_unpacked, train_in_float32
-from loralloc.methods.method import Method, Session
+from loralloc.methods.method import Method
+from loralloc.methods.session import Session
 from loralloc.training.adopt import adopt
 from loralloc.training.batches import draw, held_out
 from loralloc.training.checkpoint import (

@@ -18,7 +18,7 @@ from loralloc.allocation.objective import Batch, Loss, Objective
 from loralloc.allocation.optimizer_state import bare_optimizer
 from loralloc.allocation.record import Record, Round
 from loralloc.methods.alora import Alora
-from loralloc.methods.method import Length, Session
+from loralloc.methods.session import Length, Session
 from loralloc.training.replaced import give_back, replace
 from loralloc.training.saving import refuse_unfinished, saving_with
 

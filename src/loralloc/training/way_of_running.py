@@ -20,7 +20,8 @@ from loralloc.allocation import replicas
 from loralloc.allocation.layers import base_model
 from loralloc.methods.alora import Alora
 from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import Length, Method
+from loralloc.methods.method import Method
+from loralloc.methods.session import Length
 
 ACTS = ("begin", "before_step", "step", "after_step", "extra_loss")
 """Hooks by which a method acts on a run, beyond adapting its model."""

@@ -17,8 +17,9 @@ from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.learned_adapter.cell import Cell, most_parameters
 from loralloc.methods.learned_adapter.search import best, by_ablation, by_gradient
 from loralloc.methods.learned_adapter.sequence import Sequences, is_causal
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.optimizer import train_what_is_left
+from loralloc.methods.session import Session
 
 Score = Literal["gradient", "ablation"]
 

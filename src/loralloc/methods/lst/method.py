@@ -15,7 +15,8 @@ from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.lst.ladder import Ladder
 from loralloc.methods.lst.narrow import side_inner, side_widths
 from loralloc.methods.lst.prune import prune_into
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
+from loralloc.methods.session import Session
 
 Init = Literal["pruned", "random"]
 """What a side network begins as: the largest weights of the backbone, or weights drawn anew."""

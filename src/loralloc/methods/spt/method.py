@@ -13,8 +13,9 @@ from loralloc.allocation import replicas
 from loralloc.allocation.blocks import blocks, hidden_size
 from loralloc.allocation.objective import Batch
 from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.optimizer import train_what_is_left
+from loralloc.methods.session import Session
 from loralloc.methods.spt.generator import PromptGenerator, mix
 from loralloc.methods.spt.search import LayerSearch
 from loralloc.methods.spt.slots import PromptSlots, Writer

@@ -20,7 +20,7 @@ from torch import Tensor
 from loralloc.allocation import replicas
 from loralloc.allocation.blocks import backbone
 from loralloc.allocation.objective import Batch
-from loralloc.methods.method import Session
+from loralloc.methods.session import Session
 
 LEARNING_RATE = 1e-2
 """Of Adam on alpha. DARTS's 3e-4 is for tens of thousands of steps, and a search has hundreds."""

@@ -14,9 +14,10 @@ from torch.utils.hooks import RemovableHandle
 
 from loralloc.allocation import replicas
 from loralloc.methods.in_place import InPlaceMethod
-from loralloc.methods.method import About, Session
+from loralloc.methods.method import About
 from loralloc.methods.optimizer import train_what_is_left
 from loralloc.methods.peft_method import rank_parameters, resolve_targets
+from loralloc.methods.session import Session
 from loralloc.methods.ssp.gates import probabilities, relaxed_gates, within_budget
 from loralloc.methods.ssp.units import Candidate, Unit, search_space
 
