@@ -1,5 +1,7 @@
 """Bad input gets one sentence, exit code 2, and loses nothing (the list of the project's issue)."""
 
+import shutil
+
 import pytest
 
 from loralloc.cli import main
@@ -123,6 +125,11 @@ def test_a_configuration_that_is_not_there(refused, tmp_path):
     assert "There is no file" in refused("--config", tmp_path / "none.yaml")
 
 
+def test_a_configuration_that_is_a_folder(refused, tmp_path):
+    sentence = refused("--config", tmp_path)
+    assert sentence == f"{tmp_path} is a folder; `--config` takes a YAML file."
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -186,6 +193,16 @@ def test_a_folder_without_a_model(refused, tmp_path):
     )
 
 
+def test_a_model_without_its_tokenizer(refused, tmp_path, llama_folder):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in llama_folder.iterdir():
+        if "token" not in path.name:
+            shutil.copy(path, bare)
+    sentence = f"{bare} holds a model without its tokenizer (no tokenizer.json); save it there too"
+    assert sentence in refused(model_name_or_path=bare)
+
+
 @pytest.mark.parametrize("name", ("no/such/file.jsonl", "./nowhere"))
 def test_data_that_is_not_there(name, refused):
     assert f"There is no file or folder '{name}'" in refused(dataset_name=name)
@@ -207,8 +224,52 @@ def test_an_unknown_metric_or_missing_strategy_is_transformers_own_sentence(refu
 
 def test_an_output_folder_that_is_a_file(train, tmp_path):
     (tmp_path / "out").write_text("mine")
-    assert "out" in train().sentence
+    sentence = f"`--output_dir` is {tmp_path / 'out'}, and {tmp_path / 'out'} is a file; name a"
+    assert sentence in train().sentence
+    assert f"and {tmp_path / 'out'} is a file" in train(output_dir=tmp_path / "out/run").sentence
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_labels_that_a_language_model_would_not_learn(train, data, write_rows):
+    for split, count in (("train", 24), ("validation", 8)):
+        write_rows(
+            data / f"{split}.jsonl", [{"text": "a film", "label": n % 2} for n in range(count)]
+        )
+    sentence = train().sentence
+    assert "has the column label beside its texts, which a language model would not" in sentence
+    assert "use `--head classification`, or `--head lm` for texts alone" in sentence
+    assert train("--dry-run", head="lm").code == 0
+
+
+def test_a_row_that_is_no_json_and_how_to_mend_it(refused, data):
+    (data / "train.jsonl").write_text('{"text": "a"}\n{"text": "a"\n')
+    assert refused().endswith("column 13); mend or delete the line.")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("learning_rate", 0, "above 0"),
+        ("learning_rate", "nan", "above 0"),
+        ("num_train_epochs", -1, "above 0"),
+        ("per_device_train_batch_size", 0, "at least 1"),
+        ("gradient_accumulation_steps", 0, "at least 1"),
+        ("weight_decay", -0.5, "at least 0"),
+        ("logging_steps", 0, "above 0"),
+        ("warmup_steps", -3, "at least 0"),
+        ("max_length", 0, "at least 1"),
+        ("lora_alpha", 0, "above 0"),
+        ("lora_dropout", 1, "at least 0 and below 1"),
+        ("seed", -1, "at least 0 and at most 4,294,967,295"),
+        ("max_steps", 0, "at least 1, or -1 for a run as long as its epochs"),
+    ],
+)
+def test_numbers_that_an_option_cannot_be(name, value, allowed, refused):
+    assert refused(**{name: value}) == f"`{name}` is {value}; it must be {allowed}."
+
+
+def test_a_budget_that_is_none(call):
+    assert call("methods", "--budget", "-5").sentence == "`--budget` is -5; it must be at least 1."
 
 
 def test_a_column_of_labels_that_is_missing(refused, bert_folder):

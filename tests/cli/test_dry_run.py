@@ -45,9 +45,19 @@ def test_the_plan(rows_of):
     assert rows["adapted modules"][0].startswith("14: q_proj x2, k_proj x2, v_proj x2, o_proj x2")
     assert rows["ranks"] == ["28, 7 ranks a round"]
     assert re.match(r"2,048 trainable of [\d,]+", rows["parameters"][0])
-    assert rows["budget"] == ["2,048 parameters; 2,048 at the end (+0.0%)"]
+    assert rows["budget"] == ["2,048 parameters, which it ends with"]
     assert rows["steps"] == ["12, 6 an epoch"]
     assert rows["rounds"] == ["after steps 3, 6"]
+
+
+def test_what_shrinking_ends_with_is_not_known_before(rows_of):
+    rows = rows_of(method="shrink", warmup_epochs=None, recovery_epochs=None)
+    assert rows["budget"] == ["2,048 parameters at the start; how many at the end is what it finds"]
+
+
+def test_an_optimiser_that_the_run_would_refuse_is_refused(train):
+    sentence = train("--dry-run", optim="adafactor").sentence
+    assert "Adafactor keeps `exp_avg_sq_row` of every parameter" in sentence
 
 
 def test_a_search_is_told_with_its_steps_and_those_that_train_what_it_finds(rows_of):

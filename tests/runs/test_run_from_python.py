@@ -29,6 +29,12 @@ OPTIONS = {
 }
 
 
+@pytest.mark.parametrize("options", [None, "run.yaml", ["--task", "demo"]])
+def test_options_that_are_no_mapping(options):
+    with pytest.raises(TypeError, match="give a mapping, in which `config` may name a file"):
+        loralloc.prepare(options)
+
+
 def test_options_are_those_of_the_flags():
     flags, options = resolve(FLAGS), resolve(OPTIONS)
     for name in ("script", "model", "run", "allocation", "method_options"):

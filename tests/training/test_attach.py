@@ -481,6 +481,12 @@ def test_an_optimiser_of_ones_own_is_refused_at_once(trainer_of):
         attach(trainer_of("causal", model=model, optimizers=(optimizer, None)), options())
 
 
+def test_scoring_rows_that_are_not_prepared_are_refused(trainer_of):
+    rows = Dataset.from_list([{"text": "a film", "label": 0}] * 8)
+    with pytest.raises(ValueError, match="have the columns text, label and no `input_ids`, which"):
+        attach(trainer_of("causal"), options(), scoring_dataset=rows)
+
+
 def test_attaching_twice_is_refused(trainer_of):
     trainer = trainer_of("causal")
     attach(trainer, options())
@@ -517,7 +523,7 @@ def test_training_again_without_resuming_is_refused(trainer_of):
     trainer = trainer_of("causal")
     attach(trainer, options())
     trainer.train()
-    with pytest.raises(ValueError, match="before which 0 rounds of allocation are due, but 3"):
+    with pytest.raises(ValueError, match=r"3 rounds already, of a train\(\) before this"):
         trainer.train()
 
 

@@ -148,6 +148,20 @@ def test_what_a_loop_cannot_have_is_refused_before_the_first_step(changes, given
     assert "save_pretrained" not in vars(model)
 
 
+def test_one_batch_in_the_place_of_a_list_is_refused():
+    model, optimizer = made()
+    with pytest.raises(TypeError, match=r"`batches` is a single batch; give a list of them"):
+        follow(optimizer, model, options(), held_out()[0], **STEPS)
+
+
+def test_batches_without_labels_are_refused_before_the_first_step():
+    model, optimizer = made(tiny.adapted(tiny.bert_classifier(), r=2))
+    batch = tiny.classification_batch(4)
+    del batch["labels"]
+    with pytest.raises(ValueError, match="The model gives no loss for a scoring batch of input_"):
+        follow(optimizer, model, options(), [batch], **STEPS)
+
+
 def test_an_optimiser_of_other_weights_and_several_processes_are_refused(monkeypatch):
     model, optimizer = made()
     with pytest.raises(ValueError, match="optimiser"):

@@ -32,6 +32,9 @@ Loss = Callable[[Batch], Tensor]
 """The mean loss of a batch, with its graph."""
 
 
+LABELS = ("labels", "start_positions")
+"""What a batch of labelled examples has one of."""
+
 CACHES = ("past_key_values", "layer_past")
 """Names under which layers are given a cache, which computing them again would fill twice."""
 
@@ -81,6 +84,9 @@ class Objective:
                 "The scoring examples hold no supervised position, so importance cannot be "
                 "measured; check the labels of the development set."
             )
+        if loss is None and self.batches and not _is_labelled(self.batches[0]):
+            with self.evaluating(), torch.no_grad():
+                self.losses(self.batches[0])  # the model may have a loss without; if not, tells now
 
     @property
     def device(self) -> torch.device:
@@ -193,11 +199,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             vars(module)["training"] = True  # past `__setattr__`, which looks at much more
 
 
+def _is_labelled(batch: Batch) -> bool:
+    return any(key in batch for key in LABELS)
+
+
 def count_examples(batch: Any) -> int:
     """Rows of a micro-batch."""
     values = list(batch.values()) if isinstance(batch, Mapping) else list(batch)
     if isinstance(batch, Mapping):
-        values = [batch[key] for key in ("labels", "start_positions") if key in batch] + values
+        values = [batch[key] for key in LABELS if key in batch] + values
     return next((len(x) for x in values if isinstance(x, Tensor) and x.ndim), 1)
 
 

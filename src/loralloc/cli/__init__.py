@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_BAD_INPUT
         if args.debug or not is_told:
             raise
-        sentence = " ".join(str(error).split()) or type(error).__name__
+        sentence = _in_words(error)
         if launched.is_left_alone(error):
             sentence = launched.LEFT_ALONE
         sentence = visible(sentence)
@@ -107,6 +107,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             sentence += f'; install it with `pip install "loralloc[{EXTRAS[error.name]}]"`.'
         sys.stderr.write(f"loralloc: error: {sentence}\n")
         return EXIT_BAD_INPUT
+
+
+def _in_words(error: Exception) -> str:
+    """An error in one line; the system's without its number."""
+    words = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        words = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return " ".join(words.split()) or type(error).__name__
 
 
 @contextmanager

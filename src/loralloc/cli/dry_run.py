@@ -79,8 +79,12 @@ def _budget(method: Method) -> str:
     """The budget, and how far from it the method ends by its own count."""
     assert method.sized_for is not None
     words = f"{method.sized_for:,} parameters"
+    if method.finds_its_size:
+        return f"{words} at the start; how many at the end is what it finds"
     if method.counted is None:
         return words
+    if method.counted == method.sized_for:
+        return f"{words}, which it ends with"
     return f"{words}; {method.counted:,} at the end ({method.counted / method.sized_for - 1:+.1%})"
 
 

@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from loralloc.methods.peft_method import default_budget
     from loralloc.runs.models import empty_model
 
+    if args.budget is not None and args.budget < 1:
+        raise ValueError(f"`--budget` is {args.budget}; it must be at least 1.")
     model = papers_shape() if args.model is None else empty_model(args.model)
     budget = default_budget(model) if args.budget is None else args.budget
     rows = [facts(get_method(name), model, budget) for name in METHODS]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.optim import Optimizer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.allocator import Allocator
@@ -151,7 +152,11 @@ class Alora(Lora):
             self.allocation = dataclasses.replace(self.allocation, seed=session.seed)
         self._session = session
         self._allocate()
-        self.allocator.check_optimizer(session.optimizer)  # where the user gave one
+        self.check_optimizer(session.optimizer)  # where the user gave one
+
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """See `Method.check_optimizer`."""
+        self.allocator.check_optimizer(optimizer)
 
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
@@ -162,6 +167,12 @@ class Alora(Lora):
         """
         self.allocator.begin(session.optimizer)
         past = sum(step <= session.steps_done for step in self.steps)
+        if past < len(self.record.rounds):
+            raise ValueError(
+                f"Training begins at step {session.steps_done}, and the ranks have moved in "
+                f"{len(self.record.rounds)} rounds already, of a train() before this one; go on "
+                "with `train(resume_from_checkpoint=...)`, or detach() for training without rounds."
+            )
         if past != len(self.record.rounds):
             raise ValueError(
                 f"The run continues at step {session.steps_done}, before which {past} rounds of "

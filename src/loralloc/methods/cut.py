@@ -66,13 +66,17 @@ class CutLora(LoraShaped):
         """See `Method.join`."""
         self.session = session
 
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """See `Method.check_optimizer`."""
+        check_optimizer(optimizer, weights_ab(lora_layers(self.model)))
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 
         Raises:
             TypeError: Ranks cannot be dropped under the optimiser.
         """
-        check_optimizer(session.optimizer, weights_ab(lora_layers(self.model)))
+        self.check_optimizer(session.optimizer)
         self.session = session
 
     @property

@@ -93,18 +93,21 @@ class FactoredLora(LoraShaped):
             return {}
         return {f"the factors of {name}": factor for name, factor in self.factors.items()}
 
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """See `Method.check_optimizer`."""
+        check_optimizer(optimizer, weights_ab(lora_layers(self.model)))
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 
         Raises:
             TypeError: Ranks cannot be moved under the optimiser.
         """
-        weights = weights_ab(lora_layers(self.model))
-        check_optimizer(session.optimizer, weights)
+        self.check_optimizer(session.optimizer)
         self.session = session
         if not self.is_factored:
             return
-        for name, (a, _) in weights.items():
+        for name, (a, _) in weights_ab(lora_layers(self.model)).items():
             self.factors[name].data = self.factors[name].data.to(a.device)
         self.factor_optimizer: Optimizer = AdamW(self.factors.values(), weight_decay=0.0)
         for name, moments in self._moments.items():

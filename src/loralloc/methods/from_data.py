@@ -6,6 +6,8 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch.optim import Optimizer
+
 from loralloc.allocation.layers import lora_layers, weights_ab
 from loralloc.allocation.objective import Batch
 from loralloc.allocation.optimizer_state import check_optimizer
@@ -34,12 +36,16 @@ class LoraFromData(LoraShaped):
     def start(self, session: Session, batches: Sequence[Batch]) -> None:
         """Give the adapter the ranks and the weights that it begins with."""
 
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """See `Method.check_optimizer`."""
+        check_optimizer(optimizer, weights_ab(lora_layers(self.model)))
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`: a run that goes on has what was found when it began.
 
         Raises:
             TypeError: Ranks cannot be moved under the optimiser.
         """
-        check_optimizer(session.optimizer, weights_ab(lora_layers(self.model)))
+        self.check_optimizer(session.optimizer)
         if session.steps_done == 0:
             self.start(session, session.training(self.examples))

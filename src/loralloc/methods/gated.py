@@ -131,13 +131,17 @@ class GatedLora(LoraShaped):
             return {}
         return {f"gates {i}": tensor for i, tensor in enumerate(self.learned)}
 
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """See `Method.check_optimizer`."""
+        check_optimizer(optimizer, weights_ab(lora_layers(self.model)))
+
     def begin(self, session: Session) -> None:
         """See `Method.begin`.
 
         Raises:
             TypeError: Ranks cannot be dropped under the optimiser.
         """
-        check_optimizer(session.optimizer, weights_ab(lora_layers(self.model)))
+        self.check_optimizer(session.optimizer)
         self.session = session
         self.prune_step = max(1, round(self.prune_by * session.num_steps))
         device = next(iter(weights_b(lora_layers(self.model)).values())).device

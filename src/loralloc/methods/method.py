@@ -115,6 +115,9 @@ class Method(ABC):
     equal_parameters: ClassVar[bool] = False
     """Whether the budget chooses its size where neither is given, in the place of LoRA's rank."""
 
+    finds_its_size: ClassVar[bool] = False
+    """Whether a run finds out how many parameters it ends with; its size is the first then."""
+
     leaves_out: ClassVar[bool] = False
     """Whether a step may leave out some of what trains."""
     model: Any = dataclasses.field(default=None, init=False, repr=False, compare=False)
@@ -213,6 +216,13 @@ class Method(ABC):
 
     def arrange(self, optimizer: Optimizer) -> None:
         """Give an optimiser that was just made the groups to train in, before its schedule is."""
+
+    def check_optimizer(self, optimizer: Optimizer | None) -> None:
+        """Refuse an optimiser whose state cannot follow what is done to weights.
+
+        Raises:
+            TypeError: Naming what it keeps.
+        """
 
     def begin(self, session: Session) -> None:
         """Begin to train, a new run or a resumed one; the optimiser is there."""

@@ -68,6 +68,7 @@ class Shrink(Alora):
         merges=True,
     )
     paper: ClassVar[Mapping[str, Any]] = {}
+    finds_its_size: ClassVar[bool] = True
 
     _scoring: Objective | None = dataclasses.field(
         default=None, init=False, repr=False, compare=False

@@ -14,13 +14,21 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from loralloc.allocation.optimizer_state import bare_optimizer
+
 if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from loralloc.methods.method import Method
     from loralloc.runs.heads.head import Head
     from loralloc.runs.settings import Settings
 
 LOSS = "loss"
 PREFIX = "eval_"
 """What Trainer's names of measures may begin with."""
+
+HOOKED = ("layerwise", "lomo")
+"""Parts of the names of optimisers that hang on the model as soon as they are made."""
 
 COMPARING = ("reduce_lr_on_plateau", "greedy")
 """Schedules that follow the evaluations."""
@@ -84,6 +92,20 @@ def check_optimizer(settings: Settings) -> None:
             f"`lr_scheduler_type` {args.lr_scheduler_type.value!r} cannot be made with "
             f"`lr_scheduler_kwargs` {args.lr_scheduler_kwargs!r}: {_reason(error)}."
         ) from error
+
+
+def check_followed(trainer: Trainer, method: Method) -> None:
+    """Refuse an optimiser under which the method cannot change weights.
+
+    Raises:
+        TypeError: Naming what it keeps of each weight.
+    """
+    if trainer.optimizer is not None or any(name in trainer.args.optim for name in HOOKED):
+        return
+    try:
+        method.check_optimizer(bare_optimizer(trainer.create_optimizer()))
+    finally:
+        trainer.optimizer = None  # training makes it, in the method's groups
 
 
 def _check_evaluations(settings: Settings) -> None:

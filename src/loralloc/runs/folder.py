@@ -90,11 +90,17 @@ def holds_run(folder: Path) -> bool:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that holds files of somebody else's under names that a run writes.
+    """Refuse a folder that holds files of somebody else's under names that a run writes, or none.
 
     Raises:
-        ValueError: Naming some of them.
+        ValueError: Naming some of them, or the file in the way.
     """
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise ValueError(
+                f"`--output_dir` is {folder}, and {path} is a file; name a folder, or move the "
+                "file away."
+            )
     if (folder / CLAIM).is_file():
         return
     found = sorted(path.name for path in _entries(folder))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralloc.runs.checks import checked_model_arguments
+from loralloc.runs.folder import TOKENIZER
 from loralloc.runs.machine import fastest_dtype
 
 if TYPE_CHECKING:
@@ -112,10 +113,23 @@ def locate(name_or_path: str) -> str:
 
 
 def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to a model."""
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: There is none, or it cannot be loaded.
+    """
     from transformers import AutoTokenizer
 
-    return _from_pretrained(AutoTokenizer, name_or_path, options)
+    try:
+        return _from_pretrained(AutoTokenizer, name_or_path, options)
+    except ValueError as error:
+        source = Path(locate(name_or_path))
+        if source.is_dir() and not any((source / name).exists() for name in TOKENIZER):
+            raise ValueError(
+                f"{name_or_path} holds a model without its tokenizer (no {TOKENIZER[0]}); save it "
+                "there too, with `tokenizer.save_pretrained`."
+            ) from error
+        raise
 
 
 def load_model(name_or_path: str, **options: Any) -> Any:

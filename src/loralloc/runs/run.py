@@ -28,7 +28,7 @@ from loralloc.methods.method import Method
 from loralloc.runs import card, data, folder, protocol
 from loralloc.runs.adaptation import Backbone, adapt, method_of
 from loralloc.runs.arguments import RunArguments
-from loralloc.runs.checks import check_measure, check_optimizer
+from loralloc.runs.checks import check_followed, check_measure, check_optimizer
 from loralloc.runs.heads.classification import CLASSIFICATION
 from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
@@ -162,6 +162,10 @@ def prepare(
             "`resume` goes on with the run in the folder and `overwrite` replaces it; give one of "
             "the two."
         )
+    if not isinstance(options, Settings | Mapping):
+        raise TypeError(
+            f"The options are {options!r:.60}; give a mapping, in which `config` may name a file."
+        )
     if isinstance(options, Settings):
         settings = options
     else:
@@ -243,6 +247,7 @@ def _prepare(settings: Settings, on_round: Callable[[Round], None] | None, load:
         fit_graphs(trainer, settings)
     settings = protocol.follow(trainer, settings)
     drive(trainer, method, on_round=on_round)
+    check_followed(trainer, method)
     return Run(
         settings=settings,
         method=method,

@@ -17,6 +17,7 @@ from loralloc.runs.arguments import BLOCK, DEFAULTS, OPTIONS, RunArguments
 from loralloc.runs.checks import check_packages
 from loralloc.runs.folder import SETTINGS
 from loralloc.runs.permissions import SECRETS, check_granted_again, without_permissions
+from loralloc.runs.ranges import check_numbers
 from loralloc.runs.sources import parser, read_flags, read_mapping, read_yaml
 
 Options = Sequence[str] | Mapping[str, Any]
@@ -242,6 +243,7 @@ def _default_output_dir(given: Mapping[str, Any]) -> str:
 def _build(given: dict[str, Any], sources: dict[str, str]) -> Settings:
     dotted = (BLOCK + ".", OPTIONS + ".")
     flat = {name: value for name, value in given.items() if not name.startswith(dotted)}
+    check_numbers(flat)
     check_packages(flat)
     try:
         script, training, model, mixture, run = parser().parse_dict(flat)

@@ -92,8 +92,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"There is no file {path}; `--config` takes a YAML file.") from None
+    except (FileNotFoundError, IsADirectoryError):
+        what = f"{path} is a folder" if path.is_dir() else f"There is no file {path}"
+        raise ValueError(f"{what}; `--config` takes a YAML file.") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; `--config` takes a YAML file.") from error
     except yaml.YAMLError as error:
         where = " ".join(str(error).split())
         raise ValueError(f"{path} is not valid YAML: {where}.") from error

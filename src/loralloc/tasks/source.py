@@ -259,7 +259,7 @@ def _read_json(path: Path) -> Dataset:
             rows = json.load(file)
         except json.JSONDecodeError as error:
             raise ValueError(
-                f"{path}, line {error.lineno}, is not valid JSON: {error.msg}."
+                f"{path}, line {error.lineno}, is not valid JSON: {error.msg}; mend it there."
             ) from error
         except UnicodeDecodeError:
             raise
@@ -279,11 +279,12 @@ def _read_json_lines(path: Path) -> Dataset:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.rstrip())
             except json.JSONDecodeError as error:
                 _refuse_one_object(path)
                 raise ValueError(
-                    f"{path}, line {number}, is not valid JSON: {error.msg} (column {error.colno})."
+                    f"{path}, line {number}, is not valid JSON: {error.msg} (column "
+                    f"{error.colno}); mend or delete the line."
                 ) from error
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}, cannot be read ({error}).") from error

@@ -14,6 +14,8 @@ from loralloc.allocation.objective import Batch, can_be_kept, count_examples
 FEWEST = 4
 """Below so many examples one of them decides; scores of fewer are noise."""
 
+TOKENS = "input_ids"
+"""The column that an example is tokenised into."""
 
 POOL = 50
 """Batches whose examples are sorted by length together; more would save little more padding."""
@@ -88,6 +90,7 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
             f"Scoring examples cannot be drawn from a {type(dataset).__name__}; pass one dataset "
             "with a length as `scoring_dataset=` to attach()."
         )
+    _check_prepared(trainer, dataset)
     if num_examples > len(dataset):
         raise ValueError(
             f"`scoring_examples` is {num_examples}, but the development set has {len(dataset)} "
@@ -106,6 +109,22 @@ def draw(trainer: Trainer, dataset: Any, *, num_examples: int, seed: int) -> lis
     size = 1 if _checkpointing_rests(trainer) else trainer.args.per_device_train_batch_size // 2
     size = max(1, size)
     return [collate(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _check_prepared(trainer: Trainer, dataset: Any) -> None:
+    """Refuse rows as they were before a trainer's data was prepared.
+
+    Raises:
+        ValueError: They have no tokens, and the examples that it trains on have.
+    """
+    given, known = (
+        getattr(rows, "column_names", None) for rows in (dataset, trainer.train_dataset)
+    )
+    if given and known and TOKENS in known and TOKENS not in given:
+        raise ValueError(
+            f"The scoring examples have the columns {', '.join(given)} and no `{TOKENS}`, which "
+            "the trainer's own have; prepare them as its `eval_dataset` is."
+        )
 
 
 def _as_evaluated(trainer: Trainer, dataset: Any, chosen: Sequence[int]) -> list[Batch]:

@@ -74,6 +74,8 @@ def follow(
         >>> model.save_pretrained("adapter")  # doctest: +SKIP
     """
     config = config or AllocationConfig()
+    if isinstance(batches, Mapping):
+        raise TypeError("`batches` is a single batch; give a list of them, such as [batch].")
     _check(config, has_batches=bool(batches))
     part = adapted_part(model)
     name = active_adapter(part) if adapter_name is None else adapter_name

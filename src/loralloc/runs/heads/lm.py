@@ -16,9 +16,11 @@ from trl import SFTConfig, SFTTrainer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
+from loralloc.runs.arguments import RunArguments
 from loralloc.runs.data import ROW
-from loralloc.runs.heads.head import Head
+from loralloc.runs.heads.head import Head, Rows
 from loralloc.runs.prepared_rows import once
+from loralloc.tasks.classification import LABEL_COLUMN
 from loralloc.tasks.columns import conversation_column, to_sft
 from loralloc.tasks.conversations import template_options
 from loralloc.tasks.source import Split
@@ -166,6 +168,23 @@ def _check(model: str, task: Task | None, is_encoder: bool) -> None:
         )
 
 
+def _rows(splits: Mapping[str, Split], task: Task | None, options: RunArguments) -> Rows:
+    """Rows of `to_sft`; labels beside texts were there to be learnt, and it would drop them.
+
+    Raises:
+        ValueError: There are some, and no head was asked for.
+    """
+    rows, given = to_sft(splits, task), splits["train"]
+    is_text = task is None and "text" in rows["train"].dataset.column_names
+    has_labels = LABEL_COLUMN in given.dataset.column_names
+    if is_text and has_labels and options.head == "auto":
+        raise ValueError(
+            f"{given.source} has the column {LABEL_COLUMN} beside its texts, which a language "
+            "model would not learn; use `--head classification`, or `--head lm` for texts alone."
+        )
+    return rows, ()
+
+
 def check_options(
     splits: Mapping[str, Split], tokenizer: PreTrainedTokenizerBase, args: SFTConfig
 ) -> None:
@@ -248,7 +267,7 @@ LM = Head(
     measures={"loss": False, "mean_token_accuracy": True},
     suits=lambda task, is_encoder: not is_encoder,
     check=_check,
-    rows=lambda splits, task, options: (to_sft(splits, task), ()),
+    rows=_rows,
     trainer=lambda model, tokenizer, splits, settings: sft_trainer(
         model, tokenizer, settings.training, splits
     ),
