@@ -46,6 +46,12 @@ def test_the_scale_is_one_at_all_ranks(options, tmp_path):
     assert {cell.options["lora_alpha"] for cell in fixed} == {16}
 
 
+def test_rsloras_alpha_is_one_at_all_ranks_so_that_its_scaling_falls(options, tmp_path):
+    own = cells(options, tmp_path, methods=["rslora"], ranks=[1, 4])
+    asked = cells({**options, "use_rslora": True}, tmp_path, ranks=[1, 4])
+    assert {c.options["lora_alpha"] for c in [*own, *asked]} == {16}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

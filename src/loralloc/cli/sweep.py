@@ -28,9 +28,9 @@ All flags of `loralloc train` are taken besides and hold for every run, such as
 
   loralloc sweep --task demo --learning_rate 5e-4,1e-3 --r 1,2,4,8 --seed 0,1,2
 
-alpha / r is 2 at every rank, unless `--lora_alpha` is given. What a fleet cannot take (see
-`docs/fleet.md`) is trained one by one. The folder then holds `best`, the run folder of the best
-adapter; `sweep.json`, the table; and `cells`, every run.
+alpha / r is 2 at every rank, and rsLoRA's alpha 16, unless `--lora_alpha` is given. What a fleet
+cannot take (see `docs/fleet.md`) is trained one by one. The folder then holds `best`, the run
+folder of the best adapter; `sweep.json`, the table; and `cells`, every run.
 """
 
 

@@ -17,10 +17,13 @@ from loralloc.experiments.cell import Cell
 from loralloc.experiments.files import write_json
 from loralloc.experiments.rows import hash_of
 from loralloc.experiments.work import Outcome
+from loralloc.methods.catalog import get_method
+from loralloc.methods.method import DEFAULT_RANK
+from loralloc.methods.rslora import RsLora
 from loralloc.training.seal import CHECKPOINTS
 
 SCALE = 2
-"""alpha / r at every rank, where no `lora_alpha` is given: that of a run by default."""
+"""alpha / r where no `lora_alpha` is given: that of a run by default."""
 
 BEST, TABLE = "best", "sweep.json"
 """Names in the folder of a sweep: the best run's adapter, and the table."""
@@ -126,7 +129,7 @@ def cells(
 
     Args:
         options: Of every run, flat; with `lora_alpha` it is one at all ranks, and otherwise
-            alpha / r is.
+            alpha / r is, or rsLoRA's alpha.
         methods: Of the LoRA family, by name.
         ranks: LoRA's r.
         learning_rates: The highest of the schedule.
@@ -153,7 +156,7 @@ def cells(
     rows = hash_of(source)
     made = []
     for method, rank, rate, seed in itertools.product(methods, ranks, learning_rates, seeds):
-        alpha = {} if "lora_alpha" in options else {"lora_alpha": SCALE * rank}
+        alpha = {} if "lora_alpha" in options else {"lora_alpha": _alpha(method, rank, options)}
         own = {"method": method, "lora_r": rank, "learning_rate": rate, "seed": seed}
         made.append(
             Cell(
@@ -169,6 +172,12 @@ def cells(
             )
         )
     return made
+
+
+def _alpha(method: str, rank: int, options: Mapping[str, Any]) -> int:
+    """LoRA's alpha, with which s = alpha / r is one at all ranks; rsLoRA's own is, and s falls."""
+    by_root = issubclass(get_method(method), RsLora) or options.get("use_rslora")
+    return SCALE * (DEFAULT_RANK if by_root else rank)
 
 
 def find(outcomes: Iterable[Outcome]) -> Found:
