@@ -57,6 +57,9 @@ BARS = (
 )
 
 
+VERSIONS = ("python", "torch", "transformers", "peft", "trl")
+
+
 def main() -> None:
     """Read what is there, write the page."""
     results = {
@@ -73,11 +76,12 @@ def page(results: dict[str, dict[str, Any]]) -> list[str]:
     lines = [
         "# Performance",
         "",
-        "Written by `make bench` from the JSON files in `benchmarks/results/`, which hold every",
-        "repeat. Each table is one run of one command on one machine, the contestants by turns;",
-        "only ratios mean anything elsewhere.",
+        "Written by `python benchmarks/page.py` from the JSON files in `benchmarks/results/`, that",
+        "hold every repeat. Each table is one run of the command above it on one machine, the",
+        "contestants by turns; only ratios mean anything elsewhere. `make bench` runs most of the",
+        "commands anew, quickly, and replaces what is there.",
         "",
-        f"Machine: {', '.join(f'{key} {value}' for key, value in machine.items())}.",
+        f"Versions: {', '.join(f'{name} {machine[name]}' for name in VERSIONS)}.",
         "",
         "## Against the bars",
         "",
@@ -127,9 +131,13 @@ def settings(result: dict[str, Any]) -> str:
 
 
 def command(name: str, result: dict[str, Any]) -> str:
-    """The command that wrote a JSON file."""
+    """The command that wrote a JSON file, and on what."""
     quick = " --quick" if result["quick"] else ""
-    return f"`python benchmarks/{name}.py{quick} --json benchmarks/results/{name}.json`:"
+    machine = result["machine"]
+    told = ["-".join(machine["platform"].split("-")[:4]), f"threads {machine['threads']}"]
+    told += [f"load {machine['load']}"] if "load" in machine else []
+    run = f"`python benchmarks/{name}.py{quick} --json benchmarks/results/{name}.json`"
+    return f"{run} ({', '.join(told)}):"
 
 
 def ladder(result: dict[str, Any]) -> list[str]:
@@ -303,13 +311,14 @@ def memory(result: dict[str, Any]) -> list[str]:
             f"depends on the allocator; {lora['steps']} steps with "
             f"{len(allocators['glibc']['alora']['round_seconds'])} rounds, all by turns:",
             "",
-            "| | s | LoRA, peak GiB | ALoRA, peak GiB | ALoRA over LoRA |",
-            "|---|---:|---:|---:|---:|",
+            "| | LoRA, s | ALoRA, s | LoRA, peak GiB | ALoRA, peak GiB | ALoRA over LoRA, GiB |",
+            "|---|---:|---:|---:|---:|---:|",
         ]
         for name, runs in allocators.items():
             one, other = (runs[method]["peak_bytes"] for method in ("lora", "alora"))
             lines.append(
-                f"| {name} | {runs['lora']['seconds']:.0f} | {one / 2**30:.2f} | "
+                f"| {name} | {runs['lora']['seconds']:.0f} | {runs['alora']['seconds']:.0f} | "
+                f"{one / 2**30:.2f} | "
                 f"{other / 2**30:.2f} | {other / one:.3f} |"
             )
     return lines

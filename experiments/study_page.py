@@ -13,6 +13,7 @@ from loralloc.experiments.collected import CROSS_ENTROPY, Entry, Section
 from loralloc.experiments.experiment import BASELINE, Experiment
 from loralloc.experiments.statistics import compare
 from loralloc.experiments.tables import Table
+from loralloc.experiments.views import told
 
 DIGITS = ".4f"
 
@@ -171,14 +172,14 @@ def against(entry: Entry, other: Entry) -> str:
     if entry is other:
         return "-"
     ours, theirs = entry.examples(CROSS_ENTROPY), other.examples(CROSS_ENTROPY)
-    told = compare(
+    found = compare(
         entry.values(CROSS_ENTROPY),
         other.values(CROSS_ENTROPY),
         examples=None if ours is None or theirs is None else (ours, theirs),
     )
-    if told is None:
+    if found is None:
         return "-"
-    return f"{told.difference:+{DIGITS}}{' ~' if told.is_noise else ''}"
+    return told(found, DIGITS) + (" ~" if found.is_noise else "")
 
 
 def _share(entry: Entry, lora: Entry | None, more: Entry | None) -> str:
@@ -193,7 +194,8 @@ def _share(entry: Entry, lora: Entry | None, more: Entry | None) -> str:
 
 
 NOISE = (
-    "~: inside the noise, by paired tests over seeds and over examples. Learning rates: each "
+    "~: inside the noise, by paired tests over seeds and over examples. No ceiling: four times the "
+    "rank gains nothing of which a share could be won. Learning rates: each "
     "method's own (LoRA's is 5e-4) and three more, half a power of ten apart, widened while the "
     "best is at an edge, by development loss of seed 0; then seeds 0, 1, 2."
 )
@@ -201,11 +203,13 @@ NOISE = (
 INTRODUCTION = (
     "# The study: when does allocation help, and how small may an adapter be?",
     "",
-    "What more rank of LoRA does not gain, no allocation of it can: so the ceiling is measured",
-    "first, LoRA at every rank with a learning rate searched for each, and allocation where there",
-    "is one. Everything is test cross-entropy of the right answers, which tells methods apart long",
-    "before accuracy does. Runs are kept in `experiments/results/study/cells`, a JSON each; the",
-    "command below each table runs what is missing of it and writes this page again.",
+    "Where more rank of LoRA gains nothing, a better division of it has little to win: so the",
+    "ceiling is measured first, LoRA at every rank with a learning rate searched for each, and",
+    "allocation where there is one. Everything is test cross-entropy of the right answers, which",
+    "has less sampling error than accuracy. Differences stand with half of their 95% interval over",
+    "seeds: what is much smaller could not have been told. Runs are kept in",
+    "`experiments/results/study/cells`, a JSON each; the command below each table runs what is",
+    "missing of it and writes this page again. A row may stand in two tables, as LoRA's do.",
     "Searches of MiniLM's learning rates were begun on one H200, with products in TF32 and weights",
     "that had been float16 on the way (at most 4e-4 off); all that was tested ran on a CPU.",
     "",

@@ -18,7 +18,8 @@ RATES = (1e-4, 1e-3, 1e-2)
 
 CAPTION = (
     "Development loss of LoRA by learning rate, a line for every rank; the dot is a rank's best. "
-    "One seed. Where the dots are level, no rank buys anything that another has not."
+    "One seed. A best rate at an end of its line may have a better one beyond. A panel near the "
+    "loss of guessing (0.69 of two classes) says nothing about ranks: nothing was learnt there."
 )
 
 

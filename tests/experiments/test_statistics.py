@@ -57,6 +57,7 @@ def test_seeds_are_paired_and_examples_averaged_over_them():
     of_examples = ({0: [1, 0], 1: [1, 1], 7: [0, 0]}, {0: [0, 0], 1: [0, 1]})
     found = compare(ours, theirs, examples=of_examples)
     assert found.difference == pytest.approx(1.5)
+    assert found.half_width == pytest.approx(12.706205 * 0.5)  # of one degree of freedom
     assert found.p_seeds == pytest.approx(paired.paired_t([2.0, 1.0]))
     assert found.p_examples == pytest.approx(paired.sign_flip([1.0, 0.0]))
     assert (found.num_seeds, found.num_examples) == (2, 2)
@@ -75,7 +76,12 @@ def test_seeds_are_paired_and_examples_averaged_over_them():
 )
 def test_a_difference_is_told_only_where_seeds_and_examples_tell_it(p_seeds, p_examples, noise):
     found = Comparison(
-        difference=1.0, p_seeds=p_seeds, p_examples=p_examples, num_seeds=3, num_examples=9
+        difference=1.0,
+        half_width=None,
+        p_seeds=p_seeds,
+        p_examples=p_examples,
+        num_seeds=3,
+        num_examples=9,
     )
     assert found.is_noise is noise
 

@@ -246,6 +246,7 @@ def _measure(section: Section, entry: Entry, measure: str) -> dict[str, Any]:
         if against is None
         else {
             "difference": against.difference,
+            "half_width": against.half_width,
             "p_seeds": against.p_seeds,
             "p_examples": against.p_examples,
             "inside_the_noise": against.is_noise,

@@ -44,6 +44,10 @@ class Comparison:
     difference: float
     """Mean of the first less mean of the second."""
 
+    half_width: float | None
+    """Half of the difference's 95% interval, by Student's t over seeds: differences much smaller
+    could not have been told. None for one seed alone."""
+
     p_seeds: float | None
     """Of a paired t-test over seeds; None where there are fewer than two."""
 
@@ -113,8 +117,10 @@ def compare(
             for of in examples
         )
         gaps = one - other
+    interval = spread((ours - theirs).tolist()).interval
     return Comparison(
         difference=float(np.mean(ours - theirs)),
+        half_width=None if interval is None else (interval[1] - interval[0]) / 2,
         p_seeds=paired_t(ours - theirs),
         p_examples=sign_flip(gaps) if len(gaps) else None,
         num_seeds=len(seeds),

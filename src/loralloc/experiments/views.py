@@ -10,6 +10,7 @@ from loralloc.experiments.collected import CROSS_ENTROPY, Entry, Section
 from loralloc.experiments.experiment import BASELINE, Experiment, Kind
 from loralloc.experiments.fairness import TOLERANCE
 from loralloc.experiments.rank_grid import rank_tables
+from loralloc.experiments.statistics import Comparison
 from loralloc.experiments.tables import Table
 
 MISSING, HOLE, NOT_PRINTED = "-", "failed", ""
@@ -103,7 +104,7 @@ def _measured(
             _number(spread.median if spread else None, form, HOLE),
             _number(spread.mean if spread else None, form, HOLE),
             f"{interval[0]:{form}} to {interval[1]:{form}}" if interval else MISSING,
-            _number(against.difference if against else None, "+" + form),
+            told(against, form) if against else MISSING,
             _number(against.p_seeds if against else None, ".3f"),
             _number(against.p_examples if against else None, ".3f"),
             _verdict(section, entry, measure),
@@ -221,6 +222,12 @@ def _score(section: Section, entry: Entry | None, measure: str, form: str = ".2f
         return MISSING
     against = section.against_lora(entry, measure)
     return f"{spread.median:{form}}" + (" ~" if against and against.is_noise else "")
+
+
+def told(against: Comparison, form: str) -> str:
+    """A difference with half of its interval over seeds, which says what could have been told."""
+    half = "" if against.half_width is None else f" ± {against.half_width:{form}}"
+    return f"{against.difference:+{form}}{half}"
 
 
 def _verdict(section: Section, entry: Entry, measure: str) -> str:
