@@ -12,6 +12,7 @@ from torch import nn
 from loralloc.allocation.blocks import blocks
 from loralloc.allocation.layers import base_model
 from loralloc.allocation.resize import resize
+from loralloc.kernels.covered import RankGate
 from loralloc.kernels.graphs import GraphedBlocks
 from loralloc.kernels.lora import fuse
 
@@ -96,6 +97,23 @@ def test_every_shape_is_a_recording_and_a_mask_is_read_anew():
     batches = [batch_of(s, length, padded=1 + s % 2) for s, length in enumerate([6, 8, 6, 8, 6, 8])]
     assert_same_run(model, twin, graphs, [[batch] for batch in batches])
     assert len(graphs._recorded) == 2
+
+
+def test_blocks_whose_ranks_are_gated_are_run():
+    """Gates are other tensors in every step, whose gradients no recording gives."""
+    model, twin, graphs = pair()
+    for number in range(3):
+        gates = []
+        for each in (model, twin):
+            gates.append(torch.full((4,), 1.0 + number, requires_grad=True))
+            a = next(m for n, m in each.named_modules() if n.endswith("q_proj.lora_A.default"))
+            hook = a.register_forward_hook(RankGate(lambda gate=gates[-1]: gate))
+            with graphs.on():
+                each(**batch_of(number)).loss.backward()
+            hook.remove()
+        torch.testing.assert_close(gates[1].grad, gates[0].grad)
+        assert gates[0].grad.abs().sum() > 0
+    assert not graphs._recorded
 
 
 def test_after_a_round_there_are_new_recordings():

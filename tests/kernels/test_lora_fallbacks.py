@@ -12,6 +12,7 @@ from peft.tuners.lora import Linear
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from loralloc.allocation.layers import lora_layers
 from loralloc.kernels.lora import fuse
 
 
@@ -37,6 +38,15 @@ def test_dropout_is_fused_where_it_does_nothing(monkeypatch):
     calls = Calls(monkeypatch)
     assert_equal_steps(model, fused)
     assert calls == [3, 1, 2, 1] * 2
+
+
+def test_copies_of_a_model_on_several_gpus(monkeypatch):
+    """Those of `nn.DataParallel` hold their weights otherwise than as parameters."""
+    model = adapted()
+    fused = fused_copy(model)
+    for layer in lora_layers(fused).values():
+        layer._is_replica = True
+    assert_runs_peft(model, fused, monkeypatch)
 
 
 def test_a_bias_of_b(monkeypatch):

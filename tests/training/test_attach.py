@@ -9,6 +9,8 @@ from datasets import Dataset, IterableDataset
 from peft import AdaLoraConfig, get_peft_model
 from peft.optimizers import create_lorafa_optimizer
 from trainers import (
+    Interrupted,
+    KillAt,
     StopAt,
     adapter,
     causal_rows,
@@ -29,6 +31,7 @@ from loralloc import (
     Scores,
     ScoringError,
     attach,
+    detach,
     drive,
     get_method,
     plan,
@@ -164,6 +167,33 @@ def test_before_the_first_round_training_is_plain_lora(trainer_of):
     with_rounds, without = losses(allocated), losses(plain)
     assert [with_rounds[step] for step in range(1, 9)] == [without[step] for step in range(1, 9)]
     assert with_rounds[12] != without[12]
+
+
+@pytest.mark.parametrize("score", ["norm", "gradient", "sensitivity"])
+def test_rounds_follow_a_length_that_was_changed_before_training(score, trainer_of):
+    config = AllocationConfig(score=score, num_rounds=4, ranks_per_round=2, scoring_examples=4)
+    trainer = trainer_of("causal", num_train_epochs=1)
+    allocation = attach(trainer, config)
+    at_first = list(allocation.steps)
+    trainer.args.num_train_epochs = 4
+    trainer.train()
+    record = allocation.record
+    assert [entry.step for entry in record.rounds] == allocation.steps == list(record.round_steps)
+    assert allocation.steps != at_first and len(allocation.steps) == 4
+    assert record.note is None or "1" not in record.note.split()
+
+
+def test_a_run_that_was_interrupted_gives_everything_back_when_it_is_detached(trainer_of):
+    trainer = trainer_of("causal", callbacks=[KillAt(2)])
+    attach(trainer, options(score="architecture", rank_lr_power=0.5))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    gates = [layer.lora_A["default"] for layer in lora_layers(trainer.model).values()]
+    assert all(a._forward_hooks for a in gates) and optimizer._optimizer_step_post_hooks
+    detach(trainer)
+    assert not any(a._forward_hooks for a in gates)
+    assert not optimizer._optimizer_step_post_hooks
 
 
 @pytest.mark.parametrize("kind", KINDS)

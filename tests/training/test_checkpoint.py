@@ -10,7 +10,7 @@ import torch
 from trainers import Interrupted, KillAt, causal_trainer
 from transformers import Trainer
 
-from loralloc.training.checkpoint import SafeCheckpoints
+from loralloc.training.checkpoint import SafeCheckpoints, read_state, write_state
 from loralloc.training.seal import newest_whole, seal
 
 
@@ -94,6 +94,13 @@ def test_a_plain_trainers_checkpoint_is_refused(tmp_path):
     trainer.train()
     with pytest.raises(ValueError, match=r"lacks training_state\.safetensors, so training"):
         safe_trainer(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def test_tensors_that_share_memory_are_kept_one_by_one(tmp_path):
+    table = torch.arange(4.0)
+    write_state(tmp_path, "state", {"a": table, "b": table, "c": table[2:]})
+    found = read_state(tmp_path, "state")
+    assert [found[name].tolist() for name in "abc"] == [[0, 1, 2, 3], [0, 1, 2, 3], [2, 3]]
 
 
 def test_state_that_is_no_plain_data_is_refused(tmp_path):

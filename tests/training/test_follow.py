@@ -52,13 +52,13 @@ def test_rounds_follow_the_optimisers_steps_and_new_ranks_train(tmp_path):
     assert Record.load(tmp_path).rounds == record.rounds
 
 
-@pytest.mark.parametrize("score", ["gradient", "sensitivity"])
-def test_a_loop_goes_on_from_the_states_of_its_checkpoint(score):
+@pytest.mark.parametrize(("score", "power"), [("gradient", 0), ("gradient", 1), ("sensitivity", 0)])
+def test_a_loop_goes_on_from_the_states_of_its_checkpoint(score, power):
     ends = []
     for kept in (None, 7):
         model, optimizer = made()
         batches = held_out() if score == "gradient" else ()
-        config = options(ranks_per_round=5, score=score, scoring_examples=4)
+        config = options(ranks_per_round=5, score=score, rank_lr_power=power)
         following = follow(optimizer, model, config, batches, **STEPS)
         trained(model, optimizer, range(kept or 12))
         if kept:

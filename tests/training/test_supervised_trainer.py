@@ -5,6 +5,7 @@ import pytest
 import tiny
 import torch
 import trainers
+from transformers import Trainer
 from waits import waits_of
 
 from loralloc import use_supervised_loss
@@ -40,6 +41,18 @@ def test_loss_and_gradients_are_those_of_the_trainer(
     use_supervised_loss(trainer)
     got = gradients(trainer, batch, num_items_in_batch=num_items)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 2 * super().compute_loss(model, inputs)
+
+
+def test_a_loss_of_ones_own_is_not_replaced(tmp_path):
+    trainer = trainers.causal_trainer(tmp_path)
+    trainer.__class__ = OwnLoss
+    with pytest.raises(ValueError, match="The trainer or its model has a loss of its own"):
+        use_supervised_loss(trainer)
 
 
 def test_a_step_waits_for_the_device_once(tmp_path):

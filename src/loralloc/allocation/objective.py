@@ -75,7 +75,7 @@ class Objective:
         self._mixed = mixed
         self._shifts_labels = is_causal_lm(model)
         self._is_evaluating = False
-        self._is_known = loss is None and _has_known_loss(model)
+        self._is_known = loss is None and has_known_loss(model)
         self._supervised = SupervisedLoss(model)
         self.batches = [b for b in batches or () if self.count_targets(b)]
         self.num_targets = sum(self.count_targets(batch) for batch in self.batches)
@@ -236,7 +236,7 @@ def _mean_loss(outputs: Any, batch: Batch) -> Tensor:
     return loss
 
 
-def _has_known_loss(model: nn.Module) -> bool:
+def has_known_loss(model: nn.Module) -> bool:
     """Whether the model's loss is the one that Transformers gives its class, from a head it has."""
     base: Any = base_model(model)
     forward: Any = type(base).forward

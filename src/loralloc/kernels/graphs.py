@@ -144,6 +144,8 @@ class GraphedBlocks:
                 "CUDA graphs are made of blocks whose first argument is what they read, and this "
                 "model calls them by names only; leave `cuda_graphs` out."
             )
+        if any(map(_is_gated, self._layers)):
+            return _Pass(None, None)  # gates are other tensors in every step
         leaves, tree = _flat(args, kwargs)
         if not all(isinstance(leaf, PLAIN) for leaf in leaves):
             return _Pass(None, None)  # a cache of keys and values, say, which is longer every time
@@ -331,6 +333,11 @@ def _apart(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _is_gated(layer: LoraLayer) -> bool:
+    """Whether something acts on the ranks from outside, such as gates."""
+    return any(a._forward_hooks for a in layer._modules["lora_A"]._modules.values())
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:

@@ -148,7 +148,7 @@ def _fused(cls: Any) -> Any:
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """Shape (..., in_features) to (..., out_features)."""
-            if args or kwargs or not is_plain(self):
+            if args or kwargs or not is_plain(self) or getattr(self, "_is_replica", False):
                 return cast(Tensor, super().forward(x, *args, **kwargs))
             if not has_frozen_linear(self):
                 return _lora_update(x, self)

@@ -135,6 +135,7 @@ class Alora(Lora):
             config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
         )
         self.steps = list(self._schedule.steps)
+        self.place_anew()
         return Wants(
             held_out=0 if is_gathered(config) else config.scoring_examples,
             half_until=self.steps[-1] if learns_from_batches(config) else 0,
@@ -204,8 +205,7 @@ class Alora(Lora):
 
     def finish(self) -> None:
         """See `Method.finish`: plain LoRA, whose ranks have moved."""
-        self.allocator.finish()
-        self.allocator.release()
+        self.release()
         if not self.record.rounds:
             assert self._session is not None, "a run calls join()"
             raise RuntimeError(
@@ -216,6 +216,12 @@ class Alora(Lora):
         note = self.record.churn_note
         if note and replicas.is_first():
             logger.warning("loralloc: %s.", note)
+
+    def release(self) -> None:
+        """See `Method.release`: gates leave the model, and steps are the optimiser's own again."""
+        if self._allocator is not None:
+            self._allocator.finish()
+            self._allocator.release()
 
     def unfinished(self) -> str:
         """See `Method.unfinished`."""
@@ -294,10 +300,15 @@ class Alora(Lora):
 
     def _give_ranks(self, ranks: Mapping[str, int], where: str) -> None:
         assert self._session is not None, "a run calls join()"
-        self.allocator.finish()
-        self.allocator.release()
+        self.release()
         optimizer = self._session.optimizer
         give_ranks(self.model, ranks, where, optimizer=optimizer, adapter_name=self.adapter_name)
+
+    def place_anew(self) -> None:
+        """Let rounds that were placed for another length of the run be where they are due now."""
+        if self._allocator is not None and not self.record.rounds:
+            self.release()
+            self._allocate()
 
     def _allocate(self, record: Record | None = None) -> None:
         assert self._session is not None, "a run calls join()"

@@ -259,6 +259,9 @@ class Method(ABC):
             RuntimeError: The run ended before the method did what it is for.
         """
 
+    def release(self) -> None:
+        """Take off what a run has hung on the model and the optimiser to train by."""
+
     def unfinished(self) -> str:
         """Why what it is now may not be saved as its result, in a sentence; empty where it may."""
         return ""

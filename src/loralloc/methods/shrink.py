@@ -125,6 +125,7 @@ class Shrink(Alora):
             config, steps_per_epoch=length.steps_per_epoch, max_steps=length.num_steps
         )
         self.steps = list(self._schedule.steps)
+        self.place_anew()
         return Wants(held_out=self._num_scoring + config.judging_examples, seed=config.seed)
 
     def join(self, session: Session) -> None:
@@ -142,8 +143,7 @@ class Shrink(Alora):
     def finish(self) -> None:
         """See `Method.finish`: the size that was found, with its loss at the end."""
         assert self._session is not None, "a run calls join()"
-        self.allocator.finish()
-        self.allocator.release()
+        self.release()
         step = self._session.steps_done
         if not self.record.frontier:
             raise RuntimeError(

@@ -93,8 +93,19 @@ def write_state(folder: Path, name: str, state: Mapping[str, Any]) -> None:
     """
     tensors: dict[str, Tensor] = {}
     values = {key: _take_tensors(value, key, tensors) for key, value in state.items()}
+    _part_shared(tensors)
     save_file(tensors, folder / f"{name}.safetensors")
     write_text(folder / f"{name}.json", json.dumps(values) + "\n")
+
+
+def _part_shared(tensors: dict[str, Tensor]) -> None:
+    """Give each tensor memory of its own, as a file wants it: bitsandbytes shares its tables."""
+    seen = set()
+    for path, tensor in tensors.items():
+        where = tensor.untyped_storage().data_ptr()
+        if where in seen and tensor.numel():
+            tensors[path] = tensor.clone()
+        seen.add(where)
 
 
 def read_state(folder: Path, name: str) -> dict[str, Any]:

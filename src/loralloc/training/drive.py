@@ -174,6 +174,7 @@ class Driver(TrainerCallback):
         LoRA weights that were in half precision stay in float32.
         """
         self._trainer.remove_callback(self)
+        self.method.release()
         give_back(self._trainer, self._while_attached, self._before)
         give_back(self._model, self._save, self._saved_before)
 

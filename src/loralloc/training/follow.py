@@ -143,13 +143,14 @@ class Following:
         """
         self._method.take_up(Record.from_data(state["record"]), state)
         self._session.steps_done = int(state["steps_done"])
+        self._hook.remove()
         self._method.begin(self._session)
+        self._hook = self._session.optimizer.register_step_post_hook(self._after_step)
 
     def detach(self) -> None:
         """Let the optimiser and the model be as they were; nothing moves any more."""
         self._hook.remove()
-        self._method.allocator.finish()
-        self._method.allocator.release()
+        self._method.release()
         give_back(self._method.model, self._save, self._before)
 
     def _after_step(self, *_: Any) -> None:

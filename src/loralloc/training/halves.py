@@ -58,6 +58,12 @@ def second_half(
             "one half of the training examples cannot be kept back; use 'random' or "
             "'group_by_length'."
         )
+    if type(trainer).get_train_dataloader is not Trainer.get_train_dataloader:
+        raise ValueError(
+            f"The {type(trainer).__name__} has a `get_train_dataloader` of its own, by which the "
+            "weights would see all training examples, while one half of them is to be kept back "
+            "for a search; leave it out, or use what needs no halves (`score` of 'gradient', say)."
+        )
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator)
     first, second = (sorted(half.tolist()) for half in order.tensor_split(2))

@@ -19,7 +19,7 @@ from transformers import Trainer
 
 from loralloc.allocation import replicas
 from loralloc.allocation.layers import base_model
-from loralloc.allocation.objective import Batch, Loss, Objective, is_causal_lm
+from loralloc.allocation.objective import Batch, Loss, Objective, has_known_loss, is_causal_lm
 from loralloc.allocation.supervised import Supervised, SupervisedLoss, supervised_positions
 from loralloc.methods.method import Method
 from loralloc.training.way_of_running import is_compiled
@@ -194,12 +194,20 @@ def with_method(trainer: Trainer, method: Method) -> Callable[..., Any] | None:
         extra = method.extra_loss() if model.training and not return_outputs else None
         if extra is None:
             return found
-        # Trainer divides by the micro-batches of a step only what is not yet over all its items.
-        is_whole = num_items_in_batch is not None and trainer.model_accepts_loss_kwargs
+        is_whole = _is_of_whole_step(trainer, num_items_in_batch)
         share = trainer.current_gradient_accumulation_steps if is_whole else 1
         return found + extra.to(found) / share
 
     return compute_loss
+
+
+def _is_of_whole_step(trainer: Trainer, num_items_in_batch: Any) -> bool:
+    """Whether Trainer takes a batch's loss for its share of the step's; else it divides it."""
+    told: bool | None = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if told is not None:
+        return told
+    is_by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
+    return is_by_model or trainer.compute_loss_func is not None
 
 
 def use_supervised_loss(trainer: Trainer) -> None:
@@ -236,10 +244,11 @@ def use_supervised_loss(trainer: Trainer) -> None:
             "calls the head by itself; leave `torch_compile` out or do without "
             "use_supervised_loss()."
         )
-    if trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+    if not (_is_the_models(trainer) and has_known_loss(model)):
         raise ValueError(
-            "The trainer has `compute_loss_func` or `label_smoothing_factor`, a loss of its own; "
-            "leave it out or do without use_supervised_loss()."
+            "The trainer or its model has a loss of its own (`compute_loss_func`, "
+            "`label_smoothing_factor`, `loss_type`, or a method of its class), which the "
+            "cross-entropy would replace; leave it out or do without use_supervised_loss()."
         )
     loss, own = SupervisedLoss(model), trainer.compute_loss
 

@@ -19,7 +19,6 @@ from transformers import Trainer
 from loralloc.allocation import replicas
 from loralloc.allocation.layers import base_model
 from loralloc.methods.alora import Alora
-from loralloc.methods.in_place import InPlaceMethod
 from loralloc.methods.method import Method
 from loralloc.methods.session import Length
 
@@ -94,17 +93,11 @@ def _check_processes(trainer: Trainer, method: Method) -> None:
             "each would train a model of its own; on a CPU give the trainer `use_cpu=True`, or "
             "start one process."
         )
-    if isinstance(method, InPlaceMethod) and args.n_gpu > 1:
-        raise TypeError(
-            f"There are {args.n_gpu} GPUs, between which one process would copy the model "
-            f"without the hooks of {method.about.name}; make a single GPU visible with "
-            "CUDA_VISIBLE_DEVICES."
-        )
-    if acts_between_steps(method) and args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise TypeError(
             f"There are {args.n_gpu} GPUs and one process, which would copy the model at every "
-            f"step, and {method.about.name} acts on it between steps; start a process for each GPU "
-            "with `torchrun --nproc_per_node gpu`, or make a single GPU visible with "
+            f"step, where {method.about.name} does not reach; start a process for each GPU with "
+            "`torchrun --nproc_per_node gpu`, or make a single GPU visible with "
             "CUDA_VISIBLE_DEVICES."
         )
 
