@@ -83,13 +83,17 @@ FAULTY = {
     ),
     "a trained head": (
         folder(modules_to_save=["lm_head"], others=HEAD),
-        {*VLLM, "llama.cpp"},
+        {*VLLM, "llama.cpp", "TGI", "LoRAX"},
         "loads ranks only, and the adapter holds base_model.model.lm_head.weight too",
     ),
-    "DoRA": (folder(use_dora=True), {*VLLM, "llama.cpp"}, "has no `use_dora`"),
+    "DoRA": (
+        folder(use_dora=True),
+        {*VLLM, "llama.cpp", "TGI", "LoRAX"},
+        "has no `use_dora`",
+    ),
     "a changed backbone": (
         folder(init_lora_weights="pissa"),
-        {*VLLM, "llama.cpp"},
+        {*VLLM, "llama.cpp", "TGI", "LoRAX"},
         "a backbone that `init_lora_weights='pissa'` has not changed there",
     ),
     "more ranks than a server has": (
@@ -140,6 +144,12 @@ def test_a_planted_fault_is_found_by_those_that_have_it(fault):
 @pytest.mark.parametrize("name", SOUND)
 def test_nothing_is_found_in_a_sound_folder(name):
     assert lint(SOUND[name]) == []
+
+
+def test_a_key_of_an_embedding_matches_it():
+    tensors = {f"base_model.model.embed_tokens.lora_embedding_{x}": torch.ones(1) for x in "AB"}
+    adapter = folder(rank_pattern={"embed_tokens": 4}, others=tensors)
+    assert lint(adapter, only=["PEFT"]) == []
 
 
 def test_a_changed_backbone_is_refused_or_not_noticed():

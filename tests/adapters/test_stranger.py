@@ -59,7 +59,7 @@ def test_an_adapter_as_peft_saves_it_is_opened(folder):
         (dict(megatron_config={"a": 1}, megatron_core="evil"), "lets PEFT import what it names"),
         (dict(target_modules="(a|b"), "is no regular expression"),
         (dict(rank_pattern={"[[a]": 2}), "is no regular expression"),
-        (dict(target_modules="a" * 2000), "it has 2,000 characters"),
+        (dict(target_modules="a" * 30_000), "it has 30,000 characters"),
         (dict(target_modules=[1]), "`target_modules` of .* which is none to PEFT"),
         (dict(target_parameters=1), "`target_parameters` of .* is 1, which is none to PEFT"),
         (dict(lora_alpha="16"), "`lora_alpha` of .* must be a number"),

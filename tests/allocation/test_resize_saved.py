@@ -82,8 +82,9 @@ def test_a_module_emptied_in_every_block(tmp_path):
     assert_opens_equal(model, tiny.llama(), tmp_path)
 
 
-def test_modules_emptied_one_after_the_other(tmp_path):
-    model = tiny.adapted(tiny.gpt2())
+@pytest.mark.parametrize("exclude", [None, r".*lm_head|nothing"])
+def test_modules_emptied_one_after_the_other(exclude, tmp_path):
+    model = tiny.adapted(tiny.gpt2(), exclude_modules=exclude)
     for name in list(lora_layers(model))[1:6]:
         resize(model, {name: 0})
     tiny.with_trained_b(model)

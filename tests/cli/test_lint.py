@@ -21,6 +21,8 @@ def test_what_a_form_cannot_mend_is_left_and_told(call, tmp_path):
     adapter = made(tmp_path, tiny.llama(), modules_to_save=["lm_head"], use_rslora=True)
     answer = call("lint", adapter, "--fix", "portable", "--for", "llama.cpp")
     assert answer.code == 1
+    told = call("lint", adapter)
+    assert f"`loralloc export {adapter} --to merged` writes a model without an" in told.out
     assert "left there.\n  llama.cpp loads ranks only" in answer.out
 
 

@@ -1,9 +1,19 @@
+from dataclasses import replace
+
 import pytest
 from run_folders import make_run
 
-from loralloc.report.budgets import DEVELOPMENT, _sweep
+from loralloc.report.budgets import DEVELOPMENT, _sweep, lowest_loss
 from loralloc.report.folders import read_runs
 from loralloc.report.series import series_of
+
+
+@pytest.mark.parametrize(("method", "step"), [("alora", 20), ("lora", 10), ("sora", 20)])
+def test_a_loss_of_before_the_last_round_is_of_another_size(method, step, tmp_path):
+    make_run(tmp_path / "run", method=method)  # whose rounds, if any, end at step 20
+    (run,) = read_runs([tmp_path])
+    log = [{"step": 10, "eval_loss": 0.1}, {"step": 20, "eval_loss": 0.5}]
+    assert lowest_loss(replace(run, log=log)) == {10: 0.1, 20: 0.5}[step]
 
 
 def test_of_a_search_the_best_setting_is_drawn_with_its_seeds_alone(tmp_path):

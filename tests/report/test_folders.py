@@ -55,6 +55,33 @@ def test_runs_below_a_folder_are_found_once_and_checkpoints_are_none(tmp_path: P
     assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/c", "b"]
 
 
+def test_the_best_of_a_sweep_is_one_of_its_cells(tmp_path: Path) -> None:
+    make_run(tmp_path / "cells" / "a")
+    make_run(tmp_path / "best")
+    (tmp_path / "sweep.json").write_text("{}")
+    assert find_runs([tmp_path]) == [tmp_path / "cells" / "a"]
+    assert find_runs([tmp_path / "best"]) == [tmp_path / "best"]
+
+
+def test_long_names_that_differ_at_their_ends_are_told_apart(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / f"{'long-' * 14}seed{seed}", seed=seed)
+        make_run(tmp_path / f"seed{seed}{'-long' * 14}", seed=seed)
+    names = [run.name for run in read_runs([tmp_path])]
+    assert len(set(names)) == 4 and max(map(len, names)) <= 64
+    assert names[0].endswith("long-seed0") and names[2].startswith("3: …")
+
+
+def test_what_was_measured_without_a_task_is_read_and_of_how_many(run: Path) -> None:
+    place = run / "eval" / "data-test"
+    place.mkdir(parents=True)
+    numbers = {"loss": 0.5, "accuracy": 0.75, "num_examples": 10, "num_in_split": 40}
+    (place / "eval.json").write_text(json.dumps(numbers))
+    figures = read_run(run, name="mine").figures
+    assert figures["data-test (first 10) loss"] == 0.5
+    assert figures["data-test (first 10) accuracy"] == 75
+
+
 def test_names_are_as_short_as_they_can_be(tmp_path: Path) -> None:
     for name in ("one/x", "two/x"):
         make_run(tmp_path / name)

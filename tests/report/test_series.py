@@ -34,6 +34,16 @@ def test_runs_that_differ_in_their_seed_are_one_series_told_by_as_little_as_can_
     assert [one.index for one in series] == [0, 1, 2, 3]
 
 
+def test_a_copy_of_a_run_is_no_further_seed(runs, tmp_path: Path) -> None:
+    make_run(tmp_path / "resized", method="lora", rank=2, seed=1, loss=9.0)
+    series = series_of([*runs, *read_runs([tmp_path / "resized"])])
+    assert [(one.label, len(one.runs)) for one in series][2:] == [
+        ("lora-2-0", 2),
+        ("lora, r=8", 2),
+        ("resized", 1),
+    ]
+
+
 def test_runs_without_a_second_seed_go_by_their_names(runs) -> None:
     alone = [run for run in runs if run.settings["seed"] == 0]
     assert [one.label for one in series_of(alone)] == [run.name for run in alone]

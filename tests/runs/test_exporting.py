@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from loralloc.adapters.folder import read_adapter
 from loralloc.runs import exporting
-from loralloc.runs.exporting import FORMATS, export
+from loralloc.runs.exporting import FORMATS, export, repeat_rotary
 from loralloc.runs.verifying import named_beside
 
 LOADERS = Path(__file__).parents[1] / "adapters" / "stock_loaders.py"
@@ -103,6 +103,14 @@ def test_merged_says_its_rotary_embedding_to_those_who_know_the_old_names(more, 
     config = json.loads((done.path / "config.json").read_text())
     assert (config["rope_theta"], config["rope_parameters"]) == (5000.0, rotary)
     assert config.get("rope_scaling") == (more or None)
+
+
+def test_the_part_of_a_head_that_is_turned_is_said_under_its_old_name_too(tmp_path):
+    rotary = {"rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
+    (tmp_path / "config.json").write_text(json.dumps({"rope_parameters": rotary}))
+    repeat_rotary(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config == {"rope_parameters": rotary, "rope_theta": 5000.0, "partial_rotary_factor": 0.5}
 
 
 def test_peft_form_takes_the_padding_away_again(adapters, tmp_path):

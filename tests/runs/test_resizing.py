@@ -5,12 +5,19 @@ import pytest
 import tiny
 import torch
 from adapter_folders import UNEVEN, logits, made
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+)
 
 from loralloc.adapters.folder import read_adapter
 from loralloc.allocation.layers import lora_layers, weights_ab
-from loralloc.runs.resizing import Target, resize_folder
+from loralloc.runs.folder import save_labels
+from loralloc.runs.resizing import Target, _check_labels, resize_folder
+from loralloc.runs.verifying import _labels
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +70,8 @@ def test_all_of_the_energy_changes_nothing(adapter, tmp_path):
 def test_a_rank_for_all_is_the_best_of_that_rank_or_filled_up(adapter, tmp_path):
     done = resize_folder(adapter, Target(rank=5), output=tmp_path / "new")
     assert set(done.after.values()) == {5}
+    config = read_adapter(tmp_path / "new").config
+    assert (config["r"], config["rank_pattern"], config["alpha_pattern"]) == (5, {}, {})
     old, new = read_adapter(adapter).modules, read_adapter(tmp_path / "new").modules
     for name, module in old.items():
         u, s, vt = np.linalg.svd(module.delta().numpy(), full_matrices=False)
@@ -124,6 +133,23 @@ def test_data_of_another_kind_is_refused(trained, write_rows, tmp_path):
     data = ["--dataset_name", str(tmp_path / "data"), "--head", "classification"]
     with pytest.raises(ValueError, match=r"a classification head, and the adapter in .* is for lm"):
         resize_folder(trained, Target(rank=2), data=data)
+
+
+@pytest.mark.parametrize("found", [["neg", "pos"], ["neg", "neutral", "pos", "mixed"]])
+def test_data_whose_labels_have_other_numbers_is_refused(found, tmp_path):
+    _check_labels(found, tmp_path)  # which says nothing of labels
+    save_labels(tmp_path, ("neg", "neutral", "pos"))
+    with pytest.raises(ValueError, match=r"has the labels neg, .*, and the run in .* knows neg, "):
+        _check_labels(found, tmp_path)
+    _check_labels(["neg", "neutral", "pos"], tmp_path)
+
+
+def test_a_classifier_has_as_many_labels_as_its_last_layer_has_rows(tmp_path):
+    config = DistilBertConfig(dim=16, hidden_dim=16, n_layers=1, n_heads=2, vocab_size=20)
+    model = DistilBertForSequenceClassification(config)
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"])
+    get_peft_model(model, lora).save_pretrained(tmp_path)
+    assert _labels(tmp_path) == ["LABEL_0", "LABEL_1"]  # beside `pre_classifier` of 16 rows
 
 
 def test_more_parameters_are_shared_evenly(adapter, tmp_path):

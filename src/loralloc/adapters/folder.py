@@ -88,6 +88,13 @@ class Adapter:
         """The rank of every module."""
         return {name: module.rank for name, module in self.modules.items()}
 
+    @property
+    def is_more_than_lora(self) -> bool:
+        """Whether it holds anything beside ranks on modules, or changes the backbone."""
+        init = self.config.get("init_lora_weights", True)
+        has_options = any(self.config.get(name) for name in NOT_PLAIN)
+        return has_options or init not in PLAIN_INITS or bool(self.others or self.parameters)
+
     def check_plain(self, why: str = "this form cannot hold it; use `--to merged`") -> None:
         """Refuse what cannot be written as scaling * B (A x) on modules.
 

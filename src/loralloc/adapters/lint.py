@@ -80,7 +80,9 @@ def _peft(adapter: Adapter) -> Iterator[str]:
             )
             break
     for option, pattern in zip(("rank", "alpha"), patterns(adapter.config), strict=True):
-        taken = {matching(pattern, name) for name in (*adapter.modules, *adapter.parameters)}
+        of_others = {key.partition(".lora_")[0] for key in adapter.others if ".lora_" in key}
+        names = (*adapter.modules, *adapter.parameters, *of_others)
+        taken = {matching(pattern, name) for name in names}
         for key in pattern:
             if key not in taken:
                 yield (
@@ -150,6 +152,7 @@ def _sglang(adapter: Adapter) -> Iterator[str]:
 
 
 def _tgi(adapter: Adapter) -> Iterator[str]:
+    yield from _more_than_ranks(adapter)
     yield from _scaled_wrongly(adapter, _one_scaling(adapter), "ignores patterns")
     kinds: dict[str, dict[int, int]] = {}
     for name, rank in adapter.ranks.items():

@@ -50,7 +50,7 @@ KINDS: dict[str, Callable[[Any], bool]] = {
 PATTERNS = ("rank_pattern", "alpha_pattern")
 """Options whose keys are regular expressions."""
 
-LONGEST = 1000
+LONGEST = 20_000
 """Characters of an expression."""
 
 MOST_S = 10.0

@@ -283,7 +283,7 @@ def _remove_from_adapter(model: nn.Module, name: str, layer: LoraLayer, adapter_
             if isinstance(held, ParamWrapper) and other != name
         ]
     elif isinstance(config.exclude_modules, str):
-        config.exclude_modules = f"(?:{config.exclude_modules})|(?:.*\\.)?{re.escape(name)}"
+        config.exclude_modules = f"{config.exclude_modules}|(?:.*\\.)?{re.escape(name)}"
     else:
         config.exclude_modules = sorted({*(config.exclude_modules or ()), name})
     for store in (layer.lora_A, layer.lora_B, layer.lora_dropout):

@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     def say(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    found = lint(read_adapter(args.folder), only=args.consumers)
+    adapter = read_adapter(args.folder)
+    found = lint(adapter, only=args.consumers)
     for finding in found:
         say(f"{finding.consumer} {finding.reason}.")
     if not found:
@@ -69,7 +70,10 @@ def run(args: argparse.Namespace) -> int:
         say(f"{args.folder}: nothing found for {named}.")
         return 0
     if not args.fix:
-        say(f"`loralloc lint {args.folder} --fix portable` writes a form that they load right.")
+        if adapter.is_more_than_lora:
+            say(f"`loralloc export {args.folder} --to merged` writes a model without an adapter.")
+        else:
+            say(f"`loralloc lint {args.folder} --fix portable` writes a form that they load right.")
         return EXIT_FOUND
     from loralloc.cli.progress import prepare_process
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from loralloc.report.drawing import LIGHT, Drawing, figure, legend, look, short_number
 from loralloc.report.folders import TrainedRun
-from loralloc.report.series import Series, data_of, method_of, model_of
+from loralloc.report.series import Series, data_of, ends_later, method_of, model_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -79,8 +79,15 @@ def value_of(run: TrainedRun, measure: str) -> float | None:
 
 
 def lowest_loss(run: TrainedRun) -> float | None:
-    """The lowest development loss of its log."""
-    return min(run.curve("eval_loss")[1], default=None)
+    """The lowest development loss of its log, once the adapter had the size that it ends with."""
+    steps, losses = run.curve("eval_loss")
+    since = 0.0
+    if run.moves and run.moves.rounds:
+        since = run.moves.rounds[-1].step
+    elif steps and ends_later(run):
+        since = steps[-1]
+    counted = (loss for step, loss in zip(steps, losses, strict=True) if step >= since)
+    return min(counted, default=None)
 
 
 def _sweep(series: Sequence[Series], measure: str) -> Sweep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,15 @@ from typing import Any, cast
 
 from loralloc.allocation.files import is_number, read_json
 from loralloc.evaluation.predictions import EVAL_NAME
+from loralloc.experiments.sweep import BEST, TABLE
 from loralloc.methods.in_place import WEIGHTS_NAME
 from loralloc.report.grid import RECORD_NAME, RankGrid, read_allocation
 from loralloc.report.rounds import Moves, moves_of
 from loralloc.runs import folder as names
 from loralloc.training.seal import CHECKPOINTS
+
+HELD_OUT = {"loss": 1, "accuracy": 100, "perplexity": 1}
+"""What is measured on held-out rows without a task, and what it is shown in units of."""
 
 LONGEST = 60
 """Characters of a name that are shown."""
@@ -137,9 +142,12 @@ def read_runs(folders: Iterable[Path]) -> list[TrainedRun]:
     length = next(
         n for n in range(1, 1 + max(map(len, parts))) if len({p[-n:] for p in parts}) == len(parts)
     )
+    whole = ["/".join(part[-length:]) for part in parts]
+    cut = [shown(name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}") for name in whole]
+    told = Counter(cut)
     return [
-        read_run(path, name=shown("/".join(part[-length:])))
-        for path, part in zip(paths, parts, strict=True)
+        read_run(path, name=name if told[name] == 1 else f"{number}: {name}")
+        for number, (path, name) in enumerate(zip(paths, cut, strict=True), start=1)
     ]
 
 
@@ -158,7 +166,10 @@ def finite(value: object) -> float | None:
 def _below(folder: Path) -> list[Path]:
     """Run folders below a folder; a checkpoint is part of its run."""
     runs = []
+    is_sweep = (folder / TABLE).is_file()
     for child in sorted(folder.iterdir()):
+        if is_sweep and child.name == BEST:
+            continue  # a copy of one of its cells
         if child.is_dir() and not child.is_symlink() and not child.match(CHECKPOINTS):
             runs += [child] if names.holds_run(child) else _below(child)
     return runs
@@ -196,9 +207,14 @@ def _figures(folder: Path) -> dict[str, float]:
     """Figures of every evaluation in the folder, and of the demo."""
     figures: dict[str, float] = {}
     for path in sorted(folder.glob(f"{names.EVALUATIONS}/*/{EVAL_NAME}")):
-        for entry in read_json(path).get("figures") or []:
+        data = read_json(path)
+        name = path.parent.name + _of_first(data)
+        for entry in data.get("figures") or []:
             if isinstance(entry, dict) and (value := finite(entry.get("value"))) is not None:
-                figures[shown(f"{path.parent.name} {entry.get('name')}")] = value
+                figures[shown(f"{name} {entry.get('name')}")] = value
+        for measure, unit in HELD_OUT.items():  # of a run without a task
+            if (value := finite(data.get(measure))) is not None:
+                figures[shown(f"{name} {measure}")] = unit * value
     if (folder / names.DEMO).is_file():
         after = read_json(folder / names.DEMO).get("after")
         after = after if isinstance(after, dict) else {}
@@ -210,6 +226,12 @@ def _figures(folder: Path) -> dict[str, float]:
             if (number := finite(value)) is not None:
                 figures[name] = number
     return figures
+
+
+def _of_first(data: Mapping[str, Any]) -> str:
+    """Of how many examples an evaluation is that has not seen all."""
+    seen, there = finite(data.get("num_examples")), finite(data.get("num_in_split"))
+    return f" (first {seen:.0f})" if seen and there and seen < there else ""
 
 
 def _parameters(path: Path) -> int | None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
 from loralloc.methods.catalog import built_in_method
+from loralloc.methods.method import Method
 from loralloc.report.folders import TrainedRun, shown
 
-OF_NO_EFFECT = frozenset({"output_dir", "seed", "data_seed", "allocation.seed", "report_to"})
+SEEDS = ("seed", "data_seed", "allocation.seed")
+OF_NO_EFFECT = frozenset({"output_dir", "report_to", *SEEDS})
 """Settings that make no other experiment."""
 
 SHORT = {
@@ -37,13 +40,22 @@ def series_of(runs: Sequence[TrainedRun]) -> list[Series]:
     """The runs by what they were given, in their order."""
     groups: dict[tuple[Any, ...], list[TrainedRun]] = {}
     options = sorted({name for run in runs for name in run.settings} - OF_NO_EFFECT)
+    met: Counter[tuple[Any, ...]] = Counter()
     for run in runs:
         key = tuple(repr(run.settings.get(name)) for name in options)
-        groups.setdefault(key if run.settings else (run.name,), []).append(run)
+        drawn = (*key, *(repr(run.settings.get(name)) for name in SEEDS))
+        met[drawn] += 1
+        # A copy of a run, whole or resized, is no further seed of it.
+        group = (*key, met[drawn]) if run.settings else (run.name,)
+        groups.setdefault(group, []).append(run)
     firsts = [group[0] for group in groups.values()]
     labels = _labels(firsts, options)
-    if len(set(labels)) < len(labels) or all(len(group) == 1 for group in groups.values()):
+    if all(len(group) == 1 for group in groups.values()):
         labels = [run.name for run in firsts]
+    told = Counter(labels)
+    labels = [
+        run.name if told[label] > 1 else label for run, label in zip(firsts, labels, strict=True)
+    ]
     return [
         Series(index=index, label=label, runs=group)
         for index, (label, group) in enumerate(zip(labels, groups.values(), strict=True))
@@ -77,6 +89,15 @@ def spread(values: Sequence[float], form: str) -> str:
     if len(values) == 1:
         return format(values[0], form)
     return f"{statistics.mean(values):{form}} ± {statistics.stdev(values):{form}}"
+
+
+def ends_later(run: TrainedRun) -> bool:
+    """Whether it had more parameters for a part of the run than its method ends with."""
+    try:
+        kind = built_in_method(method_of(run))
+    except ValueError:
+        return False
+    return kind.first_eligible_step is not Method.first_eligible_step
 
 
 def _size_option(run: TrainedRun) -> str:

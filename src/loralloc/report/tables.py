@@ -68,7 +68,7 @@ def results(runs: Sequence[TrainedRun]) -> Table:
         *((name, _measured(name)) for name in measures(runs)),
         ("rounds", lambda run: str(len(run.moves.rounds)) if run.moves else ""),
         ("rounds, s", lambda run: _of_rounds(run)),
-        ("training, s", lambda run: _seconds(_runtime(run))),
+        ("training (last part), s", lambda run: _seconds(_runtime(run))),
     ]
     told = [(heading, [form(run) for run in runs]) for heading, form in columns]
     kept = [(heading, cells) for heading, cells in told if any(cells)]
@@ -156,7 +156,8 @@ def _of_rounds(run: TrainedRun) -> str:
         return ""
     took = sum(entry.seconds or 0.0 for entry in run.moves.rounds)
     whole = _runtime(run)
-    return f"{took:.3g} ({took / whole:.0%})" if whole else f"{took:.3g}"
+    # A resumed run has logged how long its last part took: no whole that its rounds are a part of.
+    return f"{took:.3g} ({took / whole:.0%})" if whole and took < whole else f"{took:.3g}"
 
 
 def _runtime(run: TrainedRun) -> float | None:

@@ -109,7 +109,12 @@ def export(
             repeat_rotary(scratch)
             source.save_tokenizer(scratch)
             del merged
-            opened = load_model(str(scratch), head=source.head, dtype=torch.float32)
+            opened = load_model(
+                str(scratch),
+                head=source.head,
+                dtype=torch.float32,
+                trust_remote_code=trust_remote_code,
+            )
         else:
             assert adapter is not None
             opened = _write(scratch, adapter, to, DTYPES[dtype], rank_multiple, source.load())
@@ -155,6 +160,8 @@ def repeat_rotary(folder: Path) -> None:
     if "rope_theta" not in rotary or "rope_theta" in config:
         return
     config["rope_theta"] = rotary.pop("rope_theta")
+    if "partial_rotary_factor" in rotary:
+        config.setdefault("partial_rotary_factor", rotary.pop("partial_rotary_factor"))
     if rotary.get("rope_type", "default") != "default":
         config["rope_scaling"] = rotary
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +18,29 @@ from loralloc.adapters.forms import check_shapes
 from loralloc.allocation.choices import check_scores, measured_by
 from loralloc.allocation.comparison import divide
 from loralloc.allocation.config import AllocationConfig
-from loralloc.allocation.layers import lora_layers, rank_cost, ranks, weights_ab, weights_b
+from loralloc.allocation.layers import (
+    lora_config,
+    lora_layers,
+    rank_cost,
+    ranks,
+    weights_ab,
+    weights_b,
+)
 from loralloc.allocation.objective import Objective
 from loralloc.allocation.policy import Limits, Plan
 from loralloc.allocation.refusals import ScoringError
-from loralloc.allocation.resize import resize
+from loralloc.allocation.resize import resize, write_patterns
 from loralloc.allocation.singular import singular_form
 from loralloc.methods.gated import keep_highest
 from loralloc.runs.exporting import linear_shapes
-from loralloc.runs.folder import CHAT_TEMPLATE, CONVERSATION, LABELS, SETTINGS, TOKENIZER
+from loralloc.runs.folder import (
+    CHAT_TEMPLATE,
+    CONVERSATION,
+    LABELS,
+    SETTINGS,
+    TOKENIZER,
+    saved_labels,
+)
 from loralloc.runs.run import prepare
 from loralloc.runs.settings import resolve
 from loralloc.runs.verifying import (
@@ -155,6 +170,7 @@ def resize_folder(
     loss_before = judging.mean_loss() if judging else None
     plan = _plan(model, target, scoring if by == "scores" else None)
     resize(model, plan, generator=torch.Generator().manual_seed(seed))
+    _declare_commonest(model)
     loss_after = judging.mean_loss() if judging else None
     rows = rows_for(source, model)
     wanted = logits_of(model, rows)
@@ -324,9 +340,32 @@ def held_out_objectives(
                 f"The data makes a {run.head.name} head, and the adapter in {source.folder} is for "
                 f"{source.head.name}; name data of its own kind."
             )
+        _check_labels(run.labels, source.folder)
         number = SCORING_EXAMPLES + judging_examples
         rows, _ = held_out(run.trainer, run.trainer.eval_dataset, num_examples=number, seed=seed)
     return divide(Objective(model, rows), SCORING_EXAMPLES)
+
+
+def _declare_commonest(model: Any) -> None:
+    """Let `r` be the rank of most modules: an adapter of one rank everywhere needs no pattern."""
+    config, layers = lora_config(model), lora_layers(model).values()
+    pairs = Counter((layer.r["default"], layer.lora_alpha["default"]) for layer in layers)
+    config.r, config.lora_alpha = pairs.most_common(1)[0][0]
+    write_patterns(model)
+
+
+def _check_labels(found: Sequence[str], folder: Path) -> None:
+    """Refuse data whose labels have other numbers than the adapter's.
+
+    Raises:
+        ValueError: Naming both.
+    """
+    own = saved_labels(folder) if (folder / LABELS).is_file() else list(found)
+    if list(found) != own:
+        raise ValueError(
+            f"The data has the labels {', '.join(found)}, and the run in {folder} knows "
+            f"{', '.join(own)}; give data that has these."
+        )
 
 
 def _copy_beside(folder: Path, scratch: Path) -> None:

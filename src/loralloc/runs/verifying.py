@@ -149,6 +149,10 @@ def largest_difference(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> floa
     return float(torch.stack([(a - b).abs().max() for a, b in pairs]).max())
 
 
+HEADS = ("score", "classifier", "out_proj")
+"""Names of the layer that puts out a classifier's logits."""
+
+
 def _labels(folder: Path) -> list[str]:
     """The names of a classifier's labels; where a folder has none, as many as its head has rows."""
     if (folder / LABELS).is_file():
@@ -156,7 +160,7 @@ def _labels(folder: Path) -> list[str]:
     heads = [
         tensor
         for name, tensor in read_adapter(folder).others.items()
-        if name.endswith(("score.weight", "classifier.weight", "out_proj.weight"))
+        if name.endswith(".weight") and name.split(".")[-2] in HEADS
     ]
     if not heads:
         raise ValueError(
