@@ -100,7 +100,36 @@ def test_a_classifier_has_accuracy_and_no_perplexity(
     again = call("eval", output, "--data", path)
     assert float(figures(again)["loss"]) == pytest.approx((losses[2] + losses[1]) / 2, rel=1e-3)
     path = write_rows(data / "test.jsonl", [rows[2], {"text": "warm", "label": "new"}])
-    assert "has the label 'new'" in call("eval", output, "--data", path).sentence
+    sentence = call("eval", output, "--data", path).sentence
+    assert "Row 2 of" in sentence and "one of 'calm', 'loud', 'odd' and is 'new'" in sentence
+    one = call("eval", output, "--data", write_rows(data / "test.jsonl", [rows[2]]))
+    assert float(figures(one)["loss"]) == pytest.approx(losses[2], rel=1e-3)
+    # A split that cannot be read is in nobody's way.
+    write_rows(data / "test.jsonl", [{"text": "warm"}])
+    assert call("eval", output, "--split", "validation").out.startswith("validation: 7 examples")
+
+
+def test_a_split_by_its_own_name_of_a_language_model(finished, data, call, write_rows):
+    row = {"prompt": "a film is", "completion": " good"}
+    write_rows(data / "more.jsonl", [row] * 3)
+    assert call("eval", finished, "--split", "more").out.startswith("more: 3 examples, ")
+
+
+def test_the_runs_text_field_is_read_in_other_data_too(train, output, data, call, write_rows):
+    rows = [{"body": f"the film {number} is good"} for number in range(24)]
+    write_rows(data / "train.jsonl", rows)
+    write_rows(data / "validation.jsonl", rows[:8])
+    assert train(dataset_text_field="body").code == 0
+    path = write_rows(data.parent / "other.jsonl", rows[:3])
+    assert call("eval", output, "--data", path).out.startswith("train: 3 examples, ")
+
+
+def test_results_of_another_kind_are_not_replaced(finished, call, tmp_path):
+    out = tmp_path / "results"
+    out.mkdir()
+    (out / "eval.json").write_text('{"settings": {}, "figures": []}')
+    sentence = call("eval", finished, "--output_dir", out).sentence
+    assert "holds the evaluation of a task, which this one would replace" in sentence
 
 
 def test_how_a_model_answers_is_no_matter_of_its_loss(finished, call):

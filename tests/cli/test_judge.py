@@ -1,4 +1,6 @@
 import json
+import os
+import shutil
 
 import pytest
 from scripted import ScriptedServer, error, scores
@@ -145,7 +147,10 @@ def test_a_run_and_its_base_model_answer_for_themselves(
     assert (done.code, done.err) == (0, "")
     ours, base = (
         [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (output / "answers.jsonl", tmp_path / "judged" / "tiny-llama-answers.jsonl")
+        for path in (
+            output / "answers.jsonl",
+            *(tmp_path / "judged").glob(f"{llama_folder.name}-*-answers.jsonl"),
+        )
     )
     assert [row["question_id"] for row in ours] == [1, 2]
     assert ours[0]["turns"] != base[0]["turns"]
@@ -162,6 +167,20 @@ def test_a_run_and_its_base_model_answer_for_themselves(
     path = output / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes() + b" ")  # as if trained again
     assert "move the file away" in judge(output, llama_folder, *SHORT).sentence
+
+
+def test_models_whose_folders_have_one_name_keep_their_answers_apart(
+    judge, llama_folder, server, tmp_path, monkeypatch
+):
+    for name in "ab":
+        shutil.copytree(llama_folder, tmp_path / name / "merged")
+    ours = tmp_path / "a" / "merged"
+    assert judge(ours, tmp_path / "b" / "merged", *SHORT).code == 0
+    assert len(list((tmp_path / "judged").glob("merged-*-answers.jsonl"))) == 2
+    (weights,) = ours.glob("*.safetensors")
+    os.utime(weights, (1, 1))  # as if exported anew
+    assert judge(ours, tmp_path / "b" / "merged", *SHORT).code == 0
+    assert len(list((tmp_path / "judged").glob("merged-*-answers.jsonl"))) == 3
 
 
 def test_a_bad_file_is_told_before_a_model_answers(judge, llama_folder, tmp_path, write_rows):

@@ -64,6 +64,11 @@ def test_a_file_is_written_once(classifier, notes, call, tmp_path):
     assert len(out.read_text().splitlines()) == 4
     assert "is there already" in call("predict", classifier, notes, "--output", out).sentence
     assert call("predict", classifier, notes, "--output", out, "--overwrite").code == 0
+    before = out.read_text()
+    twice = call("predict", classifier, out, "--output", out, "--overwrite").sentence
+    assert "has a column 'predicted' already" in twice and out.read_text() == before
+    nowhere = tmp_path / "new" / "x.csv"
+    assert "There is no folder" in call("predict", classifier, notes, "--output", nowhere).sentence
 
 
 def test_what_cannot_be_predicted_gets_a_sentence(classifier, tmp_path, call, write_rows):
@@ -75,6 +80,9 @@ def test_what_cannot_be_predicted_gets_a_sentence(classifier, tmp_path, call, wr
     twice = write_rows(tmp_path / "twice.jsonl", [{"note": "warm", "predicted": "x"}])
     assert "has a column 'predicted' already" in call("predict", classifier, twice).sentence
     assert "There is no file" in call("predict", classifier, tmp_path / "none.csv").sentence
+    (tmp_path / "rows.tsv").write_text("note\nwarm\n")
+    said = call("predict", classifier, tmp_path / "rows.tsv").sentence
+    assert "is of another kind; give a CSV" in said
 
 
 def test_a_run_on_a_task_needs_no_label_either(train, output, data, write_rows, bert_folder, call):

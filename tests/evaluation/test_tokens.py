@@ -26,7 +26,13 @@ STRICT = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}"
     "{% endif %}{{ m.content }}{% endfor %}"
 )
-TEMPLATES = {"words": WORDS, "marked": MARKED, "thinking": THINKING}
+THOUGHT = MARKED.replace(
+    "{{ m.content }}",
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
+)
+"""Writes in front of the last answer what a model writes itself when it is asked, as Qwen3's."""
+
+TEMPLATES = {"words": WORDS, "marked": MARKED, "thinking": THINKING, "thought": THOUGHT}
 FRAMES = {"bare": "$A", "begun": "<s> $A", "ended": "$A </s>", "both": "<s> $A </s>"}
 """What a tokenizer puts around a text."""
 
@@ -119,7 +125,7 @@ def test_an_answer_goes_on_from_the_tokens_it_went_on_from_in_training(
 
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize("shape", ("prompt", "messages", "system"))
-@pytest.mark.parametrize("template", ("marked", "thinking"))
+@pytest.mark.parametrize("template", ("marked", "thinking", "thought"))
 def test_labels_are_scored_as_the_answers_of_training(
     shape, frame, template, tokenizer_with, trained_on
 ):

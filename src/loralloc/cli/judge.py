@@ -60,6 +60,9 @@ def add_parser(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
     answers.add_argument("--max_new_tokens", type=int, default=1024, help="a turn (default 1024)")
     answers.add_argument("--batch_size", type=int, default=8, help="questions at once (default 8)")
     answers.add_argument(
+        "--trust_remote_code", action="store_true", help="let code that comes with a model run"
+    )
+    answers.add_argument(
         "--prompt",
         choices=("chat", "alpaca"),
         help=(
@@ -183,6 +186,7 @@ def _contestants(
                 name=name,
                 decoding=decoding,
                 output_dir=args.output_dir,
+                trust_remote_code=args.trust_remote_code,
                 on_batch=show,
             )
     return [found[name] for name in names]

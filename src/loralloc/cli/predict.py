@@ -47,6 +47,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"`--batch_size` is {args.batch_size}; it must be at least 1.")
     if args.output and args.output.exists() and not args.overwrite:
         raise ValueError(f"{args.output} is there already; name another, or give `--overwrite`.")
+    if args.output and not args.output.absolute().parent.is_dir():
+        raise ValueError(f"There is no folder {args.output.parent} for `--output`; make it first.")
+    from loralloc.allocation.files import write_text
     from loralloc.evaluation.classified import classify, write_csv
 
     told = Console(stderr=True)  # the standard output is for the rows
@@ -58,14 +61,11 @@ def run(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             on_batch=lambda done: status.update(f"{done:,} rows predicted"),
         )
+    write_csv(written := io.StringIO(), rows, labels)
     if args.output is None:
-        if sys.stdout.isatty():
-            write_csv(shown := io.StringIO(), rows, labels)
-            sys.stdout.write(visible(shown.getvalue()))
-        else:
-            write_csv(sys.stdout, rows, labels)
+        text = written.getvalue()
+        sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
         return 0
-    with args.output.open("w", encoding="utf-8", newline="") as file:
-        write_csv(file, rows, labels)
+    write_text(args.output, written.getvalue())
     Console().print(f"{counted(len(rows), 'row')}: {args.output}", highlight=False, soft_wrap=True)
     return 0

@@ -15,7 +15,7 @@ from loralloc.runs.trained import head_of, load_trained, saved_settings
 from loralloc.tasks.catalog import get_task
 from loralloc.tasks.classification import LABEL_COLUMN, TEXT_COLUMNS
 from loralloc.tasks.columns import row_error
-from loralloc.tasks.source import Split, read_table
+from loralloc.tasks.source import SUFFIXES, Split, read_table
 from loralloc.tasks.task import Example, RowError, Task
 
 
@@ -64,12 +64,14 @@ def classify(
             f"The run in {run} has the {head.name} head, which gives labels no probabilities; use "
             "`loralloc generate` for texts, or `loralloc eval` for a task."
         )
-    if not data.is_file():
-        raise ValueError(f"There is no file {data}; give a CSV, JSON, JSON Lines or Parquet file.")
+    if not data.is_file() or data.suffix.lower() not in SUFFIXES:
+        what = f"{data} is of another kind" if data.is_file() else f"There is no file {data}"
+        raise ValueError(f"{what}; give a CSV, JSON, JSON Lines or Parquet file.")
     rows = read_table(data)
     if not len(rows):
         raise ValueError(f"{data} has no rows, so there is nothing to predict.")
-    saved = saved_settings(run)
+    saved, labels = saved_settings(run), tuple(saved_labels(run))
+    _check_free(rows.column_names, labels)
     examples = _examples(Split(name="test", dataset=rows, source=str(data)), saved)
     model, tokenizer = load_trained(run, head=head, trust_remote_code=trust_remote_code)
     logits = label_logits(
@@ -80,7 +82,6 @@ def classify(
         batch_size=batch_size,
         on_batch=on_batch,
     )
-    labels = tuple(saved_labels(run))
     found = [
         Classified(row=row, label=labels[max(range(len(p)), key=p.__getitem__)], probabilities=p)
         for row, p in zip(rows, map(tuple, logits.softmax(dim=-1).tolist()), strict=True)
@@ -94,15 +95,28 @@ def write_csv(file: TextIO, rows: Sequence[Classified], labels: Sequence[str]) -
     Raises:
         ValueError: The rows have a column of such a name already.
     """
-    added = ["predicted", *(f"p({label})" for label in labels)]
-    own = list(rows[0].row)
-    if twice := [name for name in added if name in own]:
-        raise ValueError(f"The data has a column {twice[0]!r} already; rename it.")
+    added, own = _added(labels), list(rows[0].row)
+    _check_free(own, labels)
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*own, *added])
     for each in rows:
         shares = (f"{share:.6f}" for share in each.probabilities)
         writer.writerow([*(each.row[name] for name in own), each.label, *shares])
+
+
+def _added(labels: Sequence[str]) -> list[str]:
+    """The columns of what is predicted."""
+    return ["predicted", *(f"p({label})" for label in labels)]
+
+
+def _check_free(own: Sequence[str], labels: Sequence[str]) -> None:
+    """Refuse rows that have columns of these names.
+
+    Raises:
+        ValueError: Naming one.
+    """
+    if twice := [name for name in _added(labels) if name in own]:
+        raise ValueError(f"The data has a column {twice[0]!r} already; rename it.")
 
 
 def _examples(split: Split, saved: Mapping[str, Any]) -> list[Example]:
@@ -136,6 +150,8 @@ def _read(split: Split, task: Task | None, columns: Sequence[str]) -> Iterator[E
 def _columns(task: Task | None, saved: Mapping[str, Any], found: Sequence[str]) -> list[str]:
     if task:
         return [name for name in task.columns if name != LABEL_COLUMN]
-    candidates = [saved["text_column"]] if saved.get("text_column") else list(TEXT_COLUMNS)
+    first, *others = TEXT_COLUMNS
+    field = saved.get("dataset_text_field") or first
+    candidates = [saved["text_column"]] if saved.get("text_column") else [first, field, *others]
     first = next((name for name in candidates if name in found), candidates[0])
     return [first, *([pair] if (pair := saved.get("text_pair_column")) else [])]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from loralloc.allocation.files import refuse_links, write_text
+from loralloc.allocation.files import read_json, refuse_links, write_text
 from loralloc.allocation.supervised import SupervisedLoss, supervised_positions
+from loralloc.evaluation.predictions import EVAL_NAME
 from loralloc.evaluation.prompts import evaluating
 from loralloc.runs import data as run_data
 from loralloc.runs.folder import EVALUATIONS, SETTINGS, saved_labels
@@ -22,6 +23,7 @@ from loralloc.runs.heads.head import Head
 from loralloc.runs.heads.lm import LM
 from loralloc.runs.settings import Settings, resolve
 from loralloc.runs.trained import head_of, load_trained, saved_settings
+from loralloc.tasks.classification import to_classification
 from loralloc.tasks.source import SPELLINGS, Split, load_splits
 
 
@@ -126,10 +128,16 @@ def save(found: HeldOut, run: Path, *, base: bool, output_dir: Path | None = Non
     """
     where = f"held-out-{found.split.replace('/', '_')}" + ("-base" if base else "")
     folder = output_dir or run / EVALUATIONS / where
-    refuse_links([folder, folder / "eval.json"])
+    path = folder / EVAL_NAME
+    refuse_links([folder, path])
+    if path.exists() and "settings" in read_json(path):
+        raise ValueError(
+            f"{folder} holds the evaluation of a task, which this one would replace; name another "
+            "`--output_dir`."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     facts = {**dataclasses.asdict(found), "perplexity": found.perplexity, "base": base}
-    write_text(folder / "eval.json", json.dumps(facts, indent=1) + "\n")
+    write_text(path, json.dumps(facts, indent=1) + "\n")
     return folder
 
 
@@ -149,42 +157,65 @@ def _rows(
 ) -> tuple[Split, str]:
     """The rows to measure, in the columns of the head's trainer, and the name of their split."""
     own_name = split if split is not None and split not in SPELLINGS else None
-    if own_name:
-        place = data or settings.script.dataset_name
-        if place is None:
-            raise ValueError(f"The run in {run} has no data of its own; name it with `--data`.")
-        names = {"test": own_name}
-        if head.has_labels:
-            names["train"] = settings.script.dataset_train_split
-        splits = load_splits(place, split_names=names)
-        split = "test"
-    elif data is not None:
-        splits = load_splits(data)
-        if split is None and set(splits) == {"train"}:
-            split = "train"  # one file
-    else:
+    if own_name is None and data is None:
         splits = run_data.load(settings, None)
-    named, labels = head.rows(splits, None, settings.run)
-    if data is None and not own_name and "validation" not in named:
-        held = {name: rows for name, rows in named.items() if name == "train"}
-        named |= run_data.with_validation(run_data.numbered(held), settings)
-    name = split or next((n for n in ("test", "validation") if n in named), "train")
-    if name not in named:
-        raise ValueError(f"The data has no {name} split, only {', '.join(named)}; name one.")
-    if head.has_labels:
-        named[name] = _with_labels_of_run(named[name], labels, saved_labels(run))
-    return named[name], own_name or name
+    else:
+        splits = _splits(run, settings, data, own_name)
+    if data is None and not own_name and "validation" not in splits:
+        return _held_out_of_train(run, head, settings, splits, split)
+    name = _named(splits, "test" if own_name else split)
+    return _in_columns(run, head, settings, {name: splits[name]})[name], own_name or name
 
 
-def _with_labels_of_run(split: Split, names: tuple[str, ...], own: list[str]) -> Split:
-    """Number the labels as the run did: other data may lack some."""
-    if unknown := [name for name in names if name not in own]:
-        raise ValueError(
-            f"{split.source} has the label {unknown[0]!r}, and the run knows {', '.join(own)}."
-        )
-    numbers = [own.index(names[label]) for label in split.dataset["label"]]
-    column = split.dataset.remove_columns("label").add_column("label", numbers)
-    return dataclasses.replace(split, dataset=column)
+def _splits(
+    run: Path, settings: Settings, data: str | None, own_name: str | None
+) -> dict[str, Split]:
+    """Other data than what the run was trained on, or a split of it that it did not read."""
+    place = data or settings.script.dataset_name
+    if place is None:
+        raise ValueError(f"The run in {run} has no data of its own; name it with `--data`.")
+    config = settings.script.dataset_config if data is None else None
+    names = {"test": own_name} if own_name else None
+    return run_data.with_text(load_splits(place, config=config, split_names=names), settings)
+
+
+def _held_out_of_train(
+    run: Path, head: Head, settings: Settings, splits: dict[str, Split], split: str | None
+) -> tuple[Split, str]:
+    """As `_rows`, of data whose validation rows the run has held out of those it trained on."""
+    name = _named({**splits, "validation": splits["train"]}, split)
+    if name != "validation":
+        return _in_columns(run, head, settings, {name: splits[name]})[name], name
+    train = _in_columns(run, head, settings, {"train": splits["train"]})
+    return run_data.with_validation(run_data.numbered(train), settings)[name], name
+
+
+def _named(splits: Mapping[str, Split], split: str | None) -> str:
+    """Which split is to be measured.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    name = split or next((n for n in ("test", "validation") if n in splits), "train")
+    if name not in splits:
+        raise ValueError(f"The data has no {name} split, only {', '.join(splits)}; name one.")
+    return name
+
+
+def _in_columns(
+    run: Path, head: Head, settings: Settings, splits: dict[str, Split]
+) -> dict[str, Split]:
+    """Rows in the columns of the head's trainer; labels have the numbers that the run gave them."""
+    if not head.has_labels:
+        return head.rows(splits, None, settings.run)[0]
+    options = settings.run
+    return to_classification(
+        splits,
+        text_column=options.text_column,
+        text_pair_column=options.text_pair_column,
+        label_column=options.label_column,
+        labels=saved_labels(run),
+    )[0]
 
 
 def _tokens(model: Any) -> Any:

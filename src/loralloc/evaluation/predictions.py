@@ -98,7 +98,9 @@ class Predictions:
         return {**line, "truncated": True} if truncated else line
 
     def _check_settings(self) -> None:
-        old = self.before["settings"]
+        old = self.before.get("settings")
+        if not isinstance(old, dict):
+            raise ValueError(f"{self.folder} holds the evaluation of a run without a task; {_MEND}")
         names = [
             name for name in {**old, **self.settings} if old.get(name) != self.settings.get(name)
         ]
@@ -112,9 +114,13 @@ class Predictions:
     def _read(self) -> None:
         """Read what an earlier call predicted; a last line that is cut short is dropped."""
         path = self.folder / PREDICTIONS_NAME
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        whole = text[: text.rfind("\n") + 1]
-        if whole != text:
+        found = path.read_bytes() if path.exists() else b""
+        kept = found[: found.rfind(b"\n") + 1]  # a kill may have cut a letter, too
+        try:
+            whole = kept.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text; {_MEND}") from error
+        if kept != found:
             write_text(path, whole)
         for number, row in enumerate(whole.split("\n")[:-1], start=1):  # texts may have others
             line = self._parsed(row, number)

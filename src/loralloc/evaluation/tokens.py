@@ -4,7 +4,8 @@ In training TRL tokenises prompt and completion together, or renders a whole con
 completion begins where the tokens of the prompt alone and of both differ. So a tokenizer may put an
 end token behind a text, join a blank at the end of a prompt with the word after it, and a chat
 template may write something that only a generated answer begins with ("<think>"): none of these is
-in front of an answer in training, and none of them is here.
+in front of an answer in training, and none of them is here. What a template writes in front of
+every answer that is there (an empty "<think></think>") is here: it is no part of the answer.
 """
 
 from __future__ import annotations
@@ -84,7 +85,12 @@ def _start_of_text(tokenizer: PreTrainedTokenizerBase, text: str, num_behind: in
 
 def _start_of_chat(tokenizer: PreTrainedTokenizerBase, chat: Chat) -> list[int]:
     alone = _rendered(tokenizer, chat, chat.messages, add_generation_prompt=True)
-    followed = _rendered(tokenizer, chat, _with_answer(chat, ANSWER))
+    followed = _rendered(tokenizer, chat, _with_answer(chat, MARK))
+    before, _, _ = followed.rpartition(MARK)
+    if before.startswith(alone) and before.removeprefix(alone).strip():
+        alone = before  # the template has written something in front of every answer
+    else:
+        followed = _rendered(tokenizer, chat, _with_answer(chat, ANSWER))
     return _common(_plain(tokenizer, alone), _plain(tokenizer, followed))
 
 

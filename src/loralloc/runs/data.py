@@ -32,7 +32,7 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
         ValueError: No data is named, or it cannot be loaded; one sentence.
     """
     if settings.mixture.datasets:
-        return _with_text(_mixture(settings), settings)
+        return with_text(_mixture(settings), settings)
     script = settings.script
     chosen = {name: getattr(script, field) for name, field in SPLIT_FIELDS.items()}
     given = {name: own for name, own in chosen.items() if settings.gives(SPLIT_FIELDS[name])}
@@ -45,7 +45,7 @@ def load(settings: Settings, task: Task | None) -> dict[str, Split]:
             "No data is named; give `--dataset_name` a folder, a file, a Hub name or `demo`."
         )
     splits = load_splits(script.dataset_name, config=config, split_names=names)
-    return _with_text(splits, settings)
+    return with_text(splits, settings)
 
 
 def _mixture(settings: Settings) -> dict[str, Split]:
@@ -83,7 +83,7 @@ def _load_mixture(mixture: DatasetMixtureConfig) -> Dataset:
         raise ValueError(f"The mixture in `datasets` cannot be loaded: {reason}.") from error
 
 
-def _with_text(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
+def with_text(splits: dict[str, Split], settings: Settings) -> dict[str, Split]:
     """TRL's `dataset_text_field` under the one name that is read from here on."""
     field = settings.training.dataset_text_field
     return {

@@ -23,6 +23,7 @@ def to_classification(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    labels: Sequence[str] | None = None,
 ) -> tuple[dict[str, Split], tuple[str, ...]]:
     """Give every split the columns `text` (str) and `label` (int); return the label names too.
 
@@ -32,7 +33,8 @@ def to_classification(
     `label_column` (otherwise "label"). Label names come from the data set's schema where it has
     them, otherwise from the train split (or the first there is): its distinct labels, whole
     numbers or texts, in ascending order (of value where every text is a whole number, as in a
-    CSV file).
+    CSV file). Where the `labels` of a classifier are given, rows get their numbers among these, and
+    may have some of them only.
 
     Raises:
         ValueError: If columns are missing, the task has no labels, there are fewer than two, or
@@ -49,6 +51,13 @@ def to_classification(
         rows = {name: _task_rows(split, task) for name, split in splits.items()}
         return rows, task.labels
 
+    if labels is not None:
+        named = {
+            name: _known_rows(split, text_column, text_pair_column, label_column, labels)
+            for name, split in splits.items()
+        }
+        return named, tuple(labels)
+
     first = splits.get("train") or next(iter(splits.values()))
     label = label_column or LABEL_COLUMN
     _text_columns(first, text_column, text_pair_column, label)
@@ -60,6 +69,30 @@ def to_classification(
         texts = _text_columns(split, text_column, text_pair_column, label)
         rows[name] = _column_rows(split, texts, label, by_value)
     return rows, names
+
+
+def _known_rows(
+    split: Split,
+    text_column: str | None,
+    text_pair_column: str | None,
+    label_column: str | None,
+    labels: Sequence[str],
+) -> Split:
+    """Rows with labels of a classifier that is there."""
+    column = label_column or LABEL_COLUMN
+    texts = _text_columns(split, text_column, text_pair_column, column)
+    names = _schema_names(split, column)
+    by_value: dict[int | str, int] = {}
+    for number, name in enumerate(labels):
+        if names is None:
+            by_value |= {name: number} | ({int(name): number} if _is_whole_number(name) else {})
+        elif name in names:
+            by_value[names.index(name)] = number
+    return _column_rows(split, texts, column, by_value)
+
+
+def _is_whole_number(text: str) -> bool:
+    return bool(_WHOLE_NUMBER.fullmatch(text))
 
 
 def _task_rows(split: Split, task: Task) -> Split:

@@ -50,6 +50,21 @@ def answer(model, tokenizer, tmp_path):
     return answer
 
 
+def test_answers_that_cannot_fit_are_refused_before_any_is_given(model, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"`max_new_tokens` is 40, and question .* has 2 turns: "):
+        answer_questions(
+            model,
+            tokenizer,
+            QUESTIONS,
+            tmp_path / "answers.jsonl",
+            model_id="tiny",
+            made_with=MADE_WITH,
+            form="chat",
+            decoding=Answering(max_new_tokens=40),  # of a context of 64
+        )
+    assert not (tmp_path / "answers.jsonl").exists()
+
+
 def in_words(tokenizer, turns, answers, system=None):
     conversation = Common(system=system)
     prompt = turn_prompt(turns, answers, form="chat", conversation=conversation)

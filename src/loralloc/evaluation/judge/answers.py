@@ -11,10 +11,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from loralloc.allocation.files import write_text
+from loralloc.allocation.layers import base_model
 from loralloc.evaluation.generation import generate
 from loralloc.evaluation.judge.conversation import PromptForm, turn_prompt
 from loralloc.evaluation.judge.questions import Answers, Question, read_answers
-from loralloc.tasks.conversations import Common
+from loralloc.evaluation.tokens import start_tokens
+from loralloc.tasks.conversations import Common, Prompt
 from loralloc.tasks.source import read_table
 
 
@@ -99,17 +101,17 @@ def answer_questions(
     answers = dict(kept_answers(path, made_with))
     rows = list(read_table(path)) if answers else []
     pending = [question for question in questions if question.number not in answers]
+
+    def ask(question: Question, given: Sequence[str]) -> Prompt:
+        return turn_prompt(question.turns, given, form=form, conversation=conversation or Common())
+
+    _check_room(model, tokenizer, pending, decoding.max_new_tokens, ask)
     for start in range(0, len(pending), decoding.batch_size):
         batch = pending[start : start + decoding.batch_size]
         given: list[list[str]] = [[] for _ in batch]
         for turn in range(max(len(question.turns) for question in batch)):
             asked = [i for i, question in enumerate(batch) if turn < len(question.turns)]
-            prompts = [
-                turn_prompt(
-                    batch[i].turns, given[i], form=form, conversation=conversation or Common()
-                )
-                for i in asked
-            ]
+            prompts = [ask(batch[i], given[i]) for i in asked]
             texts = generate(
                 model,
                 tokenizer,
@@ -134,6 +136,33 @@ def answer_questions(
         if on_batch:
             on_batch(start + len(batch), len(pending))
     return answers
+
+
+def _check_room(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    most: int,
+    ask: Callable[[Question, Sequence[str]], Prompt],
+) -> None:
+    """Refuse answers so long that a conversation would not fit into the model's context.
+
+    Raises:
+        ValueError: Naming the length that fits.
+    """
+    context: int | None = getattr(base_model(model).config, "max_position_embeddings", None)
+    if context is None:
+        return
+    for question in questions:
+        turns = len(question.turns)
+        (asked,) = start_tokens(tokenizer, [ask(question, ["."] * (turns - 1))])
+        room = (context - len(asked)) // turns
+        if most > room:
+            raise ValueError(
+                f"`max_new_tokens` is {most}, and question {question.number} has {turns} turns: "
+                f"with {len(asked)} tokens of its own, answers of that length do not fit into the "
+                f"model's context of {context:,}; give at most {room}."
+            )
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, object]]) -> None:

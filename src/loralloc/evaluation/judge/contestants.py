@@ -61,6 +61,7 @@ def contestant(
     name: str,
     decoding: Answering,
     output_dir: Path,
+    trust_remote_code: bool = False,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> Contestant:
     """Read the answers of a contestant, or let its model give those that are not there yet.
@@ -72,6 +73,7 @@ def contestant(
         name: What tables call it.
         decoding: How a model answers.
         output_dir: The folder of results.
+        trust_remote_code: Whether code that comes with a model may run.
         on_batch: Called after each batch with the questions answered, and those to answer.
 
     Raises:
@@ -88,22 +90,27 @@ def contestant(
             f"{path} is neither a finished run (adapter_config.json) nor a model (config.json); "
             "name one of them, or a file of answers."
         )
-    tokenizer = load_tokenizer(given)
+    tokenizer = load_tokenizer(given, trust_remote_code=trust_remote_code)
     form = decoding.form or _usual_form(path, tokenizer)
     if form == "chat" and not tokenizer.chat_template:
         raise ValueError(f"{given} has no chat template; use `--prompt alpaca`.")
     conversation = saved_conversation(path) if form == "chat" else None
+    made_by = _fingerprint(path / ADAPTER_NAME) if is_run else _model_as_it_is(given)
     made_with = {
-        "model": _fingerprint(path / ADAPTER_NAME) if is_run else given,
+        "model": made_by,
         "prompt": form,
         "num_beams": decoding.num_beams,
         "max_new_tokens": decoding.max_new_tokens,
         **({"conversation": conversation.as_data()} if conversation else {}),
     }
-    source = path / ANSWERS if is_run else output_dir / f"{Path(given).name}-{ANSWERS}"
+    source = path / ANSWERS if is_run else output_dir / _file_of(given, made_by)
     answers = kept_answers(source, made_with)
     if any(question.number not in answers for question in questions):
-        model: Any = load_trained(path)[0] if is_run else load_model(given)
+        model: Any = (
+            load_trained(path, trust_remote_code=trust_remote_code)[0]
+            if is_run
+            else load_model(given, trust_remote_code=trust_remote_code)
+        )
         answers = answer_questions(
             model,
             tokenizer,
@@ -124,6 +131,20 @@ def _usual_form(folder: Path, tokenizer: PreTrainedTokenizerBase) -> PromptForm:
     """What the model was trained with, as far as that is known."""
     trained_on = saved(folder).get("task") if (folder / SETTINGS).is_file() else None
     return "alpaca" if trained_on == "alpaca" or not tokenizer.chat_template else "chat"
+
+
+def _model_as_it_is(given: str) -> str:
+    """A model's name; of a folder with its weights' sizes and times, which a new export changes."""
+    weights = sorted(Path(given).glob("*.safetensors"))
+    if not weights:
+        return given
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in weights]
+    return f"{given} {hashlib.sha256(repr(facts).encode()).hexdigest()[:16]}"
+
+
+def _file_of(given: str, model: str) -> str:
+    """The file of a model's answers, one for each model whatever their folders are called."""
+    return f"{Path(given).name}-{hashlib.sha256(model.encode()).hexdigest()[:8]}-{ANSWERS}"
 
 
 def _fingerprint(path: Path) -> str:

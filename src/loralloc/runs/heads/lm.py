@@ -174,10 +174,12 @@ def _rows(splits: Mapping[str, Split], task: Task | None, options: RunArguments)
     Raises:
         ValueError: There are some, and no head was asked for.
     """
-    rows, given = to_sft(splits, task), splits["train"]
-    is_text = task is None and "text" in rows["train"].dataset.column_names
-    has_labels = LABEL_COLUMN in given.dataset.column_names
-    if is_text and has_labels and options.head == "auto":
+    rows = to_sft(splits, task)
+    given = splits.get("train")
+    if given is None or task is not None or options.head != "auto":
+        return rows, ()
+    is_text = "text" in rows["train"].dataset.column_names
+    if is_text and LABEL_COLUMN in given.dataset.column_names:
         raise ValueError(
             f"{given.source} has the column {LABEL_COLUMN} beside its texts, which a language "
             "model would not learn; use `--head classification`, or `--head lm` for texts alone."
