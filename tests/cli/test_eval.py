@@ -78,6 +78,17 @@ def test_what_is_missing_or_was_cut_is_told(finished, call, task_data, write_row
     assert "1 prompts are longer than the model's context and were cut" in out
 
 
+def test_texts_that_an_encoder_cannot_read_whole_are_counted(
+    train, output, task_data, bert_folder, call, write_rows
+):
+    train(task="sst2", dataset_name=task_data, model_name_or_path=bert_folder, max_length=12)
+    rows = [{"sentence": "warm", "label": 0}, {"sentence": "a film " * 9, "label": 1}]
+    write_rows(task_data / "test.jsonl", rows)
+    assert "1 prompts are longer than the model's context and were cut at their end" in (
+        call("eval", output).out
+    )
+
+
 def test_an_encoder_is_measured_too(train, output, task_data, bert_folder, call):
     train(task="sst2", dataset_name=task_data, model_name_or_path=bert_folder)
     answer = call("eval", output)

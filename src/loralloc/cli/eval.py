@@ -178,8 +178,9 @@ def _show(
             out.print(f"{figure.name}: {figure.missing}", markup=False, highlight=False)
     cut = evaluation.predictions.num_truncated
     if cut:
+        end = "beginning" if evaluation.decoding else "end"
         out.print(
-            f"{cut:,} prompts are longer than the model's context and were cut at their beginning",
+            f"{cut:,} prompts are longer than the model's context and were cut at their {end}",
             highlight=False,
         )
     if call:

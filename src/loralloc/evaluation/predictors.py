@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from transformers import PreTrainedTokenizerBase
+
 from loralloc.evaluation.classifiers import predict_labels
 from loralloc.evaluation.generation import respond
 from loralloc.evaluation.labels import encode_labels, score_endings
@@ -17,6 +19,7 @@ from loralloc.evaluation.tokens import end_tokens
 from loralloc.runs.folder import saved_conversation
 from loralloc.runs.heads.classification import CLASSIFICATION
 from loralloc.runs.heads.span import SPAN
+from loralloc.runs.models import longest_input
 from loralloc.runs.trained import load_trained
 from loralloc.tasks.conversations import Prompt
 from loralloc.tasks.task import Example, Task
@@ -131,11 +134,10 @@ def classifier(
             f"task {task.name} are {', '.join(task.labels) or 'none'}; evaluate the task it was "
             "trained on."
         )
-    size = request.batch_size
-    predict = partial(
-        predict_labels, model, tokenizer, batch_size=size, max_length=saved.get("max_length")
-    )
-    return _encoder(model, examples, predict, batch_size=size)
+    size, max_length = request.batch_size, saved.get("max_length")
+    predict = partial(predict_labels, model, tokenizer, batch_size=size, max_length=max_length)
+    cut = _cut(tokenizer, examples, longest_input(model, tokenizer, max_length))
+    return _encoder(model, examples, predict, batch_size=size, truncated=cut)
 
 
 def span_predictor(
@@ -171,14 +173,22 @@ def _encoder(
     predict: Callable[[Sequence[Example]], list[str]],
     *,
     batch_size: int,
+    truncated: set[int] | None = None,
 ) -> Predictor:
     lengths = [1 + len(encoder_input(example)) // 4 for example in examples]  # tokens, about
     return Predictor(
         model=model,
         groups=batches(lengths, batch_size=batch_size),
-        truncated=set(),
+        truncated=truncated or set(),
         predict=lambda indices: predict([examples[i] for i in indices]),
     )
+
+
+def _cut(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], longest: int) -> set[int]:
+    """Indices of the examples that have more tokens than a classifier reads."""
+    texts, pairs = ([getattr(e, name) for e in examples] for name in ("text", "text_pair"))
+    found = tokenizer(texts, pairs if any(pairs) else None, verbose=False)["input_ids"]
+    return {index for index, ids in enumerate(found) if len(ids) > longest}
 
 
 def encoder_input(example: Example) -> str:

@@ -51,7 +51,10 @@ def answer(model, tokenizer, tmp_path):
 
 
 def test_answers_that_cannot_fit_are_refused_before_any_is_given(model, tokenizer, tmp_path):
-    with pytest.raises(ValueError, match=r"`max_new_tokens` is 40, and question .* has 2 turns: "):
+    half = model.config.max_position_embeddings // 2
+    with pytest.raises(
+        ValueError, match=rf"is {half}, and question 3 has 2 turns: with .* at most"
+    ):
         answer_questions(
             model,
             tokenizer,
@@ -60,7 +63,7 @@ def test_answers_that_cannot_fit_are_refused_before_any_is_given(model, tokenize
             model_id="tiny",
             made_with=MADE_WITH,
             form="chat",
-            decoding=Answering(max_new_tokens=40),  # of a context of 64
+            decoding=Answering(max_new_tokens=half),
         )
     assert not (tmp_path / "answers.jsonl").exists()
 
