@@ -9,9 +9,10 @@ from loralloc.evaluation.predictions import Predictions
 SETTINGS = {"task": "sst2"}
 
 
-def predictions(folder):
+def predictions(folder, **options):
     return Predictions(
         folder,
+        **options,
         settings=SETTINGS,
         prompts=["one", "two"],
         gold=["a", "b"],
@@ -28,6 +29,16 @@ def test_a_last_line_that_was_cut_within_a_letter_is_dropped(tmp_path):
     assert found.done == {0}
     found.add([1], ["b"], set())
     assert found.texts == ["déjà", "b"]
+
+
+def test_what_is_replaced_stays_until_there_is_a_first_prediction(tmp_path):
+    predictions(tmp_path).add([0, 1], ["a", "b"], set())
+    before = (tmp_path / "predictions.jsonl").read_text()
+    found = predictions(tmp_path, replaces=True)
+    assert found.done == set() and (tmp_path / "predictions.jsonl").read_text() == before
+    found.add([0], ["c"], set())
+    found.add([1], ["d"], set())
+    assert predictions(tmp_path).texts == ["c", "d"]
 
 
 def test_an_evaluation_without_a_task_is_no_beginning_of_one(tmp_path):

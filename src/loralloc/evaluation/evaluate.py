@@ -10,7 +10,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loralloc.evaluation import predictions as files
 from loralloc.evaluation.figure import Figure
 from loralloc.evaluation.metrics import check_packages, measure, score_example
 from loralloc.evaluation.predictions import Predictions
@@ -82,8 +81,6 @@ def prepare(request: Request) -> Evaluation:
     asked = read(request)
     chosen = asked.examples
     folder = folder_of(request, head=head.name, task=task, decoding=decoding)
-    if request.overwrite:
-        files.clear(folder)
     predictions = Predictions(
         folder,
         settings={
@@ -98,6 +95,7 @@ def prepare(request: Request) -> Evaluation:
         prompts=[way.shown(example) for example in chosen],
         gold=[list(e.references) or e.response for e in chosen],
         score=lambda index, text: score_example(metric, text, chosen[index]),
+        replaces=request.overwrite,
     )
     return Evaluation(**vars(asked), decoding=decoding, predictions=predictions)
 

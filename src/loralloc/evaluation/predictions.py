@@ -26,6 +26,7 @@ class Predictions:
         prompts: What the model is given, of each example.
         gold: The right answer, or all of them.
         score: Scores the prediction of an index.
+        replaces: Whether what is in the folder goes, once there is a first prediction.
 
     Raises:
         ValueError: If the folder holds predictions of something else, or of more examples.
@@ -39,6 +40,7 @@ class Predictions:
         prompts: Sequence[str],
         gold: Sequence[str | list[str]],
         score: Callable[[int, str], float | None],
+        replaces: bool = False,
     ) -> None:
         self.folder = folder
         self.settings = dict(settings)
@@ -47,9 +49,10 @@ class Predictions:
         self._prompts = prompts
         self._gold = gold
         self._score = score
+        self._replaces = replaces
         self._lines: dict[int, dict[str, Any]] = {}
         refuse_links([folder, folder / EVAL_NAME, folder / PREDICTIONS_NAME])
-        if (folder / EVAL_NAME).exists():
+        if (folder / EVAL_NAME).exists() and not replaces:
             self.before = read_json(folder / EVAL_NAME)
             self._check_settings()
             self._read()
@@ -71,6 +74,9 @@ class Predictions:
 
     def add(self, indices: Sequence[int], texts: Sequence[str], truncated: set[int]) -> None:
         """Append the predictions of a batch, whole or not at all."""
+        if self._replaces:
+            _clear(self.folder)
+            self._replaces = False
         if not (self.folder / EVAL_NAME).exists():
             self.folder.mkdir(parents=True, exist_ok=True)
             _write_json(self.folder / EVAL_NAME, {"settings": self.settings, "figures": None})
@@ -154,7 +160,7 @@ class Predictions:
 _MEND = "replace them with `--overwrite`, or name another `--output_dir`."
 
 
-def clear(folder: Path) -> None:
+def _clear(folder: Path) -> None:
     """Remove an earlier evaluation from a folder, and nothing else."""
     for name in (EVAL_NAME, PREDICTIONS_NAME):
         (folder / name).unlink(missing_ok=True)
