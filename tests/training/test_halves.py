@@ -193,15 +193,15 @@ def test_what_cannot_be_divided_is_refused(data, words, tmp_path):
         second_half(trainer, until_step=1, seed=0)
 
 
-class OwnLoader(Trainer):
+class TrainerWithLoader(Trainer):
     def get_train_dataloader(self):
         return super().get_train_dataloader()
 
 
 def test_a_loader_of_ones_own_is_refused(tmp_path):
     trainer = causal_trainer(tmp_path)
-    trainer.__class__ = OwnLoader
-    with pytest.raises(ValueError, match="OwnLoader has a `get_train_dataloader` of its own, by"):
+    trainer.__class__ = TrainerWithLoader
+    with pytest.raises(ValueError, match="has a `get_train_dataloader` of its own, by which"):
         second_half(trainer, until_step=1, seed=0)
 
 
