@@ -161,7 +161,7 @@ def _rows(
         splits = run_data.load(settings, None)
     else:
         splits = _splits(run, settings, data, own_name)
-    if data is None and not own_name and "validation" not in splits:
+    if data is None and not own_name and "validation" not in splits and "train" in splits:
         return _held_out_of_train(run, head, settings, splits, split)
     name = _named(splits, "test" if own_name else split)
     return _in_columns(run, head, settings, {name: splits[name]})[name], own_name or name

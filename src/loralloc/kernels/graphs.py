@@ -137,6 +137,8 @@ class GraphedBlocks:
     def _begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Pass:
         """A forward pass begins."""
         state = self._state_of_weights()
+        if state is None:
+            return _Pass(None, None)
         if state != self._state:
             self._state, self._recorded, self._seen = state, {}, set()
         if not args:
@@ -144,8 +146,6 @@ class GraphedBlocks:
                 "CUDA graphs are made of blocks whose first argument is what they read, and this "
                 "model calls them by names only; leave `cuda_graphs` out."
             )
-        if any(map(_is_gated, self._layers)):
-            return _Pass(None, None)  # gates are other tensors in every step
         leaves, tree = _flat(args, kwargs)
         if not all(isinstance(leaf, PLAIN) for leaf in leaves):
             return _Pass(None, None)  # a cache of keys and values, say, which is longer every time
@@ -158,14 +158,19 @@ class GraphedBlocks:
             recorded = None
         return _Pass(recorded, leaves)
 
-    def _state_of_weights(self) -> list[Any]:
-        """What a recording holds good for: where the adapters' weights are, and which are used."""
+    def _state_of_weights(self) -> list[Any] | None:
+        """What a recording holds good for: where the adapters' weights are, and which are used.
+
+        None where something acts on the ranks from outside: gates are other tensors in every step.
+        """
         state: list[Any] = []
         for layer in self._layers:
             parts = layer._modules
             state += (layer._disable_adapters, *layer.active_adapters, *layer.merged_adapters)
             for name in ("lora_A", "lora_B"):
                 for module in parts[name]._modules.values():
+                    if module._forward_hooks:
+                        return None
                     weight = module._parameters["weight"]
                     state += (id(weight), weight.data_ptr())
         return state
@@ -333,11 +338,6 @@ def _apart(device: torch.device) -> Iterator[None]:
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
-
-
-def _is_gated(layer: LoraLayer) -> bool:
-    """Whether something acts on the ranks from outside, such as gates."""
-    return any(a._forward_hooks for a in layer._modules["lora_A"]._modules.values())
 
 
 def _flat(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], pytree.TreeSpec]:
