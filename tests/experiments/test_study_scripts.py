@@ -259,8 +259,8 @@ def test_the_page_says_what_share_of_the_ceiling_comes_back(study, grid, tmp_pat
     }
     assert rows["late r=2"][-2].strip() == "50%"
     assert rows["alora r=2"][-2].strip() == "0%"
-    assert rows["alora r=2"][-3].strip() == "+0.0000 ~"
-    assert rows["late r=2"][-3].strip() == "-0.1000"
+    assert rows["alora r=2"][-3].strip() == "+0.0000 ± 0.0000 ~"
+    assert rows["late r=2"][-3].strip() == "-0.1000 ± 0.0000"
 
 
 def test_every_budget_has_a_table_and_one_ladder_of_lora(study, make, tmp_path):
@@ -300,7 +300,7 @@ def test_sizes_go_from_large_to_small_beside_the_whole(study, make, tmp_path):
     assert [(row[0], row[2]) for row in cells] == [
         ("lora", "9,000"), ("shrink", "8,000"), ("shrink, 1/8", "99")
     ]  # fmt: skip
-    assert [row[-1] for row in cells] == ["-", "+0.2000", "+0.1000"]
+    assert [row[-1] for row in cells] == ["-", "+0.2000 ± 0.0000", "+0.1000 ± 0.0000"]
 
 
 def test_without_a_ceiling_there_is_no_share(study, grid, tmp_path):
@@ -330,7 +330,7 @@ def test_the_page_of_methods_has_means_spreads_and_what_gates_did(study, grid):
     (row,) = [line for line in lines.splitlines() if line.startswith("| late |")]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1].endswith("(edge)")
-    assert cells[2:6] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000", "+0.0000 ~"]
+    assert cells[2:6] == ["3", "82.0 ± 2.0", "0.5000 ± 0.0000", "+0.0000 ± 0.0000 ~"]
     assert cells[9:] == ["overlap with draw 0.600", "1.00"]
 
 

@@ -395,7 +395,7 @@ def test_checkpoints_follow_the_evaluations_without_a_protocol_too():
             ["--per_device_train_batch_size", 24],
             "`per_device_train_batch_size` is 24, which does not divide the paper's batch of 16",
         ),
-        (["--gradient_accumulation_steps", 0], "give `per_device_train_batch_size` too"),
+        (["--gradient_accumulation_steps", 3], "give `per_device_train_batch_size` too"),
     ],
 )
 def test_what_contradicts_the_protocol_is_refused(flags, words):

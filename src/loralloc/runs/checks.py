@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from loralloc.allocation.optimizer_state import bare_optimizer
-
 if TYPE_CHECKING:
     from transformers import Trainer
 
@@ -100,6 +98,8 @@ def check_followed(trainer: Trainer, method: Method) -> None:
     Raises:
         TypeError: Naming what it keeps of each weight.
     """
+    from loralloc.allocation.optimizer_state import bare_optimizer
+
     if trainer.optimizer is not None or any(name in trainer.args.optim for name in HOOKED):
         return
     try:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loralloc.runs.checks import checked_model_arguments
-from loralloc.runs.folder import TOKENIZER
 from loralloc.runs.machine import fastest_dtype
 
 if TYPE_CHECKING:
@@ -119,6 +118,8 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
         ValueError: There is none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
+
+    from loralloc.runs.folder import TOKENIZER
 
     try:
         return _from_pretrained(AutoTokenizer, name_or_path, options)

@@ -168,7 +168,7 @@ def _batch(settings: Settings, num_examples: int) -> dict[str, int]:
         return {size: batch, accumulation: 1}
     given, other = (size, accumulation) if settings.gives(size) else (accumulation, size)
     value = getattr(settings.training, given)
-    if value < 1 or batch % value:
+    if batch % value:
         raise ValueError(
             f"`{given}` is {value}, which does not divide the paper's batch of {batch} for "
             f"{num_examples:,} training examples; give `{other}` too for a batch of your own."
