@@ -99,8 +99,11 @@ def check_followed(trainer: Trainer, method: Method) -> None:
         TypeError: Naming what it keeps of each weight.
     """
     from loralloc.allocation.optimizer_state import bare_optimizer
+    from loralloc.methods.method import Method
 
-    if trainer.optimizer is not None or any(name in trainer.args.optim for name in HOOKED):
+    takes_any = type(method).check_optimizer is Method.check_optimizer
+    is_made = trainer.optimizer is not None
+    if takes_any or is_made or any(name in trainer.args.optim for name in HOOKED):
         return
     try:
         method.check_optimizer(bare_optimizer(trainer.create_optimizer()))

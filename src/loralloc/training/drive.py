@@ -43,6 +43,7 @@ from loralloc.training.seal import check_whole, newest_whole, sealing
 from loralloc.training.undocumented import check_trainer
 from loralloc.training.way_of_running import (
     check_checkpointing,
+    check_given,
     check_shared_batches,
     check_way_of_running,
     compile_anew,
@@ -89,16 +90,7 @@ def drive(
         >>> drive(trainer, get_method("sora")(rank=8))  # doctest: +SKIP
         >>> trainer.train()  # doctest: +SKIP
     """
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"The first argument is a {type(trainer).__name__}; give a transformers.Trainer."
-        )
-    if not isinstance(method, Method):
-        given = method if isinstance(method, str) else getattr(method, "__name__", type(method))
-        raise TypeError(
-            f"The method is {given!r}; give one that is made, as in "
-            "drive(trainer, get_method('sora')(rank=8))."
-        )
+    check_given(trainer, method)
     if any(isinstance(callback, Driver) for callback in trainer.callback_handler.callbacks):
         raise ValueError(
             "The trainer is driven by a method already; attach or drive one once, or detach() it "

@@ -26,6 +26,24 @@ ACTS = ("begin", "before_step", "step", "after_step", "extra_loss")
 """Hooks by which a method acts on a run, beyond adapting its model."""
 
 
+def check_given(trainer: Any, method: Any) -> None:
+    """Refuse what is no trainer, or no method that is made.
+
+    Raises:
+        TypeError: Naming what was given.
+    """
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"The first argument is a {type(trainer).__name__}; give a transformers.Trainer."
+        )
+    if not isinstance(method, Method):
+        given = method if isinstance(method, str) else getattr(method, "__name__", type(method))
+        raise TypeError(
+            f"The method is {given!r}; give one that is made, as in "
+            "drive(trainer, get_method('sora')(rank=8))."
+        )
+
+
 def check_way_of_running(trainer: Trainer, method: Method) -> None:
     """Refuse a trainer whose way of running a method does not fit.
 
